@@ -1,0 +1,142 @@
+//! The [`ExitMonitor`] trait: learn how watched processes end without being their parent.
+//! Owns the contract every backend keeps; implements none of it.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use super::ExitRecord;
+use crate::process::{Process, ProcessIdentity};
+
+/// Learns how watched processes end, without being their parent.
+///
+/// A watch is keyed by the process's [`ProcessIdentity`], which is the same in every daemon that
+/// ever looks at that process; so a successor needs no translation table to take over.
+#[async_trait]
+pub trait ExitMonitor: fmt::Debug + Send + Sync + 'static {
+    /// Which backend this is.
+    fn backend(&self) -> Backend;
+
+    /// What this backend promises on this kernel.
+    fn guarantees(&self) -> Guarantees;
+
+    /// Registers first, then checks liveness. After [`Watched::Armed`] the end of this process can
+    /// no longer be missed and comes through [`next_exits`](Self::next_exits); after
+    /// [`Watched::Ended`] it is over, and `next_exits` will not report it again.
+    ///
+    /// Watching a watched process again is not an error and changes nothing.
+    async fn watch(&self, process: Arc<Process>) -> Result<Watched, WatchError>;
+
+    /// After a restart: takes over the watches of a predecessor. Answers in the order of `known`.
+    async fn adopt(&self, known: &[ProcessIdentity]) -> Result<Vec<Adopted>, WatchError>;
+
+    /// Waits for the next exits and appends them to `into`. Cancel-safe. An exit that is not
+    /// [confirmed](Self::confirm) is reported again by the next instance's [`adopt`](Self::adopt).
+    async fn next_exits(&self, into: &mut Vec<ExitRecord>) -> Result<(), WatchError>;
+
+    /// The record is durable elsewhere: the backend may forget it. Idempotent.
+    async fn confirm(&self, process: ProcessIdentity) -> Result<(), WatchError>;
+
+    /// Never mind this process. Idempotent.
+    async fn unwatch(&self, process: ProcessIdentity) -> Result<(), WatchError>;
+}
+
+/// What [`ExitMonitor::watch`] found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Watched {
+    /// It lives, and its end will be reported.
+    Armed,
+    /// It is already over.
+    Ended(ExitRecord),
+}
+
+/// What [`ExitMonitor::adopt`] found for one process.
+#[derive(Clone, Debug)]
+pub enum Adopted {
+    /// It lives, and its end will be reported. The caller may keep the process.
+    Armed(Arc<Process>),
+    /// It ended while nobody was looking; the status may still be exact.
+    Ended(ExitRecord),
+}
+
+/// The backends there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Backend {
+    /// A pinned eBPF program records every watched exit in the kernel.
+    Bpf,
+    /// pidfds: children by `waitid`, others by `PIDFD_INFO_EXIT`.
+    Pidfd,
+    /// A tracer thread.
+    Ptrace,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bpf => "bpf",
+            Self::Pidfd => "pidfd",
+            Self::Ptrace => "ptrace",
+        })
+    }
+}
+
+/// What a backend promises on this kernel. Ordered: greater is better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Guarantees {
+    /// Who may die without an exit being lost.
+    pub survives: Survives,
+    /// The status of processes that are not our children is exact.
+    pub exact_for_others: bool,
+    /// The time of the exit is the kernel's, not that of its observation.
+    pub exact_time: bool,
+}
+
+/// Whose death an exit record survives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Survives {
+    /// An exit while the daemon is down is lost.
+    Nothing,
+    /// An exit while the daemon is down is known if somebody kept the pidfd.
+    WithDescriptors,
+    /// An exit is recorded though no process of ours is alive.
+    Everything,
+}
+
+/// Why a watch could not be set or read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WatchError {
+    /// The backend's table is full; the process is not watched.
+    #[error(
+        "the exit monitor's table is full: {capacity} processes are watched already; raise monitor.capacity"
+    )]
+    TableFull {
+        /// How many entries it has.
+        capacity: u32,
+    },
+    /// The backend cannot run here.
+    #[error("the {backend} exit monitor cannot run here: {why}")]
+    Unsupported {
+        /// Which one.
+        backend: Backend,
+        /// What is missing, and what would help.
+        why: String,
+    },
+    /// The kernel refused a call.
+    #[error("{call} failed for process {pid}")]
+    Kernel {
+        /// The call.
+        call: &'static str,
+        /// The process, or 0 where the call is not about one.
+        pid: i32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}

@@ -1,0 +1,134 @@
+//! What goes into and comes out of [`Node`](super::Node): plain data, checked names, no behaviour.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::rootfs::Mount;
+use crate::stdio::StdioPaths;
+
+/// A request for a new task.
+#[derive(Clone, Debug)]
+pub struct CreateTask {
+    /// Its name.
+    pub key: TaskKey,
+    /// The bundle directory, absolute, with `config.json`.
+    pub bundle: PathBuf,
+    /// What to mount on `rootfs` in the bundle; nothing if the spec names a ready root.
+    pub rootfs: Vec<Mount>,
+    /// Standard streams of the init.
+    pub stdio: StdioPaths,
+    /// How to call the OCI runtime.
+    pub runtime: RuntimeOptions,
+    /// Opaque to us: kept with the task and given back with every event. Who is to hear of it, say.
+    pub owner: String,
+}
+
+/// How to call the OCI runtime for one task. The default is runc with its own defaults.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RuntimeOptions {
+    /// The runtime's binary, a name on `PATH` or an absolute path; empty means `runc`.
+    pub binary: String,
+    /// The base of the runtime's state directory; the namespace is appended. Empty means `/run/containerd/runc`.
+    pub root: String,
+    /// Cgroups by systemd; `None` means: by the form of the spec's `cgroupsPath`.
+    pub systemd_cgroup: Option<bool>,
+    /// `--no-pivot`.
+    pub no_pivot_root: bool,
+    /// `--no-new-keyring`.
+    pub no_new_keyring: bool,
+    /// The owner of the standard streams.
+    pub io_uid: u32,
+    /// Their group.
+    pub io_gid: u32,
+}
+
+/// A request for an additional process.
+#[derive(Clone, Debug)]
+pub struct ExecProcess {
+    /// In which task.
+    pub task: TaskKey,
+    /// Its name.
+    pub exec: ExecId,
+    /// Its standard streams.
+    pub stdio: StdioPaths,
+    /// The OCI `Process` as JSON.
+    pub spec: Vec<u8>,
+}
+
+/// How a process ended, as its waiters learn it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Its exit code as containerd counts it.
+    pub code: u32,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// The state of a process as the API shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProcessStatus {
+    /// It exists but was not started.
+    Created,
+    /// It runs.
+    Running,
+    /// It ended.
+    Stopped,
+    /// It is frozen.
+    Paused,
+    /// It is being frozen.
+    Pausing,
+}
+
+/// A process at one moment.
+#[derive(Clone, Debug)]
+pub struct ProcessSnapshot {
+    /// Which.
+    pub key: ProcessKey,
+    /// The task's bundle.
+    pub bundle: PathBuf,
+    /// Its pid; 0 for an exec that was never started. Kept after the end.
+    pub pid: u32,
+    /// Its state.
+    pub status: ProcessStatus,
+    /// Its standard streams.
+    pub stdio: StdioPaths,
+    /// How it ended, if it did.
+    pub exit: Option<Exit>,
+}
+
+/// A process of a container as `Pids` lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessEntry {
+    /// Its pid.
+    pub pid: u32,
+    /// The exec it is the first process of.
+    pub exec: Option<ExecId>,
+}
+
+/// What was deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deleted {
+    /// Its pid; 0 for an exec that was never started.
+    pub pid: u32,
+    /// How it ended; `None` for an exec that was never started.
+    pub exit: Option<Exit>,
+}
+
+/// What [`Node::cleanup`](super::Node::cleanup) found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cleaned {
+    /// There is no such task, or it has another bundle by now: nothing was done.
+    Unknown,
+    /// It was killed if it lived, and removed.
+    Removed {
+        /// The init.
+        pid: u32,
+        /// How it ended.
+        exit: Exit,
+    },
+}
