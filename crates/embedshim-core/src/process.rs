@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -55,7 +55,7 @@ pub enum OpenError {
 /// A process held by its pidfd: while this value lives, its number is never mistaken for another's.
 pub struct Process {
     identity: ProcessIdentity,
-    pidfd: PidFd,
+    pidfd: OwnedFd,
 }
 
 impl Process {
@@ -65,11 +65,11 @@ impl Process {
         if pid <= 0 {
             return Err(OpenError::Gone { pid });
         }
-        let pidfd = match PidFd::from_pid(pid) {
+        let pidfd: OwnedFd = match PidFd::from_pid(pid) {
             Err(e) if e.raw_os_error() == Some(Errno::ESRCH as i32) => {
                 return Err(OpenError::Gone { pid });
             }
-            other => other.map_err(kernel("pidfd_open"))?,
+            other => other.map_err(kernel("pidfd_open"))?.into(),
         };
         let start_ticks = match read_start_ticks(pid) {
             Err(e)
@@ -126,7 +126,8 @@ impl Process {
 
     /// Sends a signal. `ESRCH` if it is reaped already.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
-        self.pidfd.send_signal(signal)
+        // A duplicate, since `PidFd` caches the exit status in a way that cannot be shared by threads.
+        PidFd::from(self.pidfd.try_clone()?).send_signal(signal)
     }
 
     fn is_reaped(&self) -> io::Result<bool> {

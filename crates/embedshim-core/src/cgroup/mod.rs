@@ -1,5 +1,393 @@
 //! Cgroups of containers: which processes are in them, what they use, and whether the kernel killed for memory.
+//! Owns where a container's cgroup is, on v1, v2 and hybrid machines; never creates or configures one, the runtime does.
 
-/// The counters of one cgroup.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Metrics {}
+mod metrics;
+mod oom;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+pub use metrics::{DeviceCounter, Metrics};
+pub use oom::OomWatcher;
+
+use crate::rootfs::{MountPoint, read_mountinfo};
+
+/// The v1 controllers whose cgroups are worth asking for a container's processes, best first.
+const FOR_PROCESSES: [&str; 5] = ["pids", "memory", "devices", "freezer", "cpu"];
+/// How long processes may take to die.
+const KILL: Duration = Duration::from_secs(2);
+const KILL_PAUSE: Duration = Duration::from_millis(10);
+
+/// The cgroup of one container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cgroup {
+    /// One directory per controller.
+    V1(BTreeMap<String, PathBuf>),
+    /// The one directory.
+    V2(PathBuf),
+}
+
+/// Why a cgroup cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CgroupError {
+    /// A file of the kernel's.
+    #[error("cannot read {path}", path = .path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The process is in no cgroup that says anything about it.
+    #[error("process {pid} is in no cgroup of a known controller")]
+    None {
+        /// Which.
+        pid: i32,
+    },
+    /// The container runs in the cgroup of the daemon or of the whole machine, so what is in it is not the container.
+    #[error("process {pid} shares the cgroup {path} with others", path = .path.display())]
+    Shared {
+        /// Which.
+        pid: i32,
+        /// Whose.
+        path: PathBuf,
+    },
+}
+
+impl Cgroup {
+    /// Finds the cgroup of a container by its init. Blocks on procfs.
+    pub fn of_process(pid: i32) -> Result<Self, CgroupError> {
+        let mounts = Self::read("/proc/self/mountinfo", |_| read_mountinfo())?;
+        let of = |who: &str| {
+            Self::read(&format!("/proc/{who}/cgroup"), |path| {
+                fs::read_to_string(path)
+            })
+        };
+        let found = locate(&of(&pid.to_string())?, &mounts).ok_or(CgroupError::None { pid })?;
+        let own = locate(&of("self")?, &mounts);
+        let directory = found.directory().ok_or(CgroupError::None { pid })?;
+        let is_root = mounts.iter().any(|mount| mount.path == directory);
+        if is_root || own.as_ref().and_then(Self::directory) == Some(directory) {
+            return Err(CgroupError::Shared {
+                pid,
+                path: directory.to_owned(),
+            });
+        }
+        Ok(found)
+    }
+
+    fn read<T>(path: &str, read: impl FnOnce(&str) -> io::Result<T>) -> Result<T, CgroupError> {
+        read(path).map_err(|source| CgroupError::Read {
+            path: path.into(),
+            source,
+        })
+    }
+
+    /// The directory that lists its processes.
+    fn directory(&self) -> Option<&Path> {
+        match self {
+            Self::V1(controllers) => FOR_PROCESSES
+                .iter()
+                .find_map(|controller| controllers.get(*controller))
+                .map(PathBuf::as_path),
+            Self::V2(path) => Some(path),
+        }
+    }
+
+    /// The processes in it and below it; none if it is gone. Blocks on the cgroup file system.
+    pub fn pids(&self) -> io::Result<Vec<i32>> {
+        let mut pids = Vec::new();
+        let mut to_visit: Vec<PathBuf> = self.directory().map(Path::to_owned).into_iter().collect();
+        while let Some(directory) = to_visit.pop() {
+            match fs::read_to_string(directory.join("cgroup.procs")) {
+                Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
+                Err(e) if is_gone(&e) => continue,
+                // A threaded v2 cgroup has no list of processes; those are in its parent's.
+                Err(e) if e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {}
+                Err(e) => return Err(e),
+            }
+            let Ok(entries) = fs::read_dir(&directory) else {
+                continue;
+            };
+            to_visit.extend(
+                entries
+                    .flatten()
+                    .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+                    .map(|e| e.path()),
+            );
+        }
+        // 0 is a process of another pid namespace.
+        pids.retain(|&pid| pid > 0);
+        Ok(pids)
+    }
+
+    /// Kills everything in it and below it, and waits until it is empty, for at most 2 s. Blocks.
+    pub fn kill_all(&self) -> io::Result<()> {
+        if let Self::V2(path) = self {
+            // Atomic, since Linux 5.14.
+            let _ = fs::write(path.join("cgroup.kill"), "1");
+        }
+        let give_up = Instant::now() + KILL;
+        loop {
+            let pids = self.pids()?;
+            if pids.is_empty() {
+                return Ok(());
+            }
+            for pid in pids {
+                // A number read from the cgroup this instant; on v1 there is nothing better.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            self.thaw();
+            if Instant::now() >= give_up {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "its processes do not die",
+                ));
+            }
+            std::thread::sleep(KILL_PAUSE);
+        }
+    }
+
+    /// A frozen process of v1 takes no signal, not even SIGKILL.
+    fn thaw(&self) {
+        if let Self::V1(controllers) = self
+            && let Some(freezer) = controllers.get("freezer")
+        {
+            let _ = fs::write(freezer.join("freezer.state"), "THAWED");
+        }
+    }
+
+    /// How many of its processes the kernel has killed for want of memory (4.13); `None` if nobody knows. Blocks.
+    pub fn oom_kills(&self) -> Option<u64> {
+        let (directory, file) = self.oom_file()?;
+        metrics::keyed(&fs::read_to_string(directory.join(file)).ok()?, "oom_kill")
+    }
+
+    /// The file that counts OOM kills.
+    fn oom_file(&self) -> Option<(&Path, &'static str)> {
+        match self {
+            Self::V1(controllers) => Some((controllers.get("memory")?, "memory.oom_control")),
+            Self::V2(path) => Some((path, "memory.events")),
+        }
+    }
+
+    /// What it uses. Missing controllers count zero; an error means that the cgroup is gone. Blocks.
+    pub fn metrics(&self) -> Result<Metrics, CgroupError> {
+        let directory = self.directory().unwrap_or(Path::new("/"));
+        fs::metadata(directory).map_err(|source| CgroupError::Read {
+            path: directory.into(),
+            source,
+        })?;
+        Ok(Metrics::read(self))
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ENODEV as i32)
+}
+
+/// `/proc/PID/cgroup` has a line `number:controllers:path` for each hierarchy; v2's has no controllers. On hybrid machines
+/// the v1 controllers do the work and v2's hierarchy is empty.
+fn locate(text: &str, mounts: &[MountPoint]) -> Option<Cgroup> {
+    let mut controllers = BTreeMap::new();
+    let mut unified = None;
+    let v1: HashMap<&str, &MountPoint> = mounts
+        .iter()
+        .filter(|mount| mount.kind == "cgroup")
+        .flat_map(|mount| {
+            mount
+                .options
+                .iter()
+                .map(move |option| (option.as_str(), mount))
+        })
+        .collect();
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(names), Some(path)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        if names.is_empty() {
+            unified = mounts
+                .iter()
+                .find(|mount| mount.kind == "cgroup2")
+                .and_then(|mount| below(mount, path));
+        }
+        for name in names
+            .split(',')
+            .filter(|name| !name.is_empty() && !name.starts_with("name="))
+        {
+            if let Some(directory) = v1.get(name).and_then(|mount| below(mount, path)) {
+                controllers.insert(name.to_owned(), directory);
+            }
+        }
+    }
+    let found = Cgroup::V1(controllers);
+    if found.directory().is_some() {
+        Some(found)
+    } else {
+        unified.map(Cgroup::V2)
+    }
+}
+
+/// A cgroup path at this mount of its hierarchy, which may show only a part of it.
+fn below(mount: &MountPoint, path: &str) -> Option<PathBuf> {
+    let relative = Path::new(path).strip_prefix(&mount.root).ok()?;
+    // A cgroup outside our cgroup namespace has a path with "..": it can't be reached from here.
+    let is_inside = relative
+        .components()
+        .all(|part| matches!(part, std::path::Component::Normal(_)));
+    is_inside.then(|| {
+        if relative.as_os_str().is_empty() {
+            mount.path.clone()
+        } else {
+            mount.path.join(relative)
+        }
+    })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    /// A v1 cgroup of our own in the given controllers, removed with everything in it.
+    pub(crate) struct Own {
+        pub(crate) cgroup: Cgroup,
+        child: Option<Child>,
+    }
+
+    impl Own {
+        pub(crate) fn new(name: &str) -> Self {
+            let name = format!("embedshim-test-{name}-{}", std::process::id());
+            let mounts = read_mountinfo().unwrap();
+            let mut controllers = BTreeMap::new();
+            for controller in ["pids", "memory"] {
+                let mount = mounts
+                    .iter()
+                    .find(|m| m.kind == "cgroup" && m.options.iter().any(|o| o == controller));
+                let mount = mount.unwrap_or_else(|| {
+                    panic!("this test needs the cgroup v1 controller {controller}")
+                });
+                let directory = mount.path.join(&name);
+                fs::create_dir_all(&directory).unwrap();
+                controllers.insert(controller.to_owned(), directory);
+            }
+            Self {
+                cgroup: Cgroup::V1(controllers),
+                child: None,
+            }
+        }
+
+        pub(crate) fn path(&self, controller: &str) -> &Path {
+            let Cgroup::V1(controllers) = &self.cgroup else {
+                unreachable!()
+            };
+            &controllers[controller]
+        }
+
+        /// Runs a shell script in it.
+        pub(crate) fn run(&mut self, script: &str) -> i32 {
+            let enter = ["pids", "memory"]
+                .map(|c| format!("echo $$ > {}/cgroup.procs", self.path(c).display()));
+            let script = format!("{} && {script}", enter.join(" && "));
+            let child = self
+                .child
+                .insert(Command::new("sh").args(["-c", &script]).spawn().unwrap());
+            i32::try_from(child.id()).unwrap()
+        }
+
+        pub(crate) fn wait(&mut self) {
+            if let Some(mut child) = self.child.take() {
+                let _ = child.wait();
+            }
+        }
+    }
+
+    impl Drop for Own {
+        fn drop(&mut self) {
+            if let Some(child) = &mut self.child {
+                let _ = child.kill();
+            }
+            self.wait();
+            let _ = self.cgroup.kill_all();
+            let Cgroup::V1(controllers) = &self.cgroup else {
+                return;
+            };
+            for directory in controllers.values() {
+                let _ = fs::remove_dir(directory);
+            }
+        }
+    }
+
+    fn mount(kind: &str, root: &str, path: &str, options: &str) -> MountPoint {
+        let options = options.split(',').map(str::to_owned).collect();
+        MountPoint {
+            root: root.into(),
+            path: path.into(),
+            kind: kind.into(),
+            options,
+        }
+    }
+
+    #[test]
+    fn hybrid_machines_count_by_v1_and_pure_ones_by_v2() {
+        let hybrid = [
+            mount("cgroup2", "/", "/c/unified", "rw"),
+            mount("cgroup", "/", "/c/cpu,cpuacct", "rw,cpu,cpuacct"),
+            mount("cgroup", "/part", "/c/memory", "rw,memory"),
+        ];
+        let text = "5:memory:/part/a\n3:cpu,cpuacct:/a\n1:name=systemd:/a\n0::/a\n";
+        let Some(Cgroup::V1(found)) = locate(text, &hybrid) else {
+            panic!("not v1")
+        };
+        assert_eq!(found["cpuacct"], Path::new("/c/cpu,cpuacct/a"));
+        assert_eq!(found["memory"], Path::new("/c/memory/a"));
+        let pure = [mount("cgroup2", "/", "/sys/fs/cgroup", "rw")];
+        assert_eq!(
+            locate("0::/k/a\n", &pure),
+            Some(Cgroup::V2("/sys/fs/cgroup/k/a".into()))
+        );
+        assert_eq!(locate("0::/../a\n", &pure), None);
+    }
+
+    #[test]
+    fn a_shared_cgroup_is_nobodys() {
+        let error = Cgroup::of_process(i32::try_from(std::process::id()).unwrap()).unwrap_err();
+        assert!(matches!(error, CgroupError::Shared { .. }), "{error}");
+    }
+
+    #[test]
+    fn processes_in_sub_cgroups_are_found_and_killed() {
+        let mut own = Own::new("kill");
+        let pid = own.run("exec sleep 1000");
+        while own.cgroup.pids().unwrap() != [pid] {
+            std::thread::yield_now();
+        }
+        assert_eq!(
+            Cgroup::of_process(pid).unwrap().directory(),
+            own.cgroup.directory()
+        );
+        let sub = own.path("pids").join("sub");
+        fs::create_dir_all(&sub).unwrap();
+        fs::write(sub.join("cgroup.procs"), pid.to_string()).unwrap();
+        assert_eq!(own.cgroup.pids().unwrap(), [pid]);
+        let killing = own.cgroup.clone();
+        let killer = std::thread::spawn(move || killing.kill_all());
+        own.wait();
+        killer.join().unwrap().unwrap();
+        assert!(own.cgroup.pids().unwrap().is_empty());
+        fs::remove_dir(sub).unwrap();
+    }
+}

@@ -1,6 +1,27 @@
 //! Standard streams of container processes: handed over whole where possible, copied only for terminals.
+//! Owns who may hold which end of a fifo and for how long; never interprets what flows through.
+//!
+//! A client names fifos that it made and whose other ends it holds. The container gets the fifo itself, so there is no
+//! copier and nothing to lose when the daemon is gone. Three rules follow (`containerd.md` 11.29-31):
+//! - the client waits for EOF before it deletes, so no end of ours that can write to an output outlives the start;
+//! - a client may go away and come back, so an end of ours that can *read* each output stays open, or the container
+//!   would get EPIPE and unread output would be thrown away with the last opener;
+//! - input ends when the client says so (`CloseIO`), not when it disconnects, so we hold a writer until then.
+
+mod console;
+mod copy;
+mod held;
+mod plan;
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+pub use console::{Console, ConsoleSocket};
+pub use held::{ChildStdio, HeldStdio};
+pub use plan::Plan;
 
 /// The standard streams as a request names them: paths or URIs, empty for none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,11 +39,102 @@ pub struct StdioPaths {
 /// Why standard streams could not be set up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum StdioError {}
+pub enum StdioError {
+    /// A scheme that no shim knows. The text is runc-v2's.
+    #[error("unknown STDIO scheme {scheme}")]
+    UnknownScheme {
+        /// Which.
+        scheme: String,
+    },
+    /// A scheme that we do not serve yet.
+    #[error("standard streams by {scheme}:// are not supported yet; use fifos or file://")]
+    UnsupportedScheme {
+        /// Which.
+        scheme: String,
+    },
+    /// A path that is neither a fifo nor a regular file, or not absolute.
+    #[error("{stream} {path} is {what}; a fifo or a regular file is needed", path = .path.display())]
+    WrongKind {
+        /// `stdin`, `stdout` or `stderr`.
+        stream: &'static str,
+        /// What the request named.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// A path that cannot be opened.
+    #[error("cannot open {stream} {path}", path = .path.display())]
+    Open {
+        /// `stdin`, `stdout` or `stderr`.
+        stream: &'static str,
+        /// What the request named.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The runtime did not hand over a terminal.
+    #[error("the OCI runtime handed over no terminal within {} s", .0.as_secs())]
+    NoConsole(Duration),
+    /// The terminal or its socket.
+    #[error("cannot {doing}")]
+    Console {
+        /// What was tried.
+        doing: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
 
 impl StdioError {
     /// The request itself is wrong, whatever the state of the system.
     pub fn is_request_fault(&self) -> bool {
-        match *self {}
+        matches!(
+            self,
+            Self::UnknownScheme { .. } | Self::UnsupportedScheme { .. } | Self::WrongKind { .. }
+        )
+    }
+}
+
+/// What the daemon holds of a process's standard streams while it lives.
+#[derive(Debug)]
+pub enum Streams {
+    /// The container has the streams themselves; we keep the far ends.
+    Held(HeldStdio),
+    /// The container has a terminal; we copy.
+    Terminal(Console),
+}
+
+impl Streams {
+    /// Gives up our writer to the process's input: it reads EOF once the client's writers are gone too. Idempotent.
+    pub fn close_stdin(&self) {
+        match self {
+            Self::Held(held) => held.close_stdin(),
+            Self::Terminal(console) => console.close_stdin(),
+        }
+    }
+
+    /// The process has ended: every end that could keep the client waiting for EOF is given up.
+    pub fn end_of_process(&self) {
+        match self {
+            Self::Held(held) => held.close_stdin(),
+            Self::Terminal(console) => console.end_of_process(),
+        }
+    }
+
+    /// Waits until all output is with the client, for at most `limit`.
+    pub async fn drained(&self, limit: Duration) {
+        if let Self::Terminal(console) = self {
+            console.drained(limit).await;
+        }
+    }
+
+    /// Sets the size of the terminal, in characters; without a terminal there is nothing to do.
+    pub fn resize(&self, width: u16, height: u16) -> Result<(), StdioError> {
+        match self {
+            Self::Held(_) => Ok(()),
+            Self::Terminal(console) => console.resize(width, height),
+        }
     }
 }

@@ -1,11 +1,23 @@
 //! Tasks: containers in execution, their processes, and what can be done with them.
 //! [`Node`] is the whole interface; everything a task does goes through it.
 
+mod container;
+mod control;
+mod creation;
+mod deletion;
+mod detached;
+mod execution;
+mod exits;
 mod node;
+mod process;
 mod request;
+mod restoration;
+mod shared;
+mod state;
 
-pub use node::Node;
+pub use node::{Node, NodeConfig};
 pub use request::{
     Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot, ProcessStatus,
     RuntimeOptions,
 };
+pub(crate) use state::Phase;

@@ -1,95 +1,241 @@
 //! [`Node`]: the tasks of one machine and every operation on them.
+//! Owns the background work and the rule that mutations outlive their callers; the operations live in the sibling modules.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
-use crate::cgroup::Metrics;
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::{AbortHandle, JoinHandle};
+
+use super::detached::{blocking, detached};
+use super::request::{
+    Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot, ProcessStatus,
+};
+use super::shared::Shared;
+use super::state::Phase;
+use super::{control, creation, deletion, execution, exits, restoration};
+use crate::cgroup::{Metrics, OomWatcher};
 use crate::error::Error;
 use crate::event::Event;
+use crate::exit::ExitMonitor;
 use crate::id::{ProcessKey, TaskKey};
+use crate::store::{Store, boot_id};
 
-use super::request::{
-    Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
-};
+/// How a [`Node`] works.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Where its records are: a directory of its own, on tmpfs, owned by us alone.
+    pub state_dir: PathBuf,
+    /// The longest that one call of the OCI runtime, with its hooks, may take.
+    pub runtime_deadline: Duration,
+}
 
 /// The tasks of one machine.
 ///
 /// Mutations run in tasks of their own: dropping the returned future abandons the answer, never the work.
 /// Reads answer from the last published state and never wait for the OCI runtime.
 #[derive(Clone, Debug)]
-pub struct Node {}
+pub struct Node {
+    shared: Arc<Shared>,
+    events: Arc<Mutex<mpsc::UnboundedReceiver<Event>>>,
+    _background: Arc<Background>,
+}
+
+/// What runs as long as the node is used.
+#[derive(Debug)]
+struct Background(Vec<AbortHandle>);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.0.iter().for_each(AbortHandle::abort);
+    }
+}
 
 impl Node {
+    /// Takes over what is in the state directory and starts to work. Needs a tokio runtime.
+    ///
+    /// To inherit the containers' processes, and so to know their exit statuses best, the program should be a
+    /// child subreaper (`PR_SET_CHILD_SUBREAPER`).
+    pub async fn open(config: NodeConfig, monitor: Arc<dyn ExitMonitor>) -> Result<Self, Error> {
+        let state_dir = config.state_dir.clone();
+        let (store, boot_id) =
+            blocking(move || Ok::<_, Error>((Store::open(&state_dir)?, boot_id()))).await??;
+        let oom = OomWatcher::new().map_err(|source| Error::Path {
+            doing: "cannot watch for OOM kills in",
+            path: "/sys/fs/cgroup".into(),
+            source,
+        })?;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared::new(config, boot_id, store, monitor, oom, sender));
+        restoration::restore(&shared).await?;
+        let reaper = Arc::clone(&shared);
+        let background: [JoinHandle<()>; 3] = [
+            tokio::spawn(exits::dispatch(Arc::clone(&shared))),
+            tokio::spawn(exits::watch_oom(Arc::clone(&shared))),
+            tokio::spawn(
+                shared
+                    .orphans
+                    .clone()
+                    .reap(move |pid| reaper.is_watched(pid)),
+            ),
+        ];
+        Ok(Self {
+            shared,
+            events: Arc::new(Mutex::new(receiver)),
+            _background: Arc::new(Background(
+                background.iter().map(JoinHandle::abort_handle).collect(),
+            )),
+        })
+    }
+
     /// Mounts the rootfs, runs `runc create`, watches the init. Returns its pid.
-    pub async fn create(&self, _request: CreateTask) -> Result<u32, Error> {
-        todo!()
+    pub async fn create(&self, request: CreateTask) -> Result<u32, Error> {
+        detached(creation::create(self.shared(), request)).await
     }
+
     /// Starts the init or an exec. Returns its pid.
-    pub async fn start(&self, _key: &ProcessKey) -> Result<u32, Error> {
-        todo!()
+    pub async fn start(&self, key: &ProcessKey) -> Result<u32, Error> {
+        detached(execution::start(self.shared(), key.clone())).await
     }
-    /// Declares an exec.
-    pub async fn exec(&self, _request: ExecProcess) -> Result<(), Error> {
-        todo!()
+
+    /// Declares an exec; [`start`](Self::start) runs it.
+    pub async fn exec(&self, request: ExecProcess) -> Result<(), Error> {
+        detached(execution::exec(self.shared(), request)).await
     }
+
     /// Deletes a stopped (or never started) process; with the init, the whole task.
-    pub async fn delete(&self, _key: &ProcessKey) -> Result<Deleted, Error> {
-        todo!()
+    pub async fn delete(&self, key: &ProcessKey) -> Result<Deleted, Error> {
+        detached(deletion::delete(self.shared(), key.clone())).await
     }
+
     /// Sends a signal to one process, or with `all` to all of the container.
-    pub async fn kill(&self, _key: &ProcessKey, _signal: u32, _all: bool) -> Result<(), Error> {
-        todo!()
+    pub async fn kill(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
+        detached(control::kill(self.shared(), key.clone(), signal, all)).await
     }
+
     /// Freezes the container.
-    pub async fn pause(&self, _key: &TaskKey) -> Result<(), Error> {
-        todo!()
+    pub async fn pause(&self, key: &TaskKey) -> Result<(), Error> {
+        detached(control::pause(self.shared(), key.clone())).await
     }
+
     /// Thaws it.
-    pub async fn resume(&self, _key: &TaskKey) -> Result<(), Error> {
-        todo!()
+    pub async fn resume(&self, key: &TaskKey) -> Result<(), Error> {
+        detached(control::resume(self.shared(), key.clone())).await
     }
+
     /// Changes resources; `resources` is an OCI `LinuxResources` as JSON.
-    pub async fn update(&self, _key: &TaskKey, _resources: Vec<u8>) -> Result<(), Error> {
-        todo!()
+    pub async fn update(&self, key: &TaskKey, resources: Vec<u8>) -> Result<(), Error> {
+        detached(control::update(self.shared(), key.clone(), resources)).await
     }
+
+    /// containerd has given this bundle up: kills what lives, removes everything. Waits for operations under way.
+    pub async fn cleanup(&self, key: &TaskKey, bundle: &Path) -> Result<Cleaned, Error> {
+        detached(deletion::cleanup(
+            self.shared(),
+            key.clone(),
+            bundle.to_owned(),
+        ))
+        .await
+    }
+
     /// Closes our end of a process's standard input: it sees the end once the client's ends are closed too.
-    pub async fn close_stdin(&self, _key: &ProcessKey) -> Result<(), Error> {
-        todo!()
+    pub fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
+        self.shared
+            .process(key)
+            .map(|(_, process)| process.close_stdin())
     }
+
     /// Resizes the terminal, if there is one.
-    pub async fn resize_pty(
-        &self,
-        _key: &ProcessKey,
-        _width: u16,
-        _height: u16,
-    ) -> Result<(), Error> {
-        todo!()
+    pub fn resize_pty(&self, key: &ProcessKey, width: u16, height: u16) -> Result<(), Error> {
+        let (_, process) = self.shared.process(key)?;
+        if process.exec.is_some() && process.now().phase == Phase::Stopped {
+            return Err(Error::WrongState("cannot resize a stopped container"));
+        }
+        match process.streams() {
+            Some(streams) => Ok(streams.resize(width, height)?),
+            None => Ok(()),
+        }
     }
+
     /// Waits for the end.
-    pub async fn wait(&self, _key: &ProcessKey) -> Result<Exit, Error> {
-        todo!()
+    pub async fn wait(&self, key: &ProcessKey) -> Result<Exit, Error> {
+        let (_, process) = self.shared.process(key)?;
+        process.ended().await
     }
+
     /// The process at this moment.
-    pub fn state(&self, _key: &ProcessKey) -> Result<ProcessSnapshot, Error> {
-        todo!()
+    pub fn state(&self, key: &ProcessKey) -> Result<ProcessSnapshot, Error> {
+        let (task, process) = self.shared.process(key)?;
+        let now = process.now();
+        // An exec shows its container's freezing as its own state, as runc-v2 does.
+        let frozen = task.init.now().phase.status();
+        let status = match frozen {
+            ProcessStatus::Paused | ProcessStatus::Pausing => frozen,
+            _ => now.phase.status(),
+        };
+        Ok(ProcessSnapshot {
+            key: key.clone(),
+            bundle: task.bundle.path.clone(),
+            pid: now.pid,
+            status,
+            stdio: process.stdio.clone(),
+            exit: now.exit,
+        })
     }
+
     /// The init's pid, 0 for a task there is not.
-    pub fn init_pid(&self, _key: &TaskKey) -> u32 {
-        todo!()
+    pub fn init_pid(&self, key: &TaskKey) -> u32 {
+        self.shared.task(key).map_or(0, |task| task.init.now().pid)
     }
-    /// The container's processes. Never empty for a task there is: containerd 1.7 takes that for a leak.
-    pub async fn pids(&self, _key: &TaskKey) -> Result<Vec<ProcessEntry>, Error> {
-        todo!()
+
+    /// The container's processes. Never empty for a task there is: containerd 1.7 takes that for a leak and
+    /// destroys the task, with its exit code.
+    pub async fn pids(&self, key: &TaskKey) -> Result<Vec<ProcessEntry>, Error> {
+        let task = self.shared.task(key)?;
+        let init = task.init.now();
+        let mut entries = Vec::new();
+        if init.phase != Phase::Stopped
+            && let Some(cgroup) = task.cgroup()
+            && let Ok(Ok(pids)) = blocking(move || cgroup.pids()).await
+        {
+            let execs = task.all_execs();
+            entries.extend(
+                pids.into_iter()
+                    .filter_map(|pid| u32::try_from(pid).ok())
+                    .map(|pid| {
+                        let root = execs.iter().find(|exec| exec.now().pid == pid);
+                        ProcessEntry {
+                            pid,
+                            exec: root.and_then(|process| process.exec.clone()),
+                        }
+                    }),
+            );
+        }
+        if entries.is_empty() {
+            entries.push(ProcessEntry {
+                pid: init.pid,
+                exec: None,
+            });
+        }
+        Ok(entries)
     }
+
     /// The cgroup's counters; of a stopped task, the last ones read.
-    pub async fn stats(&self, _key: &TaskKey) -> Result<Metrics, Error> {
-        todo!()
+    pub async fn stats(&self, key: &TaskKey) -> Result<Metrics, Error> {
+        let task = self.shared.task(key)?;
+        match exits::current_metrics(&task).await {
+            Some(metrics) if task.init.now().phase != Phase::Stopped => Ok(metrics),
+            now => task.last_metrics().or(now).ok_or(Error::NoCgroup),
+        }
     }
-    /// containerd has given this bundle up: kill what lives, remove everything. Joins a cleanup under way.
-    pub async fn cleanup(&self, _key: &TaskKey, _bundle: &Path) -> Result<Cleaned, Error> {
-        todo!()
-    }
-    /// The next event, in order. One consumer.
+
+    /// The next event, in order. Meant for one consumer; with several, each event goes to one of them.
     pub async fn next_event(&self) -> Option<Event> {
-        todo!()
+        self.events.lock().await.recv().await
+    }
+
+    fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
     }
 }

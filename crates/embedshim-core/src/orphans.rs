@@ -1,0 +1,165 @@
+//! The children nobody asked for: as a subreaper the daemon inherits every orphan below it and must reap it.
+//! Owns the patience that makes this safe; never reaps a process that somebody watches or may be about to.
+//!
+//! `runc exec --detach` leaves its process to us and tells its pid by a file. If that process is over before the file is
+//! read, its zombie must still be there, or its status is lost and its number may mean another. So an unknown
+//! zombie is reaped only when every runtime call that was under way when it was first seen has claimed its processes.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
+use tracing::{debug, warn};
+
+use crate::sys;
+
+/// How long a watched zombie may stand at the head of the queue before we look again.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Which runtime calls are under way.
+#[derive(Clone, Debug, Default)]
+pub struct Orphans {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    tickets: Mutex<Tickets>,
+    returned: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Tickets {
+    next: u64,
+    active: BTreeSet<u64>,
+}
+
+/// While it lives, no orphan that appears is reaped.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    number: u64,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.shared.lock().active.remove(&self.number);
+        self.shared.returned.notify_one();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Tickets> {
+        self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The unknown zombie at the head of the kernel's list, and which calls may still claim it.
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    pid: i32,
+    seen_at: u64,
+}
+
+/// What a look at the head of the list says to do next.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    WaitForChild,
+    LookAgain,
+}
+
+impl Orphans {
+    /// Takes part: whoever runs something whose children we inherit holds a ticket until their pids are known.
+    pub(crate) fn ticket(&self) -> Ticket {
+        let mut tickets = self.shared.lock();
+        let number = tickets.next;
+        tickets.next += 1;
+        tickets.active.insert(number);
+        Ticket {
+            number,
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
+    /// Reaps for ever. `watched` tells whether a pid has somebody who will reap it.
+    pub(crate) async fn reap(self, watched: impl Fn(i32) -> bool) {
+        let mut children = match signal(SignalKind::child()) {
+            Ok(children) => children,
+            Err(source) => {
+                warn!(%source, "cannot listen for SIGCHLD: orphans will stay zombies");
+                return;
+            }
+        };
+        let mut head = None;
+        loop {
+            match self.sweep(&mut head, &watched) {
+                Next::WaitForChild => wait(&mut children, &self.shared.returned, None).await,
+                Next::LookAgain => {
+                    wait(&mut children, &self.shared.returned, Some(LOOK_AGAIN)).await;
+                }
+            }
+        }
+    }
+
+    /// The kernel shows only the first zombie without reaping it, so one that is not ours to reap holds up the others;
+    /// never for long, since its owner reaps it as soon as its pidfd is readable.
+    fn sweep(&self, head: &mut Option<Head>, watched: &impl Fn(i32) -> bool) -> Next {
+        loop {
+            let Some(pid) = first_zombie() else {
+                *head = None;
+                return Next::WaitForChild;
+            };
+            if watched(pid) {
+                return Next::LookAgain;
+            }
+            let tickets = self.shared.lock();
+            let seen = match *head {
+                Some(seen) if seen.pid == pid => seen,
+                _ => *head.insert(Head {
+                    pid,
+                    seen_at: tickets.next,
+                }),
+            };
+            let claimable = tickets
+                .active
+                .first()
+                .is_some_and(|&oldest| oldest < seen.seen_at);
+            drop(tickets);
+            if claimable {
+                return Next::LookAgain;
+            }
+            match sys::reap_zombie(pid) {
+                Ok(_) => debug!(pid, "reaped an orphan"),
+                Err(error) => debug!(pid, %error, "an orphan was reaped by somebody else"),
+            }
+            *head = None;
+        }
+    }
+}
+
+async fn wait(children: &mut Signal, returned: &Notify, limit: Option<Duration>) {
+    let something = async {
+        tokio::select! {
+            _ = children.recv() => {}
+            () = returned.notified() => {}
+        }
+    };
+    match limit {
+        None => something.await,
+        // Look again on time even if nothing is announced: the head's owner does not tell us.
+        Some(limit) => drop(tokio::time::timeout(limit, something).await),
+    }
+}
+
+/// Nobody's child has ended, or we have no children at all.
+fn first_zombie() -> Option<i32> {
+    loop {
+        match sys::peek_zombie() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            found => return found.ok().flatten(),
+        }
+    }
+}

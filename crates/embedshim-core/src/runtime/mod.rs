@@ -1,0 +1,393 @@
+//! The OCI runtime driver: calls runc, or what is compatible with it, and tells its errors in runc-v2's words.
+//! Owns how the binary is called; never decides when, and keeps no state about containers.
+
+mod arguments;
+mod log;
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::process::Command;
+use tokio::task::JoinHandle;
+
+pub use arguments::{Checkpoint, Create, Exec, Restore};
+
+use crate::error::Error;
+use crate::id::Namespace;
+use crate::orphans::Orphans;
+use crate::spec::Spec;
+use crate::stdio::ChildStdio;
+use crate::task::RuntimeOptions;
+
+/// What runc uses when nobody says otherwise, and containerd's shims too.
+const DEFAULT_BINARY: &str = "runc";
+const DEFAULT_ROOT: &str = "/run/containerd/runc";
+/// Enough for any message, little enough for a runtime gone mad.
+const MAX_OUTPUT: u64 = 1024 * 1024;
+/// How long to wait for the end of the output of a runtime that has ended.
+const LEFT_OPEN: Duration = Duration::from_secs(1);
+
+/// The OCI runtime as one container uses it.
+#[derive(Clone, Debug)]
+pub struct Runtime {
+    binary: String,
+    root: PathBuf,
+    systemd_cgroup: bool,
+    no_pivot_root: bool,
+    no_new_keyring: bool,
+    deadline: Duration,
+    orphans: Orphans,
+}
+
+/// The standard streams of one invocation.
+pub(crate) enum Input {
+    /// All `/dev/null`, for the short commands.
+    Null,
+    /// Those of the container: `create` and `exec` pass them on.
+    Container(ChildStdio),
+    /// A document on standard input.
+    Document(Vec<u8>),
+}
+
+/// Why an invocation did not succeed; [`Runtime`]'s methods put the operation's name before it.
+#[derive(Debug)]
+enum Failure {
+    NotRun(io::Error),
+    Late,
+    Exited { code: Option<i32>, stderr: String },
+}
+
+impl Runtime {
+    /// The runtime for containers of `namespace`, by the request's options and the container's spec.
+    ///
+    /// `deadline` bounds each call; a runtime that takes longer is killed.
+    pub fn new(
+        options: &RuntimeOptions,
+        namespace: &Namespace,
+        spec: &Spec,
+        deadline: Duration,
+        orphans: Orphans,
+    ) -> Self {
+        let or = |value: &str, default: &str| {
+            if value.is_empty() {
+                default.to_owned()
+            } else {
+                value.to_owned()
+            }
+        };
+        Self {
+            binary: or(&options.binary, DEFAULT_BINARY),
+            root: Path::new(&or(&options.root, DEFAULT_ROOT)).join(namespace.as_str()),
+            systemd_cgroup: options
+                .systemd_cgroup
+                .unwrap_or_else(|| spec.wants_systemd_cgroup()),
+            no_pivot_root: options.no_pivot_root,
+            no_new_keyring: options.no_new_keyring,
+            deadline,
+            orphans,
+        }
+    }
+
+    /// The binary, as configured.
+    pub fn binary(&self) -> &str {
+        &self.binary
+    }
+
+    /// Its state directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// `create`: the container exists and its init waits on the exec fifo.
+    pub(crate) async fn create(&self, create: &Create<'_>, streams: Input) -> Result<(), Error> {
+        let mut arguments = create.clone();
+        arguments.no_pivot_root = self.no_pivot_root;
+        arguments.no_new_keyring = self.no_new_keyring;
+        self.run("create", arguments.build(), streams, create.log)
+            .await
+            .map(drop)
+    }
+
+    /// `start`: the init goes on to the container's program.
+    pub(crate) async fn start(&self, id: &str, log: &Path) -> Result<(), Error> {
+        self.run("start", arguments::start(id), Input::Null, log)
+            .await
+            .map(drop)
+    }
+
+    /// `exec --detach`: another process in the container.
+    pub(crate) async fn exec(&self, exec: &Exec<'_>, streams: Input) -> Result<(), Error> {
+        self.run("exec", exec.build(), streams, exec.log)
+            .await
+            .map(drop)
+    }
+
+    /// `kill`: a signal to the init, or to all processes.
+    pub(crate) async fn kill(
+        &self,
+        id: &str,
+        signal: u32,
+        all: bool,
+        log: &Path,
+    ) -> Result<(), Error> {
+        match self
+            .invoke(arguments::kill(id, signal, all), Input::Null, log)
+            .await
+        {
+            Ok(_) => Ok(()),
+            Err(failure) => Err(kill_error(&self.message(failure, log).await)),
+        }
+    }
+
+    /// `delete`. A container the runtime does not know is deleted already.
+    pub(crate) async fn delete(&self, id: &str, force: bool, log: &Path) -> Result<(), Error> {
+        match self
+            .run("delete", arguments::delete(id, force), Input::Null, log)
+            .await
+        {
+            Err(Error::Runtime { message, .. }) if message.contains("does not exist") => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// `pause`: all processes are frozen.
+    pub(crate) async fn pause(&self, id: &str, log: &Path) -> Result<(), Error> {
+        self.run("pause", arguments::pause(id), Input::Null, log)
+            .await
+            .map(drop)
+    }
+
+    /// `resume`: they run again.
+    pub(crate) async fn resume(&self, id: &str, log: &Path) -> Result<(), Error> {
+        self.run("resume", arguments::resume(id), Input::Null, log)
+            .await
+            .map(drop)
+    }
+
+    /// `state`: "created", "running", "paused" or "stopped".
+    pub(crate) async fn status(&self, id: &str, log: &Path) -> Result<String, Error> {
+        #[derive(serde::Deserialize)]
+        struct State {
+            status: String,
+        }
+        let stdout = self
+            .run("state", arguments::state(id), Input::Null, log)
+            .await?;
+        let state: State = serde_json::from_slice(&stdout).map_err(|e| Error::Runtime {
+            operation: "state",
+            message: format!("its answer cannot be read: {e}"),
+        })?;
+        Ok(state.status)
+    }
+
+    /// `update` with an OCI `LinuxResources` document.
+    pub(crate) async fn update(
+        &self,
+        id: &str,
+        resources: Vec<u8>,
+        log: &Path,
+    ) -> Result<(), Error> {
+        self.run(
+            "update",
+            arguments::update(id),
+            Input::Document(resources),
+            log,
+        )
+        .await
+        .map(drop)
+    }
+
+    async fn run(
+        &self,
+        operation: &'static str,
+        arguments: Vec<OsString>,
+        streams: Input,
+        log: &Path,
+    ) -> Result<Vec<u8>, Error> {
+        match self.invoke(arguments, streams, log).await {
+            Ok(stdout) => Ok(stdout),
+            Err(failure) => Err(Error::Runtime {
+                operation,
+                message: self.message(failure, log).await,
+            }),
+        }
+    }
+
+    /// One invocation. The ticket keeps its orphans unreaped until the caller knows their pids, so callers
+    /// that read a pid file hold their own ticket around the whole.
+    async fn invoke(
+        &self,
+        arguments: Vec<OsString>,
+        streams: Input,
+        log: &Path,
+    ) -> Result<Vec<u8>, Failure> {
+        let _ticket = self.orphans.ticket();
+        log::discard(log).await;
+        let mut command = Command::new(&self.binary);
+        command
+            .arg("--root")
+            .arg(&self.root)
+            .arg("--log")
+            .arg(log)
+            .arg("--log-format")
+            .arg("json");
+        if self.systemd_cgroup {
+            command.arg("--systemd-cgroup");
+        }
+        command.args(arguments).current_dir("/").process_group(0);
+        // containerd's own socket must not leak into containers by way of runc hooks.
+        command.env_remove("NOTIFY_SOCKET");
+        let mut input = None;
+        match streams {
+            Input::Null => {
+                command
+                    .stdin(Stdio::null())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped());
+            }
+            Input::Document(document) => {
+                command
+                    .stdin(Stdio::piped())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped());
+                input = Some(document);
+            }
+            Input::Container(ChildStdio {
+                stdin,
+                stdout,
+                stderr,
+            }) => {
+                let [stdin, stdout, stderr] =
+                    [stdin, stdout, stderr].map(|fd: OwnedFd| Stdio::from(fd));
+                command.stdin(stdin).stdout(stdout).stderr(stderr);
+            }
+        }
+        let mut child = command.spawn().map_err(Failure::NotRun)?;
+        // The command holds our copies of the container's streams: a writer we kept would hide its EOF.
+        drop(command);
+        if let (Some(document), Some(mut stdin)) = (input, child.stdin.take()) {
+            // A runtime that does not read its input says why by its status.
+            let _ = stdin.write_all(&document).await;
+        }
+        let output = [collect(child.stdout.take()), collect(child.stderr.take())];
+        let Ok(status) = tokio::time::timeout(self.deadline, child.wait()).await else {
+            if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+                // Its own process group (process_group(0)), so hooks and `runc init` go with it.
+                let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            return Err(Failure::Late);
+        };
+        let status = status.map_err(Failure::NotRun)?;
+        let [stdout, stderr] = output;
+        if status.success() {
+            return Ok(stdout.take().await);
+        }
+        let stderr = String::from_utf8_lossy(&stderr.take().await)
+            .trim()
+            .to_owned();
+        Err(Failure::Exited {
+            code: status.code(),
+            stderr,
+        })
+    }
+
+    /// The runtime's own last word: log.json first, then stderr, then its status.
+    async fn message(&self, failure: Failure, log: &Path) -> String {
+        match failure {
+            Failure::NotRun(source) => {
+                format!(
+                    "cannot run the OCI runtime {:?}: {source}; install it or correct BinaryName",
+                    self.binary
+                )
+            }
+            Failure::Late => format!(
+                "{} did not finish within {} s and was killed",
+                self.binary,
+                self.deadline.as_secs()
+            ),
+            Failure::Exited { code, stderr } => match log::last_error(log).await {
+                Some(message) => message,
+                None if !stderr.is_empty() => stderr,
+                None => match code {
+                    Some(code) => format!(
+                        "{} exited with status {code} and left no message",
+                        self.binary
+                    ),
+                    None => format!("{} was killed by a signal", self.binary),
+                },
+            },
+        }
+    }
+}
+
+/// What a runtime writes, read while it runs.
+struct Collected(Option<JoinHandle<Vec<u8>>>);
+
+fn collect(pipe: Option<impl AsyncRead + Send + Unpin + 'static>) -> Collected {
+    Collected(pipe.map(|pipe| {
+        tokio::spawn(async move {
+            let mut output = Vec::new();
+            // What was read before an error is all there is.
+            let _ = pipe.take(MAX_OUTPUT).read_to_end(&mut output).await;
+            output
+        })
+    }))
+}
+
+impl Collected {
+    /// The runtime has ended, but a hook that went to the background may keep its pipe open for ever.
+    async fn take(self) -> Vec<u8> {
+        let Some(reader) = self.0 else {
+            return Vec::new();
+        };
+        tokio::time::timeout(LEFT_OPEN, reader)
+            .await
+            .ok()
+            .and_then(Result::ok)
+            .unwrap_or_default()
+    }
+}
+
+/// runc-v2's classification of what `runc kill` says (`checkKillError`; b437938d2, 0a2129222).
+fn kill_error(message: &str) -> Error {
+    const FINISHED: [&str; 3] = [
+        "os: process already finished",
+        "container not running",
+        "no such process",
+    ];
+    if FINISHED.iter().any(|text| message.contains(text)) {
+        Error::AlreadyFinished
+    } else if message.contains("does not exist") {
+        Error::NoSuchContainer
+    } else {
+        Error::Kill(message.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kill_errors_are_classified_as_runc_v2_does() {
+        assert!(matches!(
+            kill_error("container not running"),
+            Error::AlreadyFinished
+        ));
+        assert!(matches!(
+            kill_error("container does not exist"),
+            Error::NoSuchContainer
+        ));
+        assert_eq!(
+            kill_error("eperm").to_string(),
+            "unknown error after kill: eperm"
+        );
+    }
+}

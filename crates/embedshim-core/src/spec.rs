@@ -1,0 +1,101 @@
+//! The few facts we need of a container's `config.json`; everything else is the OCI runtime's business.
+
+use std::io;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::error::Error;
+
+/// A spec of more than this is no spec.
+const MAX_SPEC: u64 = 16 * 1024 * 1024;
+
+/// What the daemon reads of an OCI runtime spec.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Spec {
+    linux: Linux,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct Linux {
+    #[serde(rename = "cgroupsPath")]
+    cgroups_path: String,
+    namespaces: Vec<LinuxNamespace>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct LinuxNamespace {
+    #[serde(rename = "type")]
+    kind: String,
+    path: String,
+}
+
+impl Spec {
+    /// Reads `config.json` of a bundle. Blocks on the file.
+    pub fn read(bundle: &Path) -> Result<Self, Error> {
+        use io::Read;
+        let path = bundle.join("config.json");
+        let failed = |doing| {
+            let path = path.clone();
+            move |source| Error::Path {
+                doing,
+                path,
+                source,
+            }
+        };
+        let mut text = Vec::new();
+        let file = std::fs::File::open(&path).map_err(failed("cannot open the OCI spec"))?;
+        file.take(MAX_SPEC)
+            .read_to_end(&mut text)
+            .map_err(failed("cannot read the OCI spec"))?;
+        serde_json::from_slice(&text).map_err(|e| failed("cannot parse the OCI spec")(e.into()))
+    }
+
+    /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that can't send
+    /// runc's options (CRI and nerdctl with a runtime type of ours) still write this form (`containerd.md` 4.4).
+    pub fn wants_systemd_cgroup(&self) -> bool {
+        let path = &self.linux.cgroups_path;
+        !path.starts_with('/') && path.split(':').count() == 3
+    }
+
+    /// Whether the end of the init ends all processes by itself: only in a pid namespace of its own.
+    ///
+    /// A container in a shared one has to be killed process by process (`ShouldKillAllOnExit`).
+    pub fn has_own_pid_namespace(&self) -> bool {
+        self.linux
+            .namespaces
+            .iter()
+            .any(|namespace| namespace.kind == "pid" && namespace.path.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(json: &str) -> Spec {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn the_systemd_form_is_recognised() {
+        assert!(
+            spec(r#"{"linux":{"cgroupsPath":"system.slice:docker:abc"}}"#).wants_systemd_cgroup()
+        );
+        assert!(!spec(r#"{"linux":{"cgroupsPath":"/default/abc"}}"#).wants_systemd_cgroup());
+        assert!(!spec("{}").wants_systemd_cgroup());
+    }
+
+    #[test]
+    fn a_joined_pid_namespace_is_not_its_own() {
+        assert!(spec(r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#).has_own_pid_namespace());
+        assert!(
+            !spec(r#"{"linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}}"#)
+                .has_own_pid_namespace()
+        );
+        assert!(!spec(r#"{"linux":{"namespaces":[{"type":"mount"}]}}"#).has_own_pid_namespace());
+    }
+}

@@ -1,0 +1,217 @@
+//! The ends of a process's streams: those it gets, and those we keep while it lives.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+
+use super::plan::{Output, Plan, keep_reader, keep_writer};
+
+/// The streams for the process. Whoever starts it lets go of them right after: a writer of ours would hide EOF.
+#[derive(Debug)]
+pub struct ChildStdio {
+    /// Its input.
+    pub stdin: OwnedFd,
+    /// Its output.
+    pub stdout: OwnedFd,
+    /// Its error output.
+    pub stderr: OwnedFd,
+}
+
+/// Our ends: a writer to its input until that is closed, and readers of its outputs that never read.
+#[derive(Debug)]
+pub struct HeldStdio {
+    stdin: Mutex<Option<OwnedFd>>,
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "held for what holding them does")
+    )]
+    readers: Vec<OwnedFd>,
+}
+
+impl HeldStdio {
+    pub(super) fn new(stdin: Option<OwnedFd>, readers: Vec<OwnedFd>) -> Self {
+        Self {
+            stdin: Mutex::new(stdin),
+            readers,
+        }
+    }
+
+    /// Takes the ends up again after a restart, as far as the fifos are still there. Blocks on the file system.
+    pub fn reopen(plan: &Plan) -> Self {
+        let stdin = plan
+            .stdin
+            .as_deref()
+            .and_then(|path| keep_writer(path).ok());
+        let reader = |stream, output: &Output| match output {
+            Output::Path(path) => keep_reader(stream, path).ok(),
+            _ => None,
+        };
+        let readers = [
+            reader("stdout", &plan.stdout),
+            reader("stderr", &plan.stderr),
+        ];
+        Self::new(stdin, readers.into_iter().flatten().collect())
+    }
+
+    /// Gives up our writer to the input. Idempotent.
+    pub fn close_stdin(&self) {
+        self.stdin
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File, OpenOptions};
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::path::{Path, PathBuf};
+
+    use nix::sys::stat::Mode;
+
+    use super::*;
+    use crate::stdio::{StdioError, StdioPaths};
+
+    struct Fifos {
+        dir: tempfile::TempDir,
+        plan: Plan,
+    }
+
+    fn fifos() -> Fifos {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            let path = dir.path().join(name);
+            nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+            path.display().to_string()
+        };
+        let paths = StdioPaths {
+            stdin: make("in"),
+            stdout: make("out"),
+            stderr: make("err"),
+            terminal: false,
+        };
+        let plan = Plan::parse(&paths).unwrap();
+        Fifos { dir, plan }
+    }
+
+    fn reader(path: &Path) -> File {
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .unwrap()
+    }
+
+    #[test]
+    fn opening_waits_for_nobody_and_eof_needs_only_the_process_to_let_go() {
+        let fifos = fifos();
+        let (child, held) = fifos.plan.open(None).unwrap();
+        File::from(child.stdout).write_all(b"hello").unwrap();
+        // The client comes late; the keeper has kept the output, and is no writer that would hide EOF.
+        let mut client = reader(&fifos.dir.path().join("out"));
+        let mut text = String::new();
+        client.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+        drop(held);
+    }
+
+    #[test]
+    fn a_reader_that_goes_away_costs_neither_epipe_nor_output() {
+        let fifos = fifos();
+        let (child, _held) = fifos.plan.open(None).unwrap();
+        let mut stdout = File::from(child.stdout);
+        drop(reader(&fifos.dir.path().join("out")));
+        stdout.write_all(b"while away").unwrap();
+        let mut text = [0; 10];
+        reader(&fifos.dir.path().join("out"))
+            .read_exact(&mut text)
+            .unwrap();
+        assert_eq!(&text, b"while away");
+    }
+
+    #[test]
+    fn input_ends_with_close_io_and_not_with_a_client() {
+        let fifos = fifos();
+        let (child, held) = fifos.plan.open(None).unwrap();
+        let mut stdin = File::from(child.stdin);
+        let path = fifos.dir.path().join("in");
+        OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .write_all(b"one")
+            .unwrap();
+        let mut text = [0; 3];
+        stdin.read_exact(&mut text).unwrap();
+        // No client, but our writer: a read would block, so ask without blocking by another reader.
+        assert_eq!(
+            reader(&path).read(&mut text).unwrap_err().kind(),
+            ErrorKind::WouldBlock
+        );
+        held.close_stdin();
+        held.close_stdin();
+        assert_eq!(stdin.read(&mut text).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_restarted_daemon_takes_the_ends_up_again() {
+        let fifos = fifos();
+        let (child, held) = fifos.plan.open(None).unwrap();
+        drop(held);
+        let again = HeldStdio::reopen(&fifos.plan);
+        assert!(again.stdin.lock().unwrap().is_some());
+        assert_eq!(again.readers.len(), 2);
+        drop(child);
+        fs::remove_file(fifos.dir.path().join("out")).unwrap();
+        assert_eq!(HeldStdio::reopen(&fifos.plan).readers.len(), 1);
+    }
+
+    #[test]
+    fn a_log_file_is_made_with_its_directories_and_shared() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("a/b/log");
+        let paths = StdioPaths {
+            stdout: format!("file://{}", log.display()),
+            ..StdioPaths::default()
+        };
+        let (child, _held) = Plan::parse(&paths).unwrap().open(None).unwrap();
+        File::from(child.stdout).write_all(b"out ").unwrap();
+        File::from(child.stderr).write_all(b"err").unwrap();
+        assert_eq!(fs::read_to_string(log).unwrap(), "out err");
+    }
+
+    #[test]
+    fn what_is_not_there_or_not_a_stream_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |stdout: PathBuf| {
+            let paths = StdioPaths {
+                stdout: stdout.display().to_string(),
+                ..StdioPaths::default()
+            };
+            Plan::parse(&paths).unwrap().open(None).unwrap_err()
+        };
+        let missing = open(dir.path().join("missing"));
+        assert!(
+            matches!(
+                missing,
+                StdioError::Open {
+                    stream: "stdout",
+                    ..
+                }
+            ),
+            "{missing}"
+        );
+        let directory = open(dir.path().to_owned());
+        assert!(
+            directory.to_string().contains("is a directory"),
+            "{directory}"
+        );
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
+        assert!(
+            open(dir.path().join("link"))
+                .to_string()
+                .contains("symbolic link")
+        );
+    }
+}

@@ -1,0 +1,308 @@
+//! The durable task store: one small JSON document per task in the state directory, replaced atomically.
+//! Owns the format and its versions; never holds the truth in memory, that is the task's.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use crate::cgroup::{Cgroup, Metrics};
+use crate::error::Error;
+use crate::id::{ContainerId, ExecId, Namespace, TaskKey};
+use crate::process::ProcessIdentity;
+use crate::rootfs::Mount;
+use crate::stdio::StdioPaths;
+use crate::task::{Exit, Phase, RuntimeOptions};
+
+/// The format this program writes. A reader refuses what is newer and keeps fields it does not know.
+pub(crate) const VERSION: u32 = 1;
+/// Directory of the records below the state directory.
+const TASKS: &str = "tasks";
+/// Where unreadable records go, so that they are neither lost nor read again.
+const UNREADABLE: &str = "unreadable";
+const SUFFIX: &str = ".json";
+
+/// Everything the daemon has to remember about a task.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct TaskRecord {
+    pub(crate) version: u32,
+    pub(crate) boot_id: String,
+    pub(crate) namespace: Namespace,
+    pub(crate) id: ContainerId,
+    pub(crate) bundle: Bundle,
+    pub(crate) owner: String,
+    pub(crate) runtime: RuntimeOptions,
+    pub(crate) rootfs: Vec<Mount>,
+    /// `create` has come to its end: what lacks this is debris of a daemon that died in it.
+    pub(crate) complete: bool,
+    pub(crate) init: ProcessRecord,
+    #[serde(default)]
+    pub(crate) execs: BTreeMap<ExecId, ProcessRecord>,
+    #[serde(default)]
+    pub(crate) cgroup: Option<Cgroup>,
+    #[serde(default)]
+    pub(crate) oom_kills: u64,
+    #[serde(default)]
+    pub(crate) last_metrics: Option<Metrics>,
+    /// Fields of a newer version, given back unread.
+    #[serde(flatten)]
+    pub(crate) unknown: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A bundle directory, and which one of that name: the same id can get a new bundle of the same path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Bundle {
+    pub(crate) path: PathBuf,
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+}
+
+impl Bundle {
+    /// The bundle at `path`. Blocks on the file system.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        if !metadata.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+/// What there is to remember about one process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ProcessRecord {
+    pub(crate) phase: Phase,
+    pub(crate) stdio: StdioPaths,
+    #[serde(default)]
+    pub(crate) identity: Option<ProcessIdentity>,
+    #[serde(default)]
+    pub(crate) exit: Option<Exit>,
+    /// The OCI `Process` of an exec that was not started yet.
+    #[serde(default)]
+    pub(crate) spec: Option<String>,
+}
+
+/// The state directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Store {
+    tasks: PathBuf,
+    unreadable: PathBuf,
+}
+
+impl Store {
+    /// Opens (and makes) the store below `state_dir`. Blocks on the file system.
+    pub(crate) fn open(state_dir: &Path) -> Result<Self, Error> {
+        let store = Self {
+            tasks: state_dir.join(TASKS),
+            unreadable: state_dir.join(UNREADABLE),
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&store.tasks)
+            .map_err(|source| Error::Path {
+                doing: "cannot create the state directory",
+                path: store.tasks.clone(),
+                source,
+            })?;
+        Ok(store)
+    }
+
+    /// Replaces the record: after a crash there is the old one or the new one. Blocks on the file system.
+    ///
+    /// Without fsync: the state directory is on tmpfs or its content is worthless after a power cut, since the
+    /// processes are gone too.
+    pub(crate) fn save(&self, record: &TaskRecord) -> Result<(), Error> {
+        let path = self.path(&record.namespace, &record.id);
+        // A container id cannot begin with a dot, nor can a namespace: no record has this name.
+        let draft = self
+            .tasks
+            .join(format!(".{}:{}.draft", record.namespace, record.id));
+        let write = || -> io::Result<()> {
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&draft)?;
+            file.write_all(&serde_json::to_vec(record)?)?;
+            fs::rename(&draft, &path)
+        };
+        write().map_err(|source| {
+            let _ = fs::remove_file(&draft);
+            Error::Path {
+                doing: "cannot write the task record",
+                path: path.clone(),
+                source,
+            }
+        })
+    }
+
+    /// Removes the record, if there is one. Blocks on the file system.
+    pub(crate) fn remove(&self, key: &TaskKey) -> Result<(), Error> {
+        let path = self.path(&key.namespace, &key.id);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Path {
+                doing: "cannot remove the task record",
+                path,
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// All records. What cannot be read is logged and moved aside, for a human to look at: one bad file must
+    /// not keep the daemon from its other containers. Blocks on the file system.
+    pub(crate) fn load(&self) -> Result<Vec<TaskRecord>, Error> {
+        let failed = |source| Error::Path {
+            doing: "cannot list the task records",
+            path: self.tasks.clone(),
+            source,
+        };
+        let mut records = Vec::new();
+        for entry in fs::read_dir(&self.tasks).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with('.') {
+                let _ = fs::remove_file(&path);
+            } else if name.ends_with(SUFFIX) {
+                match self.read(&path) {
+                    Ok(record) => records.push(record),
+                    Err(reason) => self.set_aside(&path, &reason),
+                }
+            }
+        }
+        Ok(records)
+    }
+
+    fn read(&self, path: &Path) -> Result<TaskRecord, String> {
+        let text = fs::read(path).map_err(|e| e.to_string())?;
+        let record: TaskRecord = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+        if record.version > VERSION {
+            return Err(format!(
+                "it is of version {}, this program knows {VERSION}",
+                record.version
+            ));
+        }
+        if self.path(&record.namespace, &record.id) != path {
+            return Err(format!("it speaks of {}/{}", record.namespace, record.id));
+        }
+        Ok(record)
+    }
+
+    fn set_aside(&self, path: &Path, reason: &str) {
+        warn!(path = %path.display(), reason, kept_in = %self.unreadable.display(), "cannot use a task record");
+        let moved = fs::create_dir_all(&self.unreadable).and_then(|()| {
+            fs::rename(
+                path,
+                self.unreadable.join(path.file_name().unwrap_or_default()),
+            )
+        });
+        if let Err(source) = moved {
+            warn!(path = %path.display(), %source, "cannot move the record aside");
+        }
+    }
+
+    fn path(&self, namespace: &Namespace, id: &ContainerId) -> PathBuf {
+        // Neither part can hold a colon, so no two tasks share a name.
+        self.tasks.join(format!("{namespace}:{id}{SUFFIX}"))
+    }
+}
+
+/// This boot, as the kernel names it. Blocks on procfs, which is quick.
+pub(crate) fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|id| id.trim().to_owned())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(id: &str) -> TaskRecord {
+        TaskRecord {
+            version: VERSION,
+            boot_id: boot_id(),
+            namespace: "ns".parse().unwrap(),
+            id: id.parse().unwrap(),
+            bundle: Bundle {
+                path: "/b".into(),
+                device: 1,
+                inode: 2,
+            },
+            owner: String::new(),
+            runtime: RuntimeOptions::default(),
+            rootfs: Vec::new(),
+            complete: true,
+            init: ProcessRecord {
+                phase: Phase::Stopped,
+                stdio: StdioPaths::default(),
+                identity: None,
+                exit: Some(Exit {
+                    code: 9,
+                    at: std::time::SystemTime::UNIX_EPOCH,
+                }),
+                spec: None,
+            },
+            execs: BTreeMap::new(),
+            cgroup: None,
+            oom_kills: 0,
+            last_metrics: None,
+            unknown: serde_json::Map::new(),
+        }
+    }
+
+    #[test]
+    fn fields_of_a_newer_daemon_survive_an_older_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let mut newer = record("c");
+        newer
+            .unknown
+            .insert("invented_later".into(), serde_json::json!({"x": 1}));
+        store.save(&newer).unwrap();
+        let read = store.load().unwrap().remove(0);
+        store.save(&read).unwrap();
+        let again = store.load().unwrap().remove(0);
+        assert_eq!(again.unknown["invented_later"]["x"], 1);
+        assert_eq!(again.init.exit.unwrap().code, 9);
+        store
+            .remove(&TaskKey {
+                namespace: again.namespace,
+                id: again.id,
+            })
+            .unwrap();
+        assert!(store.load().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_bad_record_is_set_aside_and_the_others_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.save(&record("good")).unwrap();
+        let mut future = record("future");
+        future.version = VERSION + 1;
+        store.save(&future).unwrap();
+        fs::write(store.tasks.join("ns:torn.json"), "{\"version\":1,").unwrap();
+        fs::write(store.tasks.join(".ns:good.draft"), "half").unwrap();
+        fs::copy(
+            store.tasks.join("ns:good.json"),
+            store.tasks.join("ns:liar.json"),
+        )
+        .unwrap();
+        let read = store.load().unwrap();
+        assert_eq!(read.len(), 1);
+        assert_eq!(read[0].id.as_str(), "good");
+        assert_eq!(fs::read_dir(&store.unreadable).unwrap().count(), 3);
+        assert_eq!(fs::read_dir(&store.tasks).unwrap().count(), 1);
+    }
+}

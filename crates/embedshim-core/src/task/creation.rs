@@ -1,0 +1,254 @@
+//! `Create`: from a bundle to a container whose init waits to be started, or to nothing at all.
+//! Owns the order of the steps and their undoing; each step leaves a trace that [`abandon`] finds.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{info, warn};
+
+use super::container::Task;
+use super::detached::blocking;
+use super::exits;
+use super::request::CreateTask;
+use super::shared::Shared;
+use crate::cgroup::Cgroup;
+use crate::error::Error;
+use crate::event::EventKind;
+use crate::process::Process;
+use crate::rootfs;
+use crate::runtime::{Create, Input, Runtime};
+use crate::spec::Spec;
+use crate::stdio::{Console, ConsoleSocket, Plan, Streams};
+use crate::store::Bundle;
+
+/// How long a runtime that says it has started a terminal may take to hand it over.
+const CONSOLE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Creates the task. On failure nothing of it is left.
+pub(super) async fn create(shared: Arc<Shared>, request: CreateTask) -> Result<u32, Error> {
+    let plan = Plan::parse(&request.stdio)?;
+    let path = request.bundle.clone();
+    if !path.is_absolute() {
+        return Err(Error::Invalid(format!(
+            "bundle {} is not an absolute path",
+            path.display()
+        )));
+    }
+    let (bundle, spec) = blocking(move || {
+        let bundle = Bundle::open(&path).map_err(|source| Error::Path {
+            doing: "cannot open the bundle",
+            path,
+            source,
+        })?;
+        let spec = Spec::read(&bundle.path)?;
+        Ok::<_, Error>((bundle, spec))
+    })
+    .await??;
+    let deadline = shared.config.runtime_deadline;
+    let runtime = Runtime::new(
+        &request.runtime,
+        &request.key.namespace,
+        &spec,
+        deadline,
+        shared.orphans.clone(),
+    );
+    let task = Arc::new(Task::new(
+        request,
+        bundle,
+        runtime,
+        spec.has_own_pid_namespace(),
+    ));
+    shared.reserve(&task)?;
+    let _turn = task.init.turn().await?;
+    task.init.starting();
+    let mut runtime_was_called = false;
+    match establish(&shared, &task, &plan, &mut runtime_was_called).await {
+        Ok(pid) => {
+            info!(namespace = %task.key.namespace, id = %task.key.id, pid, "created");
+            exits::release_early(&shared, &task, &task.init);
+            Ok(pid)
+        }
+        Err(error) => {
+            abandon(&shared, &task, runtime_was_called).await;
+            Err(error)
+        }
+    }
+}
+
+async fn establish(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    plan: &Plan,
+    runtime_was_called: &mut bool,
+) -> Result<u32, Error> {
+    task.save(shared).await?;
+    mount_rootfs(task).await?;
+    // Until the init is watched, no orphan is reaped: it might be the init.
+    let _ticket = shared.orphans.ticket();
+    let pid_file = task.bundle.path.join("init.pid");
+    let log = task.log();
+    let call = Create {
+        id: task.id(),
+        bundle: &task.bundle.path,
+        pid_file: &pid_file,
+        console_socket: None,
+        log: &log,
+        no_pivot_root: false,
+        no_new_keyring: false,
+    };
+    *runtime_was_called = true;
+    let streams = with_streams(
+        shared,
+        task,
+        plan,
+        async |input, console_socket: Option<&Path>| {
+            task.runtime
+                .create(
+                    &Create {
+                        console_socket,
+                        ..call.clone()
+                    },
+                    input,
+                )
+                .await
+        },
+    )
+    .await?;
+    let process = Arc::new(opened(read_pid(&pid_file).await?)?);
+    let pid = process.identity().pid;
+    task.init.connect(streams);
+    task.set_cgroup(find_cgroup(pid).await);
+    shared.watch(task, &task.init, process).await?;
+    watch_for_oom(shared, task);
+    task.completed();
+    if let Err(error) = task.save(shared).await {
+        task.uncompleted();
+        return Err(error);
+    }
+    let pid = task.init.now().pid;
+    shared.emit(
+        task,
+        EventKind::Created {
+            bundle: task.bundle.path.clone(),
+            rootfs: task.rootfs.clone(),
+            stdio: task.init.stdio.clone(),
+            pid,
+        },
+    );
+    Ok(pid)
+}
+
+/// Opens a process's standard streams, lets `call` run the runtime with them, and gives back our ends.
+pub(super) async fn with_streams(
+    shared: &Shared,
+    task: &Task,
+    plan: &Plan,
+    call: impl AsyncFnOnce(Input, Option<&Path>) -> Result<(), Error>,
+) -> Result<Streams, Error> {
+    if !plan.terminal() {
+        let (opening, owner) = (plan.clone(), task.io_owner());
+        let (child, held) = blocking(move || opening.open(owner)).await??;
+        call(Input::Container(child), None).await?;
+        return Ok(Streams::Held(held));
+    }
+    let directory = shared.config.state_dir.clone();
+    let socket = blocking(move || ConsoleSocket::bind(&directory)).await??;
+    let path = socket.path().to_owned();
+    // The runtime sends the master before it returns, and the socket's buffer keeps it: no need to accept meanwhile.
+    call(Input::Null, Some(&path)).await?;
+    let master = socket.accept(CONSOLE_DEADLINE).await?;
+    let console = Console::start(master, plan)?;
+    Ok(Streams::Terminal(console))
+}
+
+async fn mount_rootfs(task: &Task) -> Result<(), Error> {
+    if task.rootfs.is_empty() {
+        return Ok(());
+    }
+    let (mounts, target) = (task.rootfs.clone(), task.rootfs_path());
+    blocking(move || rootfs::mount_all(&mounts, &target))
+        .await?
+        .map_err(Error::Rootfs)
+}
+
+/// Undoes whatever a failed [`establish`] did. Each step is tried, whatever became of the others.
+async fn abandon(shared: &Arc<Shared>, task: &Arc<Task>, runtime_was_called: bool) {
+    if let Some(identity) = task.init.identity() {
+        shared.disown(identity);
+        if let Err(error) = shared.monitor.unwatch(identity).await {
+            warn!(id = task.id(), %error, "cannot end the watch of a container that was not created");
+        }
+    }
+    task.init.start_failed();
+    shared.oom.unwatch(task.serial);
+    remove_traces(shared, task, runtime_was_called).await;
+    shared.release(task);
+}
+
+/// Removes container, mounts and record of a task that is not to be. Idempotent.
+pub(super) async fn remove_traces(shared: &Shared, task: &Task, runtime_was_called: bool) {
+    if runtime_was_called
+        && let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await
+    {
+        // The runtime is missing, say, which is what the client is told already.
+        warn!(id = task.id(), %error, "cannot delete a container that was not created");
+    }
+    if !task.rootfs.is_empty() {
+        let target = task.rootfs_path();
+        match blocking(move || rootfs::unmount_recursive(&target)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(id = task.id(), %error, "cannot unmount"),
+            Err(error) => warn!(id = task.id(), %error, "cannot unmount"),
+        }
+    }
+    let (store, key) = (shared.store.clone(), task.key.clone());
+    if let Ok(Err(error)) | Err(error) = blocking(move || store.remove(&key)).await {
+        warn!(id = task.id(), %error, "cannot remove a task record");
+    }
+}
+
+/// The cgroup of a new container. Without one, statistics and OOM events are missing, nothing else.
+async fn find_cgroup(pid: i32) -> Option<Cgroup> {
+    match blocking(move || Cgroup::of_process(pid)).await {
+        Ok(Ok(cgroup)) => Some(cgroup),
+        Ok(Err(error)) => {
+            warn!(pid, %error, "no cgroup: statistics and OOM events will be missing");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// Starts watching before the container runs: it may run out of memory at once (842cb99a5 in containerd).
+pub(super) fn watch_for_oom(shared: &Shared, task: &Task) {
+    if let Some(cgroup) = task.cgroup()
+        && let Err(error) = shared.oom.watch(task.serial, &cgroup)
+    {
+        warn!(id = task.id(), %error, "cannot watch for OOM kills: they will be seen at the exit only");
+    }
+}
+
+/// The pid that the runtime wrote.
+pub(super) async fn read_pid(file: &Path) -> Result<i32, Error> {
+    let path = PathBuf::from(file);
+    let failed = |source| Error::Path {
+        doing: "cannot read the runtime's pid file",
+        path: path.clone(),
+        source,
+    };
+    let text = tokio::fs::read_to_string(file).await.map_err(failed)?;
+    match text.trim().parse() {
+        Ok(pid) if pid > 0 => Ok(pid),
+        _ => Err(failed(std::io::Error::new(
+            std::io::ErrorKind::InvalidData,
+            "not a pid",
+        ))),
+    }
+}
+
+/// Opens a process the runtime has just told us of.
+pub(super) fn opened(pid: i32) -> Result<Process, Error> {
+    Process::open(pid)
+        .map_err(|error| Error::Internal(format!("cannot watch the new process: {error}")))
+}

@@ -1,0 +1,24 @@
+//! Work that outlives its caller: a mutation must not end half-way because a client hung up.
+
+use std::future::Future;
+
+use crate::error::Error;
+
+/// Runs `work` as a task of its own and waits for it; dropping this future abandons the answer only.
+pub(super) async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::spawn(work).await {
+        Ok(result) => result,
+        Err(panic) => Err(Error::Internal(panic.to_string())),
+    }
+}
+
+/// Runs file-system work, which may block, away from the runtime's thread.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|panic| Error::Internal(panic.to_string()))
+}

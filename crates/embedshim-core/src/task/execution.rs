@@ -1,0 +1,204 @@
+//! `Start`, of the init and of execs, and `Exec`, which only declares one.
+//! Owns that a started process is watched before anybody can miss its end.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use tracing::info;
+
+use super::container::Task;
+use super::creation::{opened, read_pid, with_streams};
+use super::detached::blocking;
+use super::exits;
+use super::process::TaskProcess;
+use super::request::ExecProcess;
+use super::shared::Shared;
+use super::state::{Operation, Phase};
+use crate::error::Error;
+use crate::event::EventKind;
+use crate::id::{ExecId, ProcessKey};
+use crate::runtime::Exec;
+use crate::stdio::Plan;
+
+/// Starts the init or an exec.
+pub(super) async fn start(shared: Arc<Shared>, key: ProcessKey) -> Result<u32, Error> {
+    let (task, process) = shared.process(&key)?;
+    let _turn = process.turn().await?;
+    match process.exec.clone() {
+        None => start_init(&shared, &task).await,
+        Some(exec) => start_exec(&shared, &task, &process, &exec).await,
+    }
+}
+
+async fn start_init(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<u32, Error> {
+    let init = &task.init;
+    init.now().phase.admit(Operation::Start)?;
+    init.starting();
+    let result = task.runtime.start(task.id(), &task.log()).await;
+    if result.is_ok() {
+        init.advance(Phase::Created, Phase::Running);
+        let pid = init.now().pid;
+        shared.emit(task, EventKind::Started { pid });
+        info!(namespace = %task.key.namespace, id = task.id(), pid, "started");
+    }
+    // Not saved yet: after a crash a live process whose record says "created" is looked at (restoration).
+    let saved = task.save(shared).await;
+    exits::release_early(shared, task, init);
+    result?;
+    saved?;
+    Ok(init.now().pid)
+}
+
+async fn start_exec(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    process: &Arc<TaskProcess>,
+    exec: &ExecId,
+) -> Result<u32, Error> {
+    process.now().phase.admit(Operation::Start)?;
+    task.enter_exec()?;
+    process.starting();
+    let files = ExecFiles::new(&task.bundle.path, exec);
+    let result = run_exec(shared, task, process, &files).await;
+    files.remove().await;
+    match result {
+        Ok(pid) => {
+            process.advance(Phase::Created, Phase::Running);
+            process.forget_spec();
+            let saved = task.save(shared).await;
+            shared.emit(
+                task,
+                EventKind::ExecStarted {
+                    exec: exec.clone(),
+                    pid,
+                },
+            );
+            info!(namespace = %task.key.namespace, id = task.id(), exec_id = %exec, pid, "exec started");
+            exits::release_early(shared, task, process);
+            saved?;
+            Ok(pid)
+        }
+        Err(error) => {
+            if let Some(identity) = process.identity() {
+                shared.disown(identity);
+                if let Some(unwatched) = process.process() {
+                    // It runs, but nobody would ever learn of its end: it must not go on.
+                    let _ = unwatched.signal(libc::SIGKILL);
+                }
+            }
+            process.start_failed();
+            task.leave_exec(shared);
+            Err(error)
+        }
+    }
+}
+
+async fn run_exec(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    process: &Arc<TaskProcess>,
+    files: &ExecFiles,
+) -> Result<u32, Error> {
+    let plan = Plan::parse(&process.stdio)?;
+    let spec = process
+        .spec()
+        .ok_or_else(|| Error::Internal("the exec has no process document".into()))?;
+    files.write_process(spec).await?;
+    // Until the exec is watched, no orphan is reaped: it might be the exec, ended already.
+    let _ticket = shared.orphans.ticket();
+    let streams = with_streams(
+        shared,
+        task,
+        &plan,
+        async |input, console_socket: Option<&Path>| {
+            let call = Exec {
+                id: task.id(),
+                process: &files.process,
+                pid_file: &files.pid,
+                console_socket,
+                log: &files.log,
+            };
+            task.runtime.exec(&call, input).await
+        },
+    )
+    .await?;
+    let opened = Arc::new(opened(read_pid(&files.pid).await?)?);
+    process.connect(streams);
+    shared.watch(task, process, opened).await?;
+    Ok(process.now().pid)
+}
+
+/// The files of one `exec` call in the bundle. Exec ids can't hold a slash, nor begin with a dot.
+struct ExecFiles {
+    process: PathBuf,
+    pid: PathBuf,
+    log: PathBuf,
+}
+
+impl ExecFiles {
+    fn new(bundle: &Path, exec: &ExecId) -> Self {
+        let file = |suffix| bundle.join(format!(".exec-{exec}.{suffix}"));
+        Self {
+            process: file("process.json"),
+            pid: file("pid"),
+            log: file("log.json"),
+        }
+    }
+
+    async fn write_process(&self, spec: String) -> Result<(), Error> {
+        let path = self.process.clone();
+        tokio::fs::write(&path, spec)
+            .await
+            .map_err(|source| Error::Path {
+                doing: "cannot write the exec's process document",
+                path,
+                source,
+            })
+    }
+
+    async fn remove(&self) {
+        let files = [self.process.clone(), self.pid.clone(), self.log.clone()];
+        // Left-overs would go with the bundle.
+        let _ = blocking(move || files.map(|file| std::fs::remove_file(file).is_ok())).await;
+    }
+}
+
+/// The OCI `Process` field that must agree with the request.
+#[derive(Deserialize)]
+struct ProcessTerminal {
+    #[serde(default)]
+    terminal: bool,
+}
+
+/// Declares an exec; nothing runs yet.
+pub(super) async fn exec(shared: Arc<Shared>, request: ExecProcess) -> Result<(), Error> {
+    let task = shared.task(&request.task)?;
+    task.init.now().phase.admit(Operation::Exec)?;
+    Plan::parse(&request.stdio)?;
+    let spec = process_document(&request.spec, request.stdio.terminal)?;
+    task.add_exec(
+        request.exec.clone(),
+        TaskProcess::new(Some(request.exec.clone()), request.stdio, Some(spec)),
+    )?;
+    if let Err(error) = task.save(&shared).await {
+        task.remove_exec(&request.exec);
+        return Err(error);
+    }
+    shared.emit(&task, EventKind::ExecAdded { exec: request.exec });
+    Ok(())
+}
+
+/// The document as the runtime is to get it: its `terminal` is the request's, as runc-v2 sets it.
+fn process_document(spec: &[u8], terminal: bool) -> Result<String, Error> {
+    let invalid =
+        |why: String| Error::Invalid(format!("the exec's process document is not valid: {why}"));
+    let mut document: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(spec).map_err(|e| invalid(e.to_string()))?;
+    let stated: ProcessTerminal =
+        serde_json::from_slice(spec).map_err(|e| invalid(e.to_string()))?;
+    if stated.terminal != terminal {
+        document.insert("terminal".into(), terminal.into());
+    }
+    serde_json::to_string(&document).map_err(|e| invalid(e.to_string()))
+}

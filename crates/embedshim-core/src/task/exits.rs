@@ -1,0 +1,177 @@
+//! Exits: from the monitor's record to the answered `Wait`, the event and the forgotten watch.
+//! Owns their order (`containerd.md` 4.5): killed with the init, OOM before exit, durable before visible, execs before init.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{debug, error, info, warn};
+
+use super::container::Task;
+use super::detached::blocking;
+use super::process::TaskProcess;
+use super::request::Exit;
+use super::shared::{Owner, Shared};
+use super::state::Phase;
+use crate::cgroup::Metrics;
+use crate::event::EventKind;
+use crate::exit::{ExitRecord, ExitStatus};
+
+/// A monitor that fails is asked again after this.
+const MONITOR_RETRY: Duration = Duration::from_secs(1);
+
+/// Brings every exit to its owner, for ever.
+pub(super) async fn dispatch(shared: Arc<Shared>) {
+    let mut batch = Vec::new();
+    loop {
+        batch.clear();
+        if let Err(error) = shared.monitor.next_exits(&mut batch).await {
+            error!(%error, "the exit monitor fails: exits are delayed until it answers again");
+            tokio::time::sleep(MONITOR_RETRY).await;
+            continue;
+        }
+        for record in batch.drain(..) {
+            // Without an owner it was deleted or disowned meanwhile.
+            if let Some(owner) = shared.owner(record.process) {
+                arrive(&shared, owner, record);
+            }
+        }
+    }
+}
+
+/// Keeps the exit back while its process is being started, or settles it.
+pub(super) fn arrive(shared: &Arc<Shared>, owner: Owner, record: ExitRecord) {
+    let Owner { task, process, .. } = owner;
+    if let Some(record) = process.hold(record) {
+        tokio::spawn(settle(Arc::clone(shared), task, process, record));
+    }
+}
+
+/// The start's event is out: an exit that came before may follow.
+pub(super) fn release_early(shared: &Arc<Shared>, task: &Arc<Task>, process: &Arc<TaskProcess>) {
+    if let Some(record) = process.started() {
+        tokio::spawn(settle(
+            Arc::clone(shared),
+            Arc::clone(task),
+            Arc::clone(process),
+            record,
+        ));
+    }
+}
+
+/// Everything that follows from the end of a process, once.
+pub(super) async fn settle(
+    shared: Arc<Shared>,
+    task: Arc<Task>,
+    process: Arc<TaskProcess>,
+    record: ExitRecord,
+) {
+    let is_init = process.exec.is_none();
+    if is_init {
+        task.init_ended();
+        end_the_rest(&shared, &task).await;
+    }
+    let exit = Exit {
+        code: record.status.code(),
+        at: record.at.to_wall(),
+    };
+    if !process.end(exit) {
+        return;
+    }
+    if let Some(streams) = process.streams() {
+        streams.end_of_process();
+    }
+    flush_oom(&shared, &task).await;
+    let durable = task.save(&shared).await;
+    process.publish_end();
+    log(&task, &process, &record);
+    let told = EventKind::Exited {
+        exec: process.exec.clone(),
+        pid: process.now().pid,
+        exit_code: exit.code,
+        exited_at: exit.at,
+    };
+    if is_init {
+        task.tell_init_exit(&shared, told);
+    } else {
+        shared.emit(&task, told);
+        task.leave_exec(&shared);
+    }
+    shared.disown(record.process);
+    match durable {
+        // The kernel's record is given up only for a durable one: a successor can still ask for it.
+        Ok(()) => {
+            if let Err(error) = shared.monitor.confirm(record.process).await {
+                warn!(pid = record.process.pid, %error, "cannot free the kernel's exit record");
+            }
+        }
+        Err(error) => {
+            error!(id = task.id(), %error, "an exit is not durable: it would be learned again after a restart");
+        }
+    }
+}
+
+fn log(task: &Task, process: &TaskProcess, record: &ExitRecord) {
+    let (namespace, id, pid) = (&task.key.namespace, task.id(), record.process.pid);
+    let exec_id = process.exec.as_ref().map(tracing::field::display);
+    let evidence = record.evidence;
+    if let ExitStatus::Unknown { reason } = record.status {
+        warn!(%namespace, id, exec_id, pid, %reason, "ended, and nobody knows how: 255 is reported");
+    } else {
+        info!(%namespace, id, exec_id, pid, status = %record.status, ?evidence, "ended");
+    }
+}
+
+/// With the init its container ends. A frozen cgroup would keep the others from dying, a shared pid namespace from having to.
+async fn end_the_rest(shared: &Shared, task: &Arc<Task>) {
+    if matches!(task.init.now().phase, Phase::Paused | Phase::Pausing)
+        && let Err(error) = task.runtime.resume(task.id(), &task.kill_log()).await
+    {
+        debug!(id = task.id(), %error, "cannot thaw a container whose init has ended");
+    }
+    read_metrics(task).await;
+    if task.has_own_pid_namespace {
+        return;
+    }
+    let Some(cgroup) = task.cgroup() else { return };
+    let _ticket = shared.orphans.ticket();
+    match blocking(move || cgroup.kill_all()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            warn!(id = task.id(), %error, "cannot end all processes of a container in a shared pid namespace");
+        }
+        Err(error) => warn!(id = task.id(), %error, "cannot end all processes of a container"),
+    }
+}
+
+/// One last look: the OOM event precedes the exit it caused, even if its notification was not read yet (62845f4a9).
+async fn flush_oom(shared: &Shared, task: &Arc<Task>) {
+    if let Some(cgroup) = task.cgroup()
+        && let Ok(Some(kills)) = blocking(move || cgroup.oom_kills()).await
+        && task.count_oom_kills(kills)
+    {
+        shared.emit(task, EventKind::Oom);
+    }
+}
+
+/// Keeps the counters for those who ask after the end, when the cgroup may be gone.
+async fn read_metrics(task: &Arc<Task>) {
+    if let Some(metrics) = current_metrics(task).await {
+        task.keep_metrics(metrics);
+    }
+}
+
+/// The counters now, if there is still a cgroup.
+pub(super) async fn current_metrics(task: &Arc<Task>) -> Option<Metrics> {
+    let cgroup = task.cgroup()?;
+    blocking(move || cgroup.metrics()).await.ok()?.ok()
+}
+
+/// Tells of OOM kills while the container lives on, for ever.
+pub(super) async fn watch_oom(shared: Arc<Shared>) {
+    loop {
+        let serial = shared.oom.next().await;
+        if let Some(task) = shared.all().into_iter().find(|task| task.serial == serial) {
+            flush_oom(&shared, &task).await;
+        }
+    }
+}

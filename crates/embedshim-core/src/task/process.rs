@@ -1,0 +1,280 @@
+//! One process of a task: its published state, its descriptors and the exit that must not come too early.
+//! Owns what a process *is* at any moment; never calls the runtime and never emits an event.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
+
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
+
+use super::request::Exit;
+use super::state::Phase;
+use crate::error::Error;
+use crate::exit::ExitRecord;
+use crate::id::ExecId;
+use crate::process::{Process, ProcessIdentity};
+use crate::stdio::{StdioPaths, Streams};
+use crate::store::ProcessRecord;
+
+/// A process of a task.
+#[derive(Debug)]
+pub(crate) struct TaskProcess {
+    pub(crate) exec: Option<ExecId>,
+    pub(crate) stdio: StdioPaths,
+    /// The queue of mutations: one at a time, first come, first served. Reads and exits don't take it.
+    turn: Semaphore,
+    published: watch::Sender<Published>,
+    live: Mutex<Live>,
+}
+
+/// What everybody may see.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Published {
+    pub(crate) phase: Phase,
+    pub(crate) pid: u32,
+    pub(crate) exit: Option<Exit>,
+    /// The start of this exec failed: its waiters are let go though it never ran.
+    pub(crate) start_failed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Live {
+    process: Option<Arc<Process>>,
+    identity: Option<ProcessIdentity>,
+    streams: Option<Arc<Streams>>,
+    stdin_closed: bool,
+    spec: Option<String>,
+    /// An operation is between its effect and its event: an exit has to wait behind it.
+    starting: bool,
+    early_exit: Option<ExitRecord>,
+    /// How it ended, known before it is durable and published.
+    ended: Option<Exit>,
+}
+
+impl TaskProcess {
+    /// A process that does not exist yet.
+    pub(crate) fn new(exec: Option<ExecId>, stdio: StdioPaths, spec: Option<String>) -> Self {
+        Self::with(
+            exec,
+            stdio,
+            Phase::Created,
+            Live {
+                spec,
+                ..Live::default()
+            },
+        )
+    }
+
+    /// A process as it was remembered. It has no descriptors yet.
+    pub(crate) fn restored(exec: Option<ExecId>, record: ProcessRecord) -> Self {
+        let live = Live {
+            identity: record.identity,
+            spec: record.spec,
+            ended: record.exit,
+            ..Live::default()
+        };
+        Self::with(exec, record.stdio, record.phase, live)
+    }
+
+    fn with(exec: Option<ExecId>, stdio: StdioPaths, phase: Phase, live: Live) -> Self {
+        let pid = live.identity.map_or(0, |identity| positive(identity.pid));
+        let published = watch::Sender::new(Published {
+            phase,
+            pid,
+            exit: live.ended,
+            start_failed: false,
+        });
+        Self {
+            exec,
+            stdio,
+            turn: Semaphore::new(1),
+            published,
+            live: Mutex::new(live),
+        }
+    }
+
+    /// Waits for this process's turn.
+    pub(crate) async fn turn(&self) -> Result<SemaphorePermit<'_>, Error> {
+        self.turn
+            .acquire()
+            .await
+            .map_err(|closed| Error::Internal(closed.to_string()))
+    }
+
+    /// What everybody may see now.
+    pub(crate) fn now(&self) -> Published {
+        *self.published.borrow()
+    }
+
+    /// Waits for the end, or for a start that failed: then with Go's zero time, as runc-v2 answers.
+    pub(crate) async fn ended(&self) -> Result<Exit, Error> {
+        let mut published = self.published.subscribe();
+        let over = published
+            .wait_for(|now| now.exit.is_some() || now.start_failed)
+            .await;
+        over.map(|now| now.exit.unwrap_or_else(never_ran))
+            .map_err(|closed| Error::Internal(closed.to_string()))
+    }
+
+    /// Goes from one phase to another, unless it is in neither (because the process ended meanwhile).
+    pub(crate) fn advance(&self, from: Phase, to: Phase) -> bool {
+        self.published.send_if_modified(|now| {
+            let fits = now.phase == from;
+            if fits {
+                now.phase = to;
+            }
+            fits
+        })
+    }
+
+    /// From here until [`started`](Self::started) an exit is kept back.
+    pub(crate) fn starting(&self) {
+        self.live().starting = true;
+    }
+
+    /// The events of the operation are out; gives the exit that came meanwhile.
+    pub(crate) fn started(&self) -> Option<ExitRecord> {
+        let mut live = self.live();
+        live.starting = false;
+        live.early_exit.take()
+    }
+
+    /// The start came to nothing: waiters are let go, an exit that was kept back is moot.
+    pub(crate) fn start_failed(&self) {
+        let mut live = self.live();
+        live.starting = false;
+        live.early_exit = None;
+        live.streams = None;
+        drop(live);
+        self.published.send_modify(|now| now.start_failed = true);
+    }
+
+    /// Keeps the exit back if an operation is under way; gives it back if not.
+    pub(crate) fn hold(&self, record: ExitRecord) -> Option<ExitRecord> {
+        let mut live = self.live();
+        if live.starting {
+            live.early_exit = Some(record);
+            return None;
+        }
+        Some(record)
+    }
+
+    /// It has a pid now.
+    pub(crate) fn runs_as(&self, process: Arc<Process>) {
+        let identity = process.identity();
+        let mut live = self.live();
+        live.identity = Some(identity);
+        live.process = Some(process);
+        drop(live);
+        self.published
+            .send_modify(|now| now.pid = positive(identity.pid));
+    }
+
+    /// Keeps its streams.
+    pub(crate) fn connect(&self, streams: Streams) {
+        let mut live = self.live();
+        if live.stdin_closed {
+            streams.close_stdin();
+        }
+        live.streams = Some(Arc::new(streams));
+    }
+
+    /// Its streams, if it has any now.
+    pub(crate) fn streams(&self) -> Option<Arc<Streams>> {
+        self.live().streams.clone()
+    }
+
+    /// Lets go of its streams.
+    pub(crate) fn disconnect(&self) {
+        self.live().streams = None;
+    }
+
+    /// Closes our end of its input, now or as soon as there is one.
+    pub(crate) fn close_stdin(&self) {
+        let mut live = self.live();
+        live.stdin_closed = true;
+        if let Some(streams) = &live.streams {
+            streams.close_stdin();
+        }
+    }
+
+    /// The living process, if it lives.
+    pub(crate) fn process(&self) -> Option<Arc<Process>> {
+        self.live().process.clone()
+    }
+
+    /// Who it is or was.
+    pub(crate) fn identity(&self) -> Option<ProcessIdentity> {
+        self.live().identity
+    }
+
+    /// The OCI `Process` of an exec that was not started.
+    pub(crate) fn spec(&self) -> Option<String> {
+        self.live().spec.clone()
+    }
+
+    /// Started: the document is of no use any more.
+    pub(crate) fn forget_spec(&self) {
+        self.live().spec = None;
+    }
+
+    /// Notes how it ended, to be saved before it is [published](Self::publish_end). False if that was known already.
+    pub(crate) fn end(&self, exit: Exit) -> bool {
+        let mut live = self.live();
+        let first = live.ended.is_none();
+        live.ended.get_or_insert(exit);
+        live.process = None;
+        first
+    }
+
+    /// Lets everybody see its end.
+    pub(crate) fn publish_end(&self) {
+        let exit = self.live().ended;
+        self.published.send_modify(|now| {
+            now.phase = Phase::Stopped;
+            now.exit = exit;
+        });
+    }
+
+    /// What there is to remember.
+    pub(crate) fn record(&self) -> ProcessRecord {
+        let live = self.live();
+        let phase = if live.ended.is_some() {
+            Phase::Stopped
+        } else {
+            self.now().phase
+        };
+        ProcessRecord {
+            phase,
+            stdio: self.stdio.clone(),
+            identity: live.identity,
+            exit: live.ended,
+            spec: live.spec.clone(),
+        }
+    }
+
+    fn live(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Seconds from Go's zero time (year 1) to the epoch: what containerd's shims answer for "never".
+#[expect(
+    clippy::duration_suboptimal_units,
+    reason = "containerd's constant is in seconds"
+)]
+const GO_ZERO_BEFORE_EPOCH: Duration = Duration::from_secs(62_135_596_800);
+
+/// The answer to waiters of an exec whose start failed: Go's zero time stands for "never" in containerd's API.
+fn never_ran() -> Exit {
+    Exit {
+        code: 0,
+        at: UNIX_EPOCH
+            .checked_sub(GO_ZERO_BEFORE_EPOCH)
+            .unwrap_or(UNIX_EPOCH),
+    }
+}
+
+/// Pids are positive; containerd counts them unsigned.
+fn positive(pid: i32) -> u32 {
+    u32::try_from(pid).unwrap_or(0)
+}

@@ -1,0 +1,199 @@
+//! [`Shared`]: what all operations of a node need: the registry of tasks, who is watched, and the way out for events.
+//! Never runs an operation itself.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use tokio::sync::mpsc;
+
+use super::container::Task;
+use super::node::NodeConfig;
+use super::process::TaskProcess;
+use crate::cgroup::OomWatcher;
+use crate::error::Error;
+use crate::event::{Event, EventKind};
+use crate::exit::{ExitMonitor, Watched};
+use crate::id::{ProcessKey, TaskKey};
+use crate::orphans::Orphans;
+use crate::process::{Process, ProcessIdentity};
+use crate::store::Store;
+
+/// What all operations of a node need.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: NodeConfig,
+    pub(crate) boot_id: String,
+    pub(crate) store: Store,
+    pub(crate) monitor: Arc<dyn ExitMonitor>,
+    pub(crate) orphans: Orphans,
+    pub(crate) oom: OomWatcher,
+    pub(crate) events: mpsc::UnboundedSender<Event>,
+    tasks: Mutex<HashMap<TaskKey, Arc<Task>>>,
+    watched: Mutex<HashMap<i32, Vec<Owner>>>,
+}
+
+/// Whose a watched process is. A number can have two for a moment: one that ended and one that got its pid.
+#[derive(Clone, Debug)]
+pub(crate) struct Owner {
+    identity: ProcessIdentity,
+    pub(crate) task: Arc<Task>,
+    pub(crate) process: Arc<TaskProcess>,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        config: NodeConfig,
+        boot_id: String,
+        store: Store,
+        monitor: Arc<dyn ExitMonitor>,
+        oom: OomWatcher,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Self {
+        Self {
+            config,
+            boot_id,
+            store,
+            monitor,
+            orphans: Orphans::default(),
+            oom,
+            events,
+            tasks: Mutex::default(),
+            watched: Mutex::default(),
+        }
+    }
+
+    /// Takes the task's id for it. It can't be [found](Self::task) before it is complete.
+    pub(crate) fn reserve(&self, task: &Arc<Task>) -> Result<(), Error> {
+        match self.tasks().entry(task.key.clone()) {
+            Entry::Occupied(taken) => Err(Error::IdTaken {
+                id: taken.key().id.to_string(),
+            }),
+            Entry::Vacant(free) => {
+                free.insert(Arc::clone(task));
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives the task's id back.
+    pub(crate) fn release(&self, task: &Arc<Task>) {
+        let mut tasks = self.tasks();
+        if tasks
+            .get(&task.key)
+            .is_some_and(|holder| Arc::ptr_eq(holder, task))
+        {
+            tasks.remove(&task.key);
+        }
+    }
+
+    /// The task of that name, if its creation is over.
+    pub(crate) fn task(&self, key: &TaskKey) -> Result<Arc<Task>, Error> {
+        self.task_even_unfinished(key)
+            .filter(|task| task.is_complete())
+            .ok_or(Error::NoSuchTask)
+    }
+
+    /// The task of that name, also while it is being created.
+    pub(crate) fn task_even_unfinished(&self, key: &TaskKey) -> Option<Arc<Task>> {
+        self.tasks().get(key).cloned()
+    }
+
+    /// The process of that name, with its task.
+    pub(crate) fn process(&self, key: &ProcessKey) -> Result<(Arc<Task>, Arc<TaskProcess>), Error> {
+        let task = self.task(&key.task)?;
+        let process = task.find(key.exec.as_ref())?;
+        Ok((task, process))
+    }
+
+    /// All tasks whose creation is over.
+    pub(crate) fn all(&self) -> Vec<Arc<Task>> {
+        self.tasks()
+            .values()
+            .filter(|task| task.is_complete())
+            .cloned()
+            .collect()
+    }
+
+    /// Watches a process that was just started. From here on its exit finds its owner; if it is over already, the
+    /// exit is kept back in the process as one that came early.
+    pub(crate) async fn watch(
+        &self,
+        task: &Arc<Task>,
+        owner: &Arc<TaskProcess>,
+        process: Arc<Process>,
+    ) -> Result<(), Error> {
+        self.own(process.identity(), task, owner);
+        owner.runs_as(Arc::clone(&process));
+        match self.monitor.watch(process).await? {
+            Watched::Armed => {}
+            Watched::Ended(record) => drop(owner.hold(record)),
+        }
+        Ok(())
+    }
+
+    /// Notes whose this process is.
+    pub(crate) fn own(
+        &self,
+        identity: ProcessIdentity,
+        task: &Arc<Task>,
+        process: &Arc<TaskProcess>,
+    ) {
+        let owner = Owner {
+            identity,
+            task: Arc::clone(task),
+            process: Arc::clone(process),
+        };
+        self.watched().entry(identity.pid).or_default().push(owner);
+    }
+
+    /// Whose this process is.
+    pub(crate) fn owner(&self, identity: ProcessIdentity) -> Option<Owner> {
+        self.watched()
+            .get(&identity.pid)?
+            .iter()
+            .find(|owner| owner.identity == identity)
+            .cloned()
+    }
+
+    /// Forgets whose it was.
+    pub(crate) fn disown(&self, identity: ProcessIdentity) {
+        let mut watched = self.watched();
+        if let Entry::Occupied(mut owners) = watched.entry(identity.pid) {
+            owners.get_mut().retain(|owner| owner.identity != identity);
+            if owners.get().is_empty() {
+                owners.remove();
+            }
+        }
+    }
+
+    /// Whether somebody will reap the process of that number.
+    pub(crate) fn is_watched(&self, pid: i32) -> bool {
+        self.watched().contains_key(&pid)
+    }
+
+    /// Tells a fact about a task to whoever listens.
+    pub(crate) fn emit(&self, task: &Task, kind: EventKind) {
+        if task.is_silent() {
+            return;
+        }
+        let event = Event {
+            namespace: task.key.namespace.clone(),
+            id: task.key.id.clone(),
+            owner: task.owner.clone(),
+            at: SystemTime::now(),
+            kind,
+        };
+        // Without a listener the node is used as a library that does not want events.
+        let _ = self.events.send(event);
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, HashMap<TaskKey, Arc<Task>>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watched(&self) -> MutexGuard<'_, HashMap<i32, Vec<Owner>>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
