@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/*
+ * Records how tracked processes end: the wait status that their parent's waitpid() gets, and when.
+ *
+ * sched_process_exit fires once per thread, in do_exit(), after signal->live was decremented. The process is over when
+ * live is 0, and its status is then the group's if the group was told to exit (exit_group, a deadly signal),
+ * else what the thread-group leader passed to exit() - whichever thread ends last, also if the leader went first.
+ *
+ * Before 6.16 two threads can both decrement before either gets here, so two events can see live == 0, the first perhaps too
+ * early for the leader's exit_code: so the last write wins, and nothing is deleted here. User space takes the
+ * record only when the pidfd says that the process is dead, which is later than any of these events.
+ */
+#include "kernel.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+
+/* nsec_to_clock_t() of field 22 in /proc/PID/stat: USER_HZ is 100 on every architecture we build for. */
+#define NS_PER_TICK 10000000
+
+/* What user space finds; crates/monitor-bpf/src/maps.rs reads it as three u64. */
+struct exit_record {
+	__u64 start_ticks;
+	__u64 at_boot_ns;
+	__u64 wait_status;
+};
+
+/* Written by user space only: start time of each watched process, by its number in the daemon's pid namespace. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, __u64);
+} tracked SEC(".maps");
+
+/* Preallocated: an allocation here could fail just when the OOM killer is at work. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, struct exit_record);
+} exited SEC(".maps");
+
+/* The daemon's pid namespace; 0 for the initial one. Set before loading. */
+const volatile __u32 pid_namespace = 0;
+
+/* The process's number as the daemon knows it; 0 if it is in none of the daemon's namespaces. */
+static __always_inline __u32 number_of(struct task_struct *task, struct signal_struct *signal)
+{
+	struct pid *pid;
+	void *upid;
+	__u32 level, i;
+
+	if (!pid_namespace)
+		return BPF_CORE_READ(task, tgid);
+
+	pid = BPF_CORE_READ(signal, pids[PIDTYPE_TGID]);
+	level = BPF_CORE_READ(pid, level);
+	upid = (void *)pid + bpf_core_field_offset(struct pid, numbers);
+	for (i = 0; i <= MAX_LEVEL; i++) {
+		if (i > level)
+			break;
+		struct upid *at = upid;
+
+		if (BPF_CORE_READ(at, ns, ns.inum) == pid_namespace)
+			return BPF_CORE_READ(at, nr);
+		upid += bpf_core_type_size(struct upid);
+	}
+	return 0;
+}
+
+SEC("raw_tp/sched_process_exit")
+int record_exit(__u64 *args)
+{
+	struct task_struct *task = (struct task_struct *)args[0];
+	struct signal_struct *signal = BPF_CORE_READ(task, signal);
+	struct exit_record record = {};
+	struct task_struct *leader;
+	__u64 *start_ticks;
+	__u32 number;
+
+	if (BPF_CORE_READ(signal, live.counter) != 0)
+		return 0;
+	number = number_of(task, signal);
+	start_ticks = bpf_map_lookup_elem(&tracked, &number);
+	if (!start_ticks)
+		return 0;
+	/* An execve() by another thread makes that thread the leader, with the old leader's start time. */
+	leader = BPF_CORE_READ(task, group_leader);
+	record.start_ticks = BPF_CORE_READ(leader, start_boottime) / NS_PER_TICK;
+	if (record.start_ticks != *start_ticks)
+		return 0; /* another process with a tracked number that is free again */
+	record.at_boot_ns = bpf_ktime_get_boot_ns();
+	if (BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT)
+		record.wait_status = (__u32)BPF_CORE_READ(signal, group_exit_code);
+	else
+		record.wait_status = (__u32)BPF_CORE_READ(leader, exit_code);
+	bpf_map_update_elem(&exited, &number, &record, BPF_ANY);
+	return 0;
+}
+
+/* bpf_probe_read_kernel() and bpf_ktime_get_boot_ns() are for GPL-compatible programs only. */
+char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -1,0 +1,129 @@
+//! Where program and maps are pinned, and what is found there.
+//! Owns the names below bpffs; one directory per state directory, so that daemons don't meet.
+
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{FsType, statfs};
+
+/// Where bpffs is expected.
+const BPFFS: &str = "/sys/fs/bpf";
+/// `BPF_FS_MAGIC` of linux/magic.h.
+const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+/// Which layout of the maps is below: another one gets another directory, and the two can exist side by side.
+const LAYOUT: &str = "v1";
+
+/// The pin directory of the daemon with this state directory: `/sys/fs/bpf/embedshim/run-embedshim/v1` for
+/// `/run/embedshim`. bpffs allows no dots, so other characters are replaced and a hash of the path tells them apart.
+pub fn pin_dir_for(state_dir: &Path) -> PathBuf {
+    let path = state_dir.as_os_str().as_bytes();
+    let path = path.strip_prefix(b"/").unwrap_or(path);
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    let mut name: Vec<u8> = path
+        .iter()
+        .map(|&byte| if is_plain(byte) { byte } else { b'-' })
+        .collect();
+    if path.iter().any(|&byte| !is_plain(byte) && byte != b'/') || name.len() > 200 {
+        name.truncate(200);
+        name.extend_from_slice(format!("-{:016x}", fnv1a(path)).as_bytes());
+    }
+    Path::new(BPFFS)
+        .join("embedshim")
+        .join(OsStr::from_bytes(&name))
+        .join(LAYOUT)
+}
+
+/// FNV-1a, to tell paths apart that look the same once escaped.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+/// The pins of one daemon.
+#[derive(Clone, Debug)]
+pub(crate) struct Pins {
+    directory: PathBuf,
+}
+
+impl Pins {
+    pub(crate) fn new(directory: &Path) -> Self {
+        Self {
+            directory: directory.to_owned(),
+        }
+    }
+
+    /// Makes the directory, for us alone.
+    pub(crate) fn make(&self) -> io::Result<()> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.directory)
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(crate) fn tracked(&self) -> PathBuf {
+        self.directory.join("tracked")
+    }
+
+    pub(crate) fn exited(&self) -> PathBuf {
+        self.directory.join("exited")
+    }
+
+    pub(crate) fn link(&self) -> PathBuf {
+        self.directory.join("link")
+    }
+
+    /// Removes all of it; the kernel stops recording.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        for path in [self.link(), self.tracked(), self.exited()] {
+            match fs::remove_file(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the directory is, or would be, on a bpffs; else the nearest directory that exists and is not.
+    pub(crate) fn on_bpffs(&self) -> Result<(), PathBuf> {
+        let existing = self
+            .directory
+            .ancestors()
+            .find(|path| path.exists())
+            .unwrap_or(Path::new("/"));
+        match statfs(existing) {
+            Ok(found) if found.filesystem_type() == BPF_FS_MAGIC => Ok(()),
+            _ => Err(existing.to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_state_directory_has_pins_of_its_own() {
+        let of = |path: &str| pin_dir_for(Path::new(path)).display().to_string();
+        assert_eq!(
+            of("/run/embedshim"),
+            "/sys/fs/bpf/embedshim/run-embedshim/v1"
+        );
+        let (dot, dash) = (of("/tmp/.x"), of("/tmp/-x"));
+        assert_ne!(dot, dash);
+        assert!(!dot.contains('.'), "{dot}");
+        assert!(
+            of(&"/long".repeat(100))
+                .split('/')
+                .all(|part| part.len() < 256)
+        );
+    }
+}

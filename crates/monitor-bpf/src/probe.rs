@@ -1,0 +1,99 @@
+//! What this machine allows of BPF, found out by loading, attaching and pinning for real, and taking it all back.
+
+use std::error::Error;
+use std::path::Path;
+
+use embedshim_core::exit::{Availability, Backend, Feature, Guarantees, Survives};
+
+use crate::pins::Pins;
+use crate::program::{OpenError, Program};
+
+const MOUNT: &str = "mount -t bpf bpf /sys/fs/bpf";
+
+type Tried = Result<(), (String, Option<String>)>;
+
+/// Tries everything this backend needs. `pin_dir` is where the daemon would pin; it is not made.
+pub fn probe(pin_dir: &Path) -> Availability {
+    let program = Program::open_unpinned(1);
+    let btf = Path::new("/sys/kernel/btf/vmlinux").exists();
+    let btf: Tried = if btf {
+        Ok(())
+    } else {
+        Err(("/sys/kernel/btf/vmlinux is missing".into(), None))
+    };
+    let attached: Tried = program
+        .as_ref()
+        .map(|_| ())
+        .map_err(|error| (chain(error), remedy(error)));
+    let pinned: Tried = match program {
+        Ok(program) => try_pinning(program, pin_dir),
+        Err(_) => Err(("not tried: the program cannot be loaded".into(), None)),
+    };
+    let verdict = match (&attached, &pinned) {
+        (Err((why, _)), _) => Err(why.clone()),
+        (Ok(()), pinned) => {
+            let survives = if pinned.is_ok() {
+                Survives::Everything
+            } else {
+                Survives::Nothing
+            };
+            Ok(Guarantees {
+                survives,
+                exact_for_others: true,
+                exact_time: true,
+            })
+        }
+    };
+    let remedies = [&attached, &pinned]
+        .into_iter()
+        .filter_map(|tried| tried.as_ref().err()?.1.clone())
+        .collect();
+    let features = vec![
+        Feature::tried("BTF", "5.2", "to find the fields of kernel structures", btf),
+        Feature::tried("raw tracepoint", "4.17", "to see every exit", attached),
+        Feature::tried("pinned link", "5.7", "to record while nobody runs", pinned),
+    ];
+    Availability {
+        backend: Backend::Bpf,
+        features,
+        verdict,
+        remedies,
+    }
+}
+
+/// Pins a map where the daemon's directory would be, or in its nearest parent, and removes it again.
+fn try_pinning(program: Program, pin_dir: &Path) -> Tried {
+    let pins = Pins::new(pin_dir);
+    pins.on_bpffs().map_err(|path| {
+        (
+            format!("{} is not a bpffs", path.display()),
+            Some(MOUNT.to_owned()),
+        )
+    })?;
+    let parent = pin_dir
+        .ancestors()
+        .find(|path| path.exists())
+        .unwrap_or(pin_dir);
+    let path = parent.join(format!("embedshim-probe-{}", std::process::id()));
+    let failed = |error: &dyn Error| (format!("cannot pin at {}: {error}", path.display()), None);
+    let pinned = program
+        .maps
+        .pin_tracked(&path)
+        .map_err(|error| failed(&error));
+    let _ = std::fs::remove_file(&path);
+    pinned
+}
+
+fn remedy(error: &OpenError) -> Option<String> {
+    match error {
+        OpenError::Denied(_) => Some("run as root, or grant CAP_BPF and CAP_PERFMON".to_owned()),
+        OpenError::NoBtf => Some("run a kernel built with CONFIG_DEBUG_INFO_BTF".to_owned()),
+        _ => None,
+    }
+}
+
+/// The error with its causes.
+fn chain(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

@@ -1,0 +1,225 @@
+//! [`PidfdMonitor`]: waits for thousands of processes without a task or a thread for each.
+//! Owns who is waited for; how an ended process ended is in `status`.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use embedshim_core::clock::BootTime;
+use embedshim_core::exit::{
+    Adopted, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees, UnknownReason,
+    WatchError, Watched,
+};
+use embedshim_core::process::{OpenError, Process, ProcessIdentity};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use tokio::io::unix::AsyncFd;
+
+use crate::{probe, status, sys};
+
+/// How many exits are taken from the kernel at once.
+const BATCH: usize = 256;
+
+/// Learns of exits by pidfds.
+pub struct PidfdMonitor {
+    epoll: Epoll,
+    /// The same epoll instance, as the async runtime waits for it.
+    ready: AsyncFd<File>,
+    watches: Mutex<Watches>,
+    guarantees: Guarantees,
+}
+
+#[derive(Default)]
+struct Watches {
+    last: u64,
+    processes: HashMap<u64, Arc<Process>>,
+    tokens: HashMap<ProcessIdentity, u64>,
+}
+
+impl fmt::Debug for PidfdMonitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PidfdMonitor")
+            .field("watched", &self.watches().tokens.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl PidfdMonitor {
+    /// A monitor that watches nothing yet. Needs a tokio runtime.
+    pub fn new() -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let ready = sys::register(epoll.0.try_clone()?.into())?;
+        Ok(Self {
+            epoll,
+            ready,
+            watches: Mutex::default(),
+            guarantees: probe::guarantees(),
+        })
+    }
+
+    fn arm(&self, process: &Arc<Process>) -> Result<(), WatchError> {
+        let identity = process.identity();
+        let mut watches = self.watches();
+        if watches.tokens.contains_key(&identity) {
+            return Ok(());
+        }
+        watches.last += 1;
+        let token = watches.last;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
+        self.epoll
+            .add(process.pidfd(), event)
+            .map_err(|errno| WatchError::Kernel {
+                call: "epoll_ctl",
+                pid: identity.pid,
+                source: errno.into(),
+            })?;
+        watches.tokens.insert(identity, token);
+        watches.processes.insert(token, Arc::clone(process));
+        Ok(())
+    }
+
+    /// Ends a watch. Of several that try, one gets the process, and reports its end or does not.
+    fn disarm(&self, token: u64) -> Option<Arc<Process>> {
+        let mut watches = self.watches();
+        let process = watches.processes.remove(&token)?;
+        watches.tokens.remove(&process.identity());
+        // The descriptor is the process's, still open: the kernel has nothing to complain of.
+        let _ = self.epoll.delete(process.pidfd());
+        Some(process)
+    }
+
+    fn token(&self, identity: ProcessIdentity) -> Option<u64> {
+        self.watches().tokens.get(&identity).copied()
+    }
+
+    fn take_ready(&self, into: &mut Vec<ExitRecord>) -> Result<usize, WatchError> {
+        let mut events = [EpollEvent::empty(); BATCH];
+        let count = loop {
+            match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
+                Err(Errno::EINTR) => {}
+                other => {
+                    break other.map_err(|errno| WatchError::Kernel {
+                        call: "epoll_wait",
+                        pid: 0,
+                        source: errno.into(),
+                    })?;
+                }
+            }
+        };
+        let ended = events
+            .iter()
+            .take(count)
+            .filter_map(|event| self.disarm(event.data()));
+        into.extend(ended.map(|process| record(&process)));
+        Ok(count)
+    }
+
+    fn watches(&self) -> MutexGuard<'_, Watches> {
+        self.watches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The record of a process that has ended.
+fn record(process: &Process) -> ExitRecord {
+    let at = BootTime::now();
+    let (status, evidence) = status::of_ended(process);
+    ExitRecord {
+        process: process.identity(),
+        status,
+        at,
+        evidence,
+    }
+}
+
+#[async_trait]
+impl ExitMonitor for PidfdMonitor {
+    fn backend(&self) -> Backend {
+        Backend::Pidfd
+    }
+
+    fn guarantees(&self) -> Guarantees {
+        self.guarantees
+    }
+
+    async fn watch(&self, process: Arc<Process>) -> Result<Watched, WatchError> {
+        self.arm(&process)?;
+        let identity = process.identity();
+        let ended = process.has_ended().map_err(|source| WatchError::Kernel {
+            call: "poll",
+            pid: identity.pid,
+            source,
+        })?;
+        // If it has ended, `next_exits` may have been quicker: then the exit is reported there.
+        let taken = ended
+            .then(|| self.token(identity).and_then(|token| self.disarm(token)))
+            .flatten();
+        Ok(taken.map_or(Watched::Armed, |process| Watched::Ended(record(&process))))
+    }
+
+    async fn adopt(&self, known: &[ProcessIdentity]) -> Result<Vec<Adopted>, WatchError> {
+        let mut adopted = Vec::with_capacity(known.len());
+        for &identity in known {
+            adopted.push(match Process::reopen(identity).map(Arc::new) {
+                Ok(process) => match self.watch(Arc::clone(&process)).await? {
+                    Watched::Armed => Adopted::Armed(process),
+                    Watched::Ended(record) => Adopted::Ended(record),
+                },
+                Err(OpenError::Gone { .. }) => Adopted::Ended(ExitRecord {
+                    process: identity,
+                    status: ExitStatus::Unknown {
+                        reason: UnknownReason::Unwatched,
+                    },
+                    at: BootTime::now(),
+                    evidence: Evidence::None,
+                }),
+                Err(OpenError::Kernel { call, pid, source }) => {
+                    return Err(WatchError::Kernel { call, pid, source });
+                }
+                Err(other) => {
+                    return Err(WatchError::Kernel {
+                        call: "pidfd_open",
+                        pid: identity.pid,
+                        source: io::Error::other(other),
+                    });
+                }
+            });
+        }
+        Ok(adopted)
+    }
+
+    async fn next_exits(&self, into: &mut Vec<ExitRecord>) -> Result<(), WatchError> {
+        let before = into.len();
+        loop {
+            let mut ready = self
+                .ready
+                .readable()
+                .await
+                .map_err(|source| WatchError::Kernel {
+                    call: "waiting for epoll",
+                    pid: 0,
+                    source,
+                })?;
+            // No await from here on: an exit is taken from the kernel and given to the caller in one step.
+            if self.take_ready(into)? == 0 {
+                ready.clear_ready();
+            } else if into.len() > before {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn confirm(&self, _process: ProcessIdentity) -> Result<(), WatchError> {
+        // Nothing is kept of a process once its exit is reported.
+        Ok(())
+    }
+
+    async fn unwatch(&self, process: ProcessIdentity) -> Result<(), WatchError> {
+        if let Some(token) = self.token(process) {
+            self.disarm(token);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,66 @@
+//! How an ended process ended, asked of everybody who may know, in the order of their authority.
+
+use std::fs;
+
+use embedshim_core::exit::{Evidence, ExitStatus, UnknownReason};
+use embedshim_core::process::{Process, parse_stat_field};
+use tracing::debug;
+
+use crate::sys;
+
+/// Fields of `/proc/PID/stat` (proc(5)).
+const START_TIME: usize = 22;
+const EXIT_CODE: usize = 52;
+
+/// The status of a process whose pidfd is readable.
+pub(crate) fn of_ended(process: &Process) -> (ExitStatus, Evidence) {
+    let known = |raw, evidence| (ExitStatus::from_wait_status(raw), evidence);
+    // Our child: this also reaps it.
+    if let Some(raw) = logged("waitid", process, sys::reap(process.pidfd())) {
+        return known(raw, Evidence::Wait);
+    }
+    if let Some(raw) = exit_info(process) {
+        return known(raw, Evidence::PidfdInfo);
+    }
+    if let Some(raw) = of_zombie(process) {
+        return known(raw, Evidence::Zombie);
+    }
+    // Reaped between those two looks.
+    if let Some(raw) = exit_info(process) {
+        return known(raw, Evidence::PidfdInfo);
+    }
+    (
+        ExitStatus::Unknown {
+            reason: UnknownReason::NotOurChild,
+        },
+        Evidence::None,
+    )
+}
+
+/// What the kernel keeps for the pidfds of a reaped process, since 6.15.
+fn exit_info(process: &Process) -> Option<i32> {
+    logged("PIDFD_GET_INFO", process, sys::exit_info(process.pidfd()))
+}
+
+/// What a zombie that is somebody else's child still shows.
+fn of_zombie(process: &Process) -> Option<i32> {
+    let identity = process.identity();
+    let stat = fs::read(format!("/proc/{}/stat", identity.pid)).ok()?;
+    if parse_stat_field(&stat, START_TIME)? != identity.start_ticks {
+        return None;
+    }
+    let raw = i32::try_from(parse_stat_field(&stat, EXIT_CODE)?).ok()?;
+    // The file was read by number: it was this process's only if that is unreaped even now.
+    process.signal(0).ok().map(|()| raw)
+}
+
+fn logged(
+    call: &'static str,
+    process: &Process,
+    result: std::io::Result<Option<i32>>,
+) -> Option<i32> {
+    result.unwrap_or_else(|error| {
+        debug!(call, pid = process.identity().pid, %error, "does not tell the exit status");
+        None
+    })
+}
