@@ -100,8 +100,8 @@ pub enum Error {
         source: std::io::Error,
     },
     /// Mounting or unmounting the root filesystem.
-    #[error("{0}")]
-    Rootfs(#[source] crate::rootfs::MountError),
+    #[error(transparent)]
+    Rootfs(#[from] crate::rootfs::MountError),
     /// Opening or connecting standard streams.
     #[error(transparent)]
     Stdio(#[from] crate::stdio::StdioError),

@@ -85,6 +85,9 @@ pub(crate) struct ProcessRecord {
     pub(crate) identity: Option<ProcessIdentity>,
     #[serde(default)]
     pub(crate) exit: Option<Exit>,
+    /// No writer of ours keeps its input open any more.
+    #[serde(default)]
+    pub(crate) stdin_closed: bool,
     /// The OCI `Process` of an exec that was not started yet.
     #[serde(default)]
     pub(crate) spec: Option<String>,
@@ -244,6 +247,7 @@ mod tests {
             rootfs: Vec::new(),
             complete: true,
             init: ProcessRecord {
+                stdin_closed: false,
                 phase: Phase::Stopped,
                 stdio: StdioPaths::default(),
                 identity: None,

@@ -6,7 +6,8 @@
     clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
-    reason = "a test that cannot go on has failed"
+    clippy::zombie_processes,
+    reason = "a test that cannot go on has failed, and it is the monitor that reaps"
 )]
 
 use std::io::{BufRead, BufReader, Write};

@@ -1,1 +1,18 @@
-//! stub
+//! What containerd sees: a ttrpc server with the Task service of shims, the launcher's side of the bootstrap, and the
+//! forwarding of events. Everything about tasks themselves is the core's; this crate translates.
+
+pub mod bootstrap;
+pub mod bundle;
+pub mod events;
+pub mod frame;
+pub mod server;
+pub mod services;
+pub mod socket;
+pub mod status;
+
+mod any;
+mod launcher_service;
+mod metrics;
+mod options;
+mod task_service;
+mod timestamp;

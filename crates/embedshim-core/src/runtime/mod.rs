@@ -26,9 +26,6 @@ use crate::spec::Spec;
 use crate::stdio::ChildStdio;
 use crate::task::RuntimeOptions;
 
-/// What runc uses when nobody says otherwise, and containerd's shims too.
-const DEFAULT_BINARY: &str = "runc";
-const DEFAULT_ROOT: &str = "/run/containerd/runc";
 /// Enough for any message, little enough for a runtime gone mad.
 const MAX_OUTPUT: u64 = 1024 * 1024;
 /// How long to wait for the end of the output of a runtime that has ended.
@@ -75,16 +72,9 @@ impl Runtime {
         deadline: Duration,
         orphans: Orphans,
     ) -> Self {
-        let or = |value: &str, default: &str| {
-            if value.is_empty() {
-                default.to_owned()
-            } else {
-                value.to_owned()
-            }
-        };
         Self {
-            binary: or(&options.binary, DEFAULT_BINARY),
-            root: Path::new(&or(&options.root, DEFAULT_ROOT)).join(namespace.as_str()),
+            binary: options.binary_or_default().to_owned(),
+            root: options.root_of(namespace),
             systemd_cgroup: options
                 .systemd_cgroup
                 .unwrap_or_else(|| spec.wants_systemd_cgroup()),

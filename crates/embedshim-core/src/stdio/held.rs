@@ -1,7 +1,10 @@
 //! The ends of a process's streams: those it gets, and those we keep while it lives.
 
-use std::os::fd::OwnedFd;
-use std::sync::{Mutex, PoisonError};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::plan::{Output, Plan, keep_reader, keep_writer};
 
@@ -19,7 +22,7 @@ pub struct ChildStdio {
 /// Our ends: a writer to its input until that is closed, and readers of its outputs that never read.
 #[derive(Debug)]
 pub struct HeldStdio {
-    stdin: Mutex<Option<OwnedFd>>,
+    stdin: Mutex<Input>,
     #[cfg_attr(
         not(test),
         expect(dead_code, reason = "held for what holding them does")
@@ -27,8 +30,22 @@ pub struct HeldStdio {
     readers: Vec<OwnedFd>,
 }
 
+/// What keeps a process's input open while its client is away.
+#[derive(Debug)]
+pub(super) enum Input {
+    /// Nothing does, or ever will again.
+    Closed,
+    /// Nothing does yet: the process does not read before it is started. The reader tells who has come and gone.
+    Undecided { reader: OwnedFd, path: PathBuf },
+    /// A writer of ours does.
+    Held {
+        #[expect(dead_code, reason = "held for what holding it does")]
+        writer: OwnedFd,
+    },
+}
+
 impl HeldStdio {
-    pub(super) fn new(stdin: Option<OwnedFd>, readers: Vec<OwnedFd>) -> Self {
+    pub(super) fn new(stdin: Input, readers: Vec<OwnedFd>) -> Self {
         Self {
             stdin: Mutex::new(stdin),
             readers,
@@ -40,7 +57,8 @@ impl HeldStdio {
         let stdin = plan
             .stdin
             .as_deref()
-            .and_then(|path| keep_writer(path).ok());
+            .and_then(|path| keep_writer(path).ok())
+            .map_or(Input::Closed, |writer| Input::Held { writer });
         let reader = |stream, output: &Output| match output {
             Output::Path(path) => keep_reader(stream, path).ok(),
             _ => None,
@@ -52,13 +70,43 @@ impl HeldStdio {
         Self::new(stdin, readers.into_iter().flatten().collect())
     }
 
+    /// Decides, right before the process may read, whether its input outlives its client. Returns false if it ends with
+    /// what is in it: the client has come, written and gone already.
+    ///
+    /// `ctr run` sends `CloseIO` at the end of its own input, but not if that comes before `NewTask` has returned, as with
+    /// `echo hi | ctr run ... cat`; a writer of ours would then keep the container waiting for ever.
+    pub fn hold_stdin(&self) -> bool {
+        let mut stdin = self.stdin();
+        if let Input::Undecided { reader, path } = &*stdin {
+            let writer = if has_hung_up(reader) {
+                None
+            } else {
+                keep_writer(path).ok()
+            };
+            *stdin = writer.map_or(Input::Closed, |writer| Input::Held { writer });
+        }
+        matches!(*stdin, Input::Held { .. })
+    }
+
     /// Gives up our writer to the input. Idempotent.
     pub fn close_stdin(&self) {
-        self.stdin
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        *self.stdin() = Input::Closed;
     }
+
+    fn stdin(&self) -> MutexGuard<'_, Input> {
+        self.stdin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether the fifo had a writer since this reader was opened, and has none now (`pipe_poll` in the kernel).
+fn has_hung_up(reader: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(reader.as_fd(), PollFlags::empty())];
+    let polled = poll(&mut fds, PollTimeout::ZERO);
+    let [fd] = fds;
+    polled.is_ok()
+        && fd
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 #[cfg(test)]
@@ -103,6 +151,15 @@ mod tests {
             .unwrap()
     }
 
+    fn write(path: &Path, text: &[u8]) {
+        OpenOptions::new()
+            .write(true)
+            .open(path)
+            .unwrap()
+            .write_all(text)
+            .unwrap();
+    }
+
     #[test]
     fn opening_waits_for_nobody_and_eof_needs_only_the_process_to_let_go() {
         let fifos = fifos();
@@ -136,12 +193,8 @@ mod tests {
         let (child, held) = fifos.plan.open(None).unwrap();
         let mut stdin = File::from(child.stdin);
         let path = fifos.dir.path().join("in");
-        OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .unwrap()
-            .write_all(b"one")
-            .unwrap();
+        assert!(held.hold_stdin());
+        write(&path, b"one");
         let mut text = [0; 3];
         stdin.read_exact(&mut text).unwrap();
         // No client, but our writer: a read would block, so ask without blocking by another reader.
@@ -155,12 +208,23 @@ mod tests {
     }
 
     #[test]
+    fn input_ends_for_a_client_that_was_gone_before_the_start() {
+        let fifos = fifos();
+        let (child, held) = fifos.plan.open(None).unwrap();
+        write(&fifos.dir.path().join("in"), b"hi");
+        assert!(!held.hold_stdin());
+        let mut text = String::new();
+        File::from(child.stdin).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hi");
+    }
+
+    #[test]
     fn a_restarted_daemon_takes_the_ends_up_again() {
         let fifos = fifos();
         let (child, held) = fifos.plan.open(None).unwrap();
         drop(held);
         let again = HeldStdio::reopen(&fifos.plan);
-        assert!(again.stdin.lock().unwrap().is_some());
+        assert!(matches!(*again.stdin(), Input::Held { .. }));
         assert_eq!(again.readers.len(), 2);
         drop(child);
         fs::remove_file(fifos.dir.path().join("out")).unwrap();

@@ -115,6 +115,14 @@ impl Streams {
         }
     }
 
+    /// The process may read from now on. Returns false if its input ends with what is in it already.
+    pub fn hold_stdin(&self) -> bool {
+        match self {
+            Self::Held(held) => held.hold_stdin(),
+            Self::Terminal(_) => true,
+        }
+    }
+
     /// The process has ended: every end that could keep the client waiting for EOF is given up.
     pub fn end_of_process(&self) {
         match self {

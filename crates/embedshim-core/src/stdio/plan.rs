@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::held::{ChildStdio, HeldStdio};
+use super::held::{ChildStdio, HeldStdio, Input};
 use super::{StdioError, StdioPaths};
 
 /// What is to become of each stream.
@@ -133,12 +133,24 @@ impl Plan {
             }
             (_, stderr) => output("stderr", stderr)?,
         };
-        let (stdin, writer) = match &self.stdin {
-            None => (null("stdin")?, None),
+        let (stdin, input) = match &self.stdin {
+            None => (null("stdin")?, Input::Closed),
             Some(path) => {
-                let (stdin, writer) = open_stdin(path)?;
+                let stdin = open_stdin(path)?;
                 give("stdin", path, &stdin)?;
-                (blocking(path, stdin)?, Some(writer))
+                let stdin = blocking(path, stdin)?;
+                let reader = stdin.try_clone().map_err(|source| StdioError::Open {
+                    stream: "stdin",
+                    path: path.into(),
+                    source,
+                })?;
+                (
+                    stdin,
+                    Input::Undecided {
+                        reader,
+                        path: path.into(),
+                    },
+                )
             }
         };
         Ok((
@@ -147,13 +159,14 @@ impl Plan {
                 stdout,
                 stderr,
             },
-            HeldStdio::new(writer, readers),
+            HeldStdio::new(input, readers),
         ))
     }
 
     /// The input of a terminal, for our own reading: a non-blocking reader, and the writer that keeps it open.
     pub(super) fn open_input(&self) -> Result<Option<(File, OwnedFd)>, StdioError> {
-        self.stdin.as_deref().map(open_stdin).transpose()
+        let open = |path| Ok((open_stdin(path)?, keep_writer(path)?));
+        self.stdin.as_deref().map(open).transpose()
     }
 }
 
@@ -189,8 +202,8 @@ fn kind(stream: &'static str, path: &Path) -> Result<Kind, StdioError> {
     }
 }
 
-/// The reading end of the input, non-blocking, and a writer that keeps it from ending with its client.
-fn open_stdin(path: &Path) -> Result<(File, OwnedFd), StdioError> {
+/// The reading end of the input, non-blocking.
+fn open_stdin(path: &Path) -> Result<File, StdioError> {
     if !matches!(kind("stdin", path)?, Kind::Fifo) {
         let what = "a regular file, which only outputs can be";
         return Err(StdioError::WrongKind {
@@ -199,13 +212,12 @@ fn open_stdin(path: &Path) -> Result<(File, OwnedFd), StdioError> {
             what,
         });
     }
-    let reader = existing(
+    existing(
         "stdin",
         path,
         OpenOptions::new().read(true),
         libc::O_NONBLOCK,
-    )?;
-    Ok((reader, keep_writer(path)?))
+    )
 }
 
 /// Opened without blocking only so that opening did not wait; the process expects a blocking input.

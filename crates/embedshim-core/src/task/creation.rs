@@ -10,6 +10,7 @@ use tracing::{info, warn};
 use super::container::Task;
 use super::detached::blocking;
 use super::exits;
+use super::process::TaskProcess;
 use super::request::CreateTask;
 use super::shared::Shared;
 use crate::cgroup::Cgroup;
@@ -101,6 +102,7 @@ async fn establish(
     let streams = with_streams(
         shared,
         task,
+        &task.init,
         plan,
         async |input, console_socket: Option<&Path>| {
             task.runtime
@@ -143,12 +145,17 @@ async fn establish(
 pub(super) async fn with_streams(
     shared: &Shared,
     task: &Task,
+    process: &TaskProcess,
     plan: &Plan,
     call: impl AsyncFnOnce(Input, Option<&Path>) -> Result<(), Error>,
 ) -> Result<Streams, Error> {
     if !plan.terminal() {
         let (opening, owner) = (plan.clone(), task.io_owner());
         let (child, held) = blocking(move || opening.open(owner)).await??;
+        if process.exec.is_some() {
+            // An exec reads as soon as the runtime has begun it.
+            held.hold_stdin();
+        }
         call(Input::Container(child), None).await?;
         return Ok(Streams::Held(held));
     }

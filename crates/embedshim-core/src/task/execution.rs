@@ -35,6 +35,7 @@ async fn start_init(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<u32, Error
     let init = &task.init;
     init.now().phase.admit(Operation::Start)?;
     init.starting();
+    init.hold_stdin();
     let result = task.runtime.start(task.id(), &task.log()).await;
     if result.is_ok() {
         init.advance(Phase::Created, Phase::Running);
@@ -110,6 +111,7 @@ async fn run_exec(
     let streams = with_streams(
         shared,
         task,
+        process,
         &plan,
         async |input, console_socket: Option<&Path>| {
             let call = Exec {

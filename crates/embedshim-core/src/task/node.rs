@@ -140,10 +140,11 @@ impl Node {
     }
 
     /// Closes our end of a process's standard input: it sees the end once the client's ends are closed too.
-    pub fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
-        self.shared
-            .process(key)
-            .map(|(_, process)| process.close_stdin())
+    pub async fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
+        let (task, process) = self.shared.process(key)?;
+        process.close_stdin();
+        let shared = self.shared();
+        detached(async move { task.save(&shared).await }).await
     }
 
     /// Resizes the terminal, if there is one.

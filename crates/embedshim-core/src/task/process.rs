@@ -69,6 +69,7 @@ impl TaskProcess {
         let live = Live {
             identity: record.identity,
             spec: record.spec,
+            stdin_closed: record.stdin_closed,
             ended: record.exit,
             ..Live::default()
         };
@@ -197,6 +198,14 @@ impl TaskProcess {
         }
     }
 
+    /// It may read its input from now on; whether that outlives its client is decided here.
+    pub(crate) fn hold_stdin(&self) {
+        let mut live = self.live();
+        if let Some(streams) = &live.streams {
+            live.stdin_closed |= !streams.hold_stdin();
+        }
+    }
+
     /// The living process, if it lives.
     pub(crate) fn process(&self) -> Option<Arc<Process>> {
         self.live().process.clone()
@@ -244,6 +253,7 @@ impl TaskProcess {
             self.now().phase
         };
         ProcessRecord {
+            stdin_closed: live.stdin_closed,
             phase,
             stdio: self.stdio.clone(),
             identity: live.identity,

@@ -1,11 +1,11 @@
-//! What goes into and comes out of [`Node`](super::Node): plain data, checked names, no behaviour.
+//! What goes into and comes out of [`Node`](super::Node): plain data with checked names.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
 use crate::rootfs::Mount;
 use crate::stdio::StdioPaths;
 
@@ -44,6 +44,27 @@ pub struct RuntimeOptions {
     pub io_uid: u32,
     /// Their group.
     pub io_gid: u32,
+}
+
+impl RuntimeOptions {
+    /// The binary to call.
+    pub fn binary_or_default(&self) -> &str {
+        if self.binary.is_empty() {
+            "runc"
+        } else {
+            &self.binary
+        }
+    }
+
+    /// The runtime's state directory for one namespace. The default is that of containerd's shims.
+    pub fn root_of(&self, namespace: &Namespace) -> PathBuf {
+        let base = if self.root.is_empty() {
+            "/run/containerd/runc"
+        } else {
+            &self.root
+        };
+        Path::new(base).join(namespace.as_str())
+    }
 }
 
 /// A request for an additional process.

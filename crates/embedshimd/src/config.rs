@@ -1,0 +1,162 @@
+//! The configuration file: all of it optional, every default in one place, unknown keys refused.
+//! The state directory is not in it: the launcher must find the socket without reading a file.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use embedshim_core::exit::{Backend, Policy};
+use serde::Deserialize;
+
+use crate::outcome::{Code, Failure};
+
+const DEFAULT_FILE: &str = "/etc/embedshim/config.toml";
+
+/// What an operator can set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Config {
+    pub(crate) monitor: Monitor,
+    pub(crate) runtime: Runtime,
+    pub(crate) log: Log,
+}
+
+/// `[monitor]`: how exits are learned.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Monitor {
+    /// `auto`, or one backend that must be used.
+    pub(crate) backend: Wish,
+    /// How many processes can be watched at once.
+    pub(crate) capacity: u32,
+}
+
+/// `[runtime]`: how the OCI runtime is called.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Runtime {
+    /// The longest that one call, with its hooks, may take.
+    pub(crate) deadline_seconds: u64,
+}
+
+/// `[log]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Log {
+    pub(crate) level: String,
+    pub(crate) format: LogFormat,
+}
+
+/// Which exit monitor is wished for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Wish {
+    #[default]
+    Auto,
+    Bpf,
+    Pidfd,
+    Ptrace,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+impl Default for Monitor {
+    fn default() -> Self {
+        // 110 pods of a dozen processes each, ten times over; 16,384 entries cost 2.5 MB of kernel memory.
+        Self {
+            backend: Wish::Auto,
+            capacity: 16_384,
+        }
+    }
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        // Longer than kubelet waits (2 minutes), so that it is never we who give up a slow hook first.
+        Self {
+            deadline_seconds: 300,
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            level: "info".into(),
+            format: LogFormat::Text,
+        }
+    }
+}
+
+impl Wish {
+    /// The same for the selection.
+    pub(crate) fn policy(self) -> Policy {
+        match self {
+            Self::Auto => Policy::Auto,
+            Self::Bpf => Policy::Only(Backend::Bpf),
+            Self::Pidfd => Policy::Only(Backend::Pidfd),
+            Self::Ptrace => Policy::Only(Backend::Ptrace),
+        }
+    }
+}
+
+impl Config {
+    /// Reads the file that was asked for, or the default one if it exists.
+    pub(crate) fn load(asked_for: Option<&Path>) -> Result<Self, Failure> {
+        let path = asked_for.map_or_else(|| PathBuf::from(DEFAULT_FILE), Path::to_owned);
+        let invalid = |error: anyhow::Error| Failure::new(Code::Config, error);
+        match std::fs::read_to_string(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && asked_for.is_none() => {
+                Ok(Self::default())
+            }
+            text => text
+                .map_err(anyhow::Error::from)
+                .and_then(|text| Self::parse(&text))
+                .with_context(|| format!("configuration file {}", path.display()))
+                .map_err(invalid),
+        }
+    }
+
+    fn parse(text: &str) -> anyhow::Result<Self> {
+        let config: Self = toml::from_str(text)?;
+        anyhow::ensure!(
+            config.monitor.capacity > 0,
+            "monitor.capacity must be at least 1"
+        );
+        anyhow::ensure!(
+            config.runtime.deadline_seconds > 0,
+            "runtime.deadline_seconds must be at least 1"
+        );
+        Ok(config)
+    }
+
+    /// The longest that one call of the OCI runtime may take.
+    pub(crate) fn runtime_deadline(&self) -> Duration {
+        Duration::from_secs(self.runtime.deadline_seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_the_defaults() {
+        assert_eq!(Config::parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn a_mistake_is_named_with_its_line() {
+        let error = Config::parse("[monitor]\ncapacity = 1\nbakend = \"bpf\"\n").unwrap_err();
+        insta::assert_snapshot!(error);
+        let error = Config::parse("[monitor]\ncapacity = 0\n").unwrap_err();
+        insta::assert_snapshot!(error);
+    }
+}

@@ -1,0 +1,48 @@
+//! Exit codes: what a script can tell from the end of `embedshimd`. Documented in `--help`, tested there.
+
+use std::process::ExitCode;
+
+/// How the program ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Code {
+    /// All is well.
+    Ok = 0,
+    /// Something failed; the message says what.
+    Failed = 1,
+    /// The configuration is not valid. (2 is clap's, for a wrong command line.)
+    Config = 3,
+    /// No exit monitor can run on this kernel with these rights.
+    Unsupported = 4,
+    /// Another daemon works on this state directory.
+    AlreadyRunning = 6,
+    /// It runs, but an exit can be lost while the daemon is down.
+    Partly = 7,
+}
+
+impl From<Code> for ExitCode {
+    fn from(code: Code) -> Self {
+        Self::from(code as u8)
+    }
+}
+
+/// The end that is not well.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) code: Code,
+    pub(crate) error: anyhow::Error,
+}
+
+impl Failure {
+    pub(crate) fn new(code: Code, error: impl Into<anyhow::Error>) -> Self {
+        Self {
+            code,
+            error: error.into(),
+        }
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::new(Code::Failed, error)
+    }
+}

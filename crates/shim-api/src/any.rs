@@ -1,0 +1,37 @@
+//! `google.protobuf.Any` as containerd uses it: bare type names on the way out, and on the way in everything up to the last
+//! slash is decoration.
+
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+use ttrpc::Status;
+
+use crate::status;
+
+/// Packs a message under its bare full name, as containerd's `typeurl` does.
+pub(crate) fn pack(name: &str, message: &impl Message) -> Result<Any, Status> {
+    let value = message
+        .write_to_bytes()
+        .map_err(|error| status::internal(format!("{name}: {error}")))?;
+    Ok(Any {
+        type_url: name.to_owned(),
+        value,
+        ..Any::default()
+    })
+}
+
+/// The name without decoration.
+pub(crate) fn name(any: &Any) -> &str {
+    any.type_url.rsplit('/').next().unwrap_or_default()
+}
+
+/// The JSON of a document that must be of this type (its last word, such as `Process`).
+pub(crate) fn json(any: Option<&Any>, expected: &str) -> Result<Vec<u8>, Status> {
+    match any {
+        Some(any) if name(any) == expected => Ok(any.value.clone()),
+        Some(any) => Err(status::invalid(format!(
+            "unsupported type {:?}: a {expected} is needed",
+            any.type_url
+        ))),
+        None => Err(status::invalid(format!("a {expected} is needed"))),
+    }
+}

@@ -1,0 +1,183 @@
+//! `delete`: containerd has given a bundle up, after every normal deletion and after a lost connection. The daemon knows which;
+//! without one the runtime and the kernel are asked directly. Idempotent, and done within containerd's 5 seconds.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
+
+use containerd_shim_protos::api::DeleteResponse;
+use embedshim_core::id::{ContainerId, Namespace};
+use embedshim_core::rootfs::unmount_recursive;
+use embedshim_core::task::RuntimeOptions;
+use protobuf::Message;
+
+use super::daemon::Place;
+use super::flags::Flags;
+use super::{Failure, client};
+use crate::bundle::BundleNote;
+use crate::launcher_service::{CLEANUP, CleanupRequest, CleanupResponse, NAME};
+use crate::timestamp;
+
+/// A daemon that starts now knows the true exit status; but half of containerd's time must remain for going without.
+const START_LIMIT: Duration = Duration::from_millis(2500);
+/// The daemon goes on with the work when we have to leave.
+const ASK_LIMIT: Duration = Duration::from_millis(4500);
+const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
+/// What runc-v2 says of a container whose shim died.
+const KILLED: u32 = 137;
+
+/// Returns the message for standard output.
+pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, Failure> {
+    let began = Instant::now();
+    let namespace: Namespace = flags.namespace.parse()?;
+    let id: ContainerId = flags.id.parse()?;
+    let bundle = bundle(flags)?;
+    let place = Place::from_environment()?;
+    let answer = match place.ensure_served(START_LIMIT) {
+        Ok(()) => ask(
+            &place,
+            &namespace,
+            &id,
+            &bundle,
+            ASK_LIMIT.saturating_sub(began.elapsed()),
+        )?,
+        Err(_) => None,
+    };
+    let response = match answer {
+        // Not known, and so ended and removed before: this is the call after a normal deletion.
+        Some(CleanupResponse { removed: None }) => response(0, KILLED, SystemTime::now()),
+        Some(CleanupResponse {
+            removed: Some(removed),
+        }) => response(removed.pid, removed.exit_status, removed.exited_at()),
+        None => without_daemon(&namespace, &id, &bundle)?,
+    };
+    response
+        .write_to_bytes()
+        .map_err(|error| Failure::Streams(error.into()))
+}
+
+fn bundle(flags: &Flags) -> Result<PathBuf, Failure> {
+    let bundle = match &flags.bundle {
+        Some(bundle) => bundle.clone(),
+        // Go's shim takes its working directory, which containerd makes the bundle.
+        None => std::env::current_dir()?,
+    };
+    if bundle.is_absolute() {
+        Ok(bundle)
+    } else {
+        Err(Failure::Usage(format!(
+            "the bundle {} is not an absolute path",
+            bundle.display()
+        )))
+    }
+}
+
+/// Asks the daemon; `None` if it cannot be spoken to.
+fn ask(
+    place: &Place,
+    namespace: &Namespace,
+    id: &ContainerId,
+    bundle: &Path,
+    limit: Duration,
+) -> Result<Option<CleanupResponse>, Failure> {
+    let request = CleanupRequest {
+        namespace: namespace.to_string(),
+        id: id.to_string(),
+        bundle: bundle.into(),
+    };
+    let request = serde_json::to_vec(&request).map_err(|error| Failure::Streams(error.into()))?;
+    match client::call(&place.socket, NAME, CLEANUP, request, limit) {
+        Ok(Ok(answer)) => serde_json::from_slice(&answer)
+            .map(Some)
+            .map_err(|error| Failure::Refused(error.to_string())),
+        Ok(Err(refusal)) => Err(Failure::Refused(refusal)),
+        // It works on it and will end; containerd tries again at its next start.
+        Err(error)
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::TimedOut | std::io::ErrorKind::WouldBlock
+            ) =>
+        {
+            Err(Failure::Refused(
+                "it is still busy removing the container".into(),
+            ))
+        }
+        Err(_) => Ok(None),
+    }
+}
+
+/// What Go's shim does: `runc delete --force`, unmount, 137. Any file of the bundle may be missing.
+fn without_daemon(
+    namespace: &Namespace,
+    id: &ContainerId,
+    bundle: &Path,
+) -> Result<DeleteResponse, Failure> {
+    let note = BundleNote::read(bundle).ok().flatten().unwrap_or_default();
+    let defaults = RuntimeOptions {
+        binary: note.runtime,
+        ..RuntimeOptions::default()
+    };
+    let root = match note.runtime_root.as_str() {
+        "" => defaults.root_of(namespace),
+        root => root.into(),
+    };
+    let pid = std::fs::read_to_string(bundle.join("init.pid"))
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    if root.join(id.as_str()).exists() {
+        let binary = defaults.binary_or_default();
+        let mut command = Command::new(binary);
+        command
+            .arg("--root")
+            .arg(&root)
+            .args(["delete", "--force", id.as_str()]);
+        let output = output(command, binary, RUNTIME_LIMIT)?;
+        if !output.status.success() {
+            let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            return Err(Failure::Runtime {
+                binary: binary.into(),
+                why,
+            });
+        }
+    }
+    unmount_recursive(&bundle.join("rootfs"))?;
+    Ok(response(pid.unwrap_or(0), KILLED, SystemTime::now()))
+}
+
+/// Runs a short command of the OCI runtime and kills it at the limit.
+pub(super) fn output(
+    mut command: Command,
+    binary: &str,
+    limit: Duration,
+) -> Result<Output, Failure> {
+    let failed = |why: String| Failure::Runtime {
+        binary: binary.into(),
+        why,
+    };
+    let spawned = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = spawned.map_err(|error| failed(error.to_string()))?;
+    let deadline = Instant::now() + limit;
+    while child.try_wait()?.is_none() {
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            return Err(failed(format!("no answer within {} s", limit.as_secs())));
+        }
+        sleep(Duration::from_millis(2));
+    }
+    Ok(child.wait_with_output()?)
+}
+
+fn response(pid: u32, exit_status: u32, exited_at: SystemTime) -> DeleteResponse {
+    DeleteResponse {
+        pid,
+        exit_status,
+        exited_at: timestamp::of(exited_at),
+        ..DeleteResponse::default()
+    }
+}

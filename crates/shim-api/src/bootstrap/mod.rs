@@ -1,0 +1,80 @@
+//! What `containerd-shim-embed-v1` does: containerd executes it twice for every container, so it is synchronous, quick,
+//! and leaves everything that lasts to the daemon. Owns the dialogue of `containerd.md` section 1.
+//!
+//! `start` has its standard error merged into its standard output by containerd: nothing but the address may
+//! ever be written while it succeeds.
+
+mod client;
+mod daemon;
+mod delete;
+mod flags;
+mod info;
+pub mod location;
+mod start;
+
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use embedshim_core::id::InvalidId;
+use embedshim_core::rootfs::MountError;
+
+use flags::{Action, Flags};
+
+/// More than any message that containerd sends; ttrpc's limit too.
+const MAX_STDIN: u64 = 4 << 20;
+
+/// Why the launcher could not do what it was asked for. containerd shows the text to its client.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    InvalidId(#[from] InvalidId),
+    #[error("{doing} {path}: {source}", path = .path.display())]
+    Path {
+        doing: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("embedshimd did not start: {0}")]
+    Daemon(String),
+    #[error("embedshimd refused: {0}")]
+    Refused(String),
+    #[error("{0}")]
+    Rootfs(#[from] MountError),
+    #[error("OCI runtime {binary}: {why}")]
+    Runtime { binary: String, why: String },
+    #[error("cannot read or write standard streams: {0}")]
+    Streams(#[from] io::Error),
+}
+
+/// The whole program: arguments without the program's name in, exit code out.
+pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let output = Flags::parse(arguments).and_then(|flags| answer(&flags));
+    let written = output.and_then(|bytes| Ok(io::stdout().lock().write_all(&bytes)?));
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("containerd-shim-embed-v1: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What is to be written to standard output.
+fn answer(flags: &Flags) -> Result<Vec<u8>, Failure> {
+    match flags.action {
+        Action::Start => start::run(flags, &stdin()?).map(String::into_bytes),
+        Action::Delete => delete::run(flags),
+        Action::Info => info::run(&stdin()?),
+        Action::Version => Ok(info::version().into_bytes()),
+    }
+}
+
+fn stdin() -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    io::stdin().lock().take(MAX_STDIN).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,49 @@
+//! [`Services`]: which service answers a call. Everything not named here is unimplemented, in the words of Go's server:
+//! containerd 2.x falls back to an older API on that code.
+
+use async_trait::async_trait;
+use embedshim_core::task::Node;
+use ttrpc::{Code, Status};
+
+use crate::launcher_service::{self, LauncherService};
+use crate::server::{Call, Handler};
+use crate::task_service::TaskService;
+
+/// The Task service exists under two names with the same messages (`containerd.md` 4.1).
+const TASK: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+
+/// All services of the daemon.
+#[derive(Debug)]
+pub struct Services {
+    task: TaskService,
+    launcher: LauncherService,
+}
+
+impl Services {
+    /// The services for the tasks of one node.
+    pub fn new(node: Node) -> Self {
+        Self {
+            task: TaskService::new(node.clone()),
+            launcher: LauncherService::new(node),
+        }
+    }
+}
+
+#[async_trait]
+impl Handler for Services {
+    async fn call(&self, call: Call) -> Result<Vec<u8>, Status> {
+        match call.service.as_str() {
+            service if TASK.contains(&service) => self.task.call(&call).await,
+            launcher_service::NAME => self.launcher.call(&call).await,
+            other => Err(ttrpc::get_status(
+                Code::UNIMPLEMENTED,
+                format!("service {other}"),
+            )),
+        }
+    }
+}
+
+/// The answer to a method that a service does not have.
+pub(crate) fn unknown_method(call: &Call) -> Status {
+    ttrpc::get_status(Code::UNIMPLEMENTED, format!("method {}", call.method))
+}

@@ -1,0 +1,417 @@
+//! The Task service: protobuf in, [`Node`]'s operations, protobuf out. Owns nothing but the translation.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::api;
+use containerd_shim_protos::shim::oci::ProcessDetails;
+use embedshim_core::id::{ExecId, Namespace, ProcessKey, TaskKey};
+use embedshim_core::rootfs::Mount;
+use embedshim_core::stdio::StdioPaths;
+use embedshim_core::task::{
+    CreateTask, ExecProcess, Node, ProcessEntry, ProcessStatus, RuntimeOptions,
+};
+use protobuf::{Message, MessageField};
+use tracing::warn;
+use ttrpc::{Code, Status};
+
+use crate::bundle::BundleNote;
+use crate::server::Call;
+use crate::services::unknown_method;
+use crate::{any, metrics, options, status, timestamp};
+
+/// How the namespace travels: in no request, but in the metadata.
+const NAMESPACE: &str = "containerd-namespace-ttrpc";
+
+type Answer<T> = Result<T, Status>;
+
+#[derive(Debug)]
+pub(crate) struct TaskService {
+    node: Node,
+}
+
+impl TaskService {
+    pub(crate) fn new(node: Node) -> Self {
+        Self { node }
+    }
+
+    pub(crate) async fn call(&self, call: &Call) -> Answer<Vec<u8>> {
+        let scope = || Scope::of(call);
+        match call.method.as_str() {
+            "State" => encode(&self.state(&scope()?, decode(call)?)?),
+            "Create" => encode(&self.create(call, decode(call)?).await?),
+            "Start" => encode(&self.start(&scope()?, decode(call)?).await?),
+            "Delete" => encode(&self.delete(&scope()?, decode(call)?).await?),
+            "Pids" => encode(&self.pids(&scope()?, decode(call)?).await?),
+            "Pause" => self.pause(&scope()?, decode(call)?).await.map(empty),
+            "Resume" => self.resume(&scope()?, decode(call)?).await.map(empty),
+            "Checkpoint" => self.checkpoint(&scope()?, &decode(call)?).map(empty),
+            "Kill" => self.kill(&scope()?, decode(call)?).await.map(empty),
+            "Exec" => self.exec(&scope()?, decode(call)?).await.map(empty),
+            "ResizePty" => self.resize_pty(&scope()?, &decode(call)?).map(empty),
+            "CloseIO" => self.close_io(&scope()?, decode(call)?).await.map(empty),
+            "Update" => self.update(&scope()?, decode(call)?).await.map(empty),
+            "Wait" => encode(&self.wait(&scope()?, decode(call)?).await?),
+            "Stats" => encode(&self.stats(&scope()?, decode(call)?).await?),
+            "Connect" => encode(&self.connect(&scope()?, &decode(call)?)?),
+            // One daemon serves everybody: it never ends because one container did (`containerd.md` 2.5).
+            "Shutdown" => decode::<api::ShutdownRequest>(call).map(|_| Vec::new()),
+            _ => Err(unknown_method(call)),
+        }
+    }
+
+    fn state(&self, scope: &Scope, request: api::StateRequest) -> Answer<api::StateResponse> {
+        let now = self
+            .node
+            .state(&scope.process(&request.id, &request.exec_id)?)
+            .map_err(status::from)?;
+        Ok(api::StateResponse {
+            id: request.id,
+            exec_id: request.exec_id,
+            bundle: now.bundle.to_string_lossy().into_owned(),
+            pid: now.pid,
+            status: status_of(now.status).into(),
+            stdin: now.stdio.stdin,
+            stdout: now.stdio.stdout,
+            stderr: now.stdio.stderr,
+            terminal: now.stdio.terminal,
+            exit_status: now.exit.map_or(0, |exit| exit.code),
+            exited_at: timestamp::of_or_go_zero(now.exit.map(|exit| exit.at)),
+            ..api::StateResponse::default()
+        })
+    }
+
+    async fn create(
+        &self,
+        call: &Call,
+        request: api::CreateTaskRequest,
+    ) -> Answer<api::CreateTaskResponse> {
+        let bundle = PathBuf::from(&request.bundle);
+        let note = read_note(&bundle).await;
+        if let Some(Ok(namespace)) = note.as_ref().map(|note| note.namespace.parse()) {
+            call.session.namespace.get_or_init(|| namespace);
+        }
+        let key = Scope::of(call)?.task(&request.id)?;
+        if !request.checkpoint.is_empty() {
+            let text = "restoring a checkpoint is not supported: not implemented";
+            return Err(ttrpc::get_status(Code::UNIMPLEMENTED, text));
+        }
+        let runtime = options::decode(request.options.as_ref())?;
+        let owner = note
+            .as_ref()
+            .map_or_else(String::new, |note| note.events.clone());
+        if let Some(note) = note {
+            complete_note(note, &bundle, &runtime, &key.namespace).await;
+        }
+        let request = CreateTask {
+            key,
+            bundle,
+            rootfs: request.rootfs.into_iter().map(mount).collect(),
+            stdio: StdioPaths {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+            runtime,
+            owner,
+        };
+        let pid = self.node.create(request).await.map_err(status::from)?;
+        Ok(api::CreateTaskResponse {
+            pid,
+            ..api::CreateTaskResponse::default()
+        })
+    }
+
+    async fn start(&self, scope: &Scope, request: api::StartRequest) -> Answer<api::StartResponse> {
+        let pid = self
+            .node
+            .start(&scope.process(&request.id, &request.exec_id)?)
+            .await
+            .map_err(status::from)?;
+        Ok(api::StartResponse {
+            pid,
+            ..api::StartResponse::default()
+        })
+    }
+
+    async fn delete(
+        &self,
+        scope: &Scope,
+        request: api::DeleteRequest,
+    ) -> Answer<api::DeleteResponse> {
+        let gone = self
+            .node
+            .delete(&scope.process(&request.id, &request.exec_id)?)
+            .await
+            .map_err(status::from)?;
+        Ok(api::DeleteResponse {
+            pid: gone.pid,
+            exit_status: gone.exit.map_or(0, |exit| exit.code),
+            exited_at: timestamp::of_or_go_zero(gone.exit.map(|exit| exit.at)),
+            ..api::DeleteResponse::default()
+        })
+    }
+
+    async fn pids(&self, scope: &Scope, request: api::PidsRequest) -> Answer<api::PidsResponse> {
+        let entries = self
+            .node
+            .pids(&scope.task(&request.id)?)
+            .await
+            .map_err(status::from)?;
+        let processes = entries
+            .into_iter()
+            .map(process_info)
+            .collect::<Answer<_>>()?;
+        Ok(api::PidsResponse {
+            processes,
+            ..api::PidsResponse::default()
+        })
+    }
+
+    async fn pause(&self, scope: &Scope, request: api::PauseRequest) -> Answer<()> {
+        self.node
+            .pause(&scope.task(&request.id)?)
+            .await
+            .map_err(status::from)
+    }
+
+    async fn resume(&self, scope: &Scope, request: api::ResumeRequest) -> Answer<()> {
+        self.node
+            .resume(&scope.task(&request.id)?)
+            .await
+            .map_err(status::from)
+    }
+
+    fn checkpoint(&self, scope: &Scope, request: &api::CheckpointTaskRequest) -> Answer<()> {
+        let key = ProcessKey {
+            task: scope.task(&request.id)?,
+            exec: None,
+        };
+        self.node.state(&key).map_err(status::from)?;
+        Err(ttrpc::get_status(
+            Code::UNIMPLEMENTED,
+            "checkpoint is not supported: not implemented",
+        ))
+    }
+
+    async fn kill(&self, scope: &Scope, request: api::KillRequest) -> Answer<()> {
+        let key = scope.process(&request.id, &request.exec_id)?;
+        self.node
+            .kill(&key, request.signal, request.all)
+            .await
+            .map_err(status::from)
+    }
+
+    async fn exec(&self, scope: &Scope, request: api::ExecProcessRequest) -> Answer<()> {
+        let request = ExecProcess {
+            task: scope.task(&request.id)?,
+            exec: request.exec_id.parse().map_err(invalid_id)?,
+            spec: any::json(request.spec.as_ref(), "Process")?,
+            stdio: StdioPaths {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+        };
+        self.node.exec(request).await.map_err(status::from)
+    }
+
+    fn resize_pty(&self, scope: &Scope, request: &api::ResizePtyRequest) -> Answer<()> {
+        let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
+        let key = scope.process(&request.id, &request.exec_id)?;
+        self.node
+            .resize_pty(&key, cells(request.width), cells(request.height))
+            .map_err(status::from)
+    }
+
+    async fn close_io(&self, scope: &Scope, request: api::CloseIORequest) -> Answer<()> {
+        self.node
+            .close_stdin(&scope.process(&request.id, &request.exec_id)?)
+            .await
+            .map_err(status::from)
+    }
+
+    async fn update(&self, scope: &Scope, request: api::UpdateTaskRequest) -> Answer<()> {
+        let resources = any::json(request.resources.as_ref(), "LinuxResources")?;
+        self.node
+            .update(&scope.task(&request.id)?, resources)
+            .await
+            .map_err(status::from)
+    }
+
+    async fn wait(&self, scope: &Scope, request: api::WaitRequest) -> Answer<api::WaitResponse> {
+        let exit = self
+            .node
+            .wait(&scope.process(&request.id, &request.exec_id)?)
+            .await
+            .map_err(status::from)?;
+        Ok(api::WaitResponse {
+            exit_status: exit.code,
+            exited_at: timestamp::of(exit.at),
+            ..api::WaitResponse::default()
+        })
+    }
+
+    async fn stats(&self, scope: &Scope, request: api::StatsRequest) -> Answer<api::StatsResponse> {
+        let now = self
+            .node
+            .stats(&scope.task(&request.id)?)
+            .await
+            .map_err(status::from)?;
+        let stats = MessageField::some(metrics::encode(&now)?);
+        Ok(api::StatsResponse {
+            stats,
+            ..api::StatsResponse::default()
+        })
+    }
+
+    /// For a task there is not, runc-v2 answers pid 0 and no error.
+    fn connect(
+        &self,
+        scope: &Scope,
+        request: &api::ConnectRequest,
+    ) -> Answer<api::ConnectResponse> {
+        Ok(api::ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: self.node.init_pid(&scope.task(&request.id)?),
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..api::ConnectResponse::default()
+        })
+    }
+}
+
+/// The namespace of a call, and with it the way from ids to keys.
+struct Scope {
+    namespace: Namespace,
+}
+
+impl Scope {
+    /// Debian's containerd 1.6.20 lacks the interceptor that puts the namespace into a call's metadata (its packaging removes
+    /// it); only the calls of its start-up have it. What a connection has told once holds for all its calls.
+    fn of(call: &Call) -> Answer<Self> {
+        let name = call
+            .metadata
+            .get(NAMESPACE)
+            .map(String::as_str)
+            .unwrap_or_default();
+        if !name.is_empty() {
+            let namespace: Namespace = name.parse().map_err(invalid_id)?;
+            call.session.namespace.get_or_init(|| namespace.clone());
+            return Ok(Self { namespace });
+        }
+        let told = call.session.namespace.get().cloned();
+        told.map(|namespace| Self { namespace }).ok_or_else(|| {
+            let text = "namespace is required: failed precondition";
+            ttrpc::get_status(Code::FAILED_PRECONDITION, text)
+        })
+    }
+
+    fn task(&self, id: &str) -> Answer<TaskKey> {
+        Ok(TaskKey {
+            namespace: self.namespace.clone(),
+            id: id.parse().map_err(invalid_id)?,
+        })
+    }
+
+    fn process(&self, id: &str, exec: &str) -> Answer<ProcessKey> {
+        let exec = match exec {
+            "" => None,
+            exec => Some(exec.parse::<ExecId>().map_err(invalid_id)?),
+        };
+        Ok(ProcessKey {
+            task: self.task(id)?,
+            exec,
+        })
+    }
+}
+
+fn decode<T: Message>(call: &Call) -> Answer<T> {
+    T::parse_from_bytes(&call.payload)
+        .map_err(|error| status::invalid(format!("unmarshal request error: {error}")))
+}
+
+fn encode(message: &impl Message) -> Answer<Vec<u8>> {
+    message
+        .write_to_bytes()
+        .map_err(|error| status::internal(error.to_string()))
+}
+
+/// `google.protobuf.Empty` has no bytes.
+fn empty((): ()) -> Vec<u8> {
+    Vec::new()
+}
+
+fn invalid_id(error: embedshim_core::id::InvalidId) -> Status {
+    status::of(&error.into())
+}
+
+fn mount(mount: api::Mount) -> Mount {
+    Mount {
+        kind: mount.type_,
+        source: mount.source,
+        target: mount.target,
+        options: mount.options,
+    }
+}
+
+fn status_of(status: ProcessStatus) -> api::Status {
+    match status {
+        ProcessStatus::Created => api::Status::CREATED,
+        ProcessStatus::Running => api::Status::RUNNING,
+        ProcessStatus::Stopped => api::Status::STOPPED,
+        ProcessStatus::Paused => api::Status::PAUSED,
+        ProcessStatus::Pausing => api::Status::PAUSING,
+    }
+}
+
+fn process_info(entry: ProcessEntry) -> Answer<api::ProcessInfo> {
+    let info = match entry.exec {
+        None => MessageField::none(),
+        Some(exec) => {
+            let details = ProcessDetails {
+                exec_id: exec.into(),
+                ..ProcessDetails::default()
+            };
+            MessageField::some(any::pack("containerd.runc.v1.ProcessDetails", &details)?)
+        }
+    };
+    Ok(api::ProcessInfo {
+        pid: entry.pid,
+        info,
+        ..api::ProcessInfo::default()
+    })
+}
+
+/// The launcher's note in a bundle; one that cannot be read is as good as none.
+async fn read_note(bundle: &Path) -> Option<BundleNote> {
+    let path = bundle.to_owned();
+    blocking(move || BundleNote::read(&path)).await.unwrap_or_else(|error| {
+        warn!(bundle = %bundle.display(), %error, "the launcher's note is not readable: no events for this task");
+        None
+    })
+}
+
+/// Adds to the note what the launcher's `delete` needs if it has to do without us.
+async fn complete_note(
+    mut note: BundleNote,
+    bundle: &Path,
+    runtime: &RuntimeOptions,
+    namespace: &Namespace,
+) {
+    note.runtime.clone_from(&runtime.binary);
+    note.runtime_root = runtime.root_of(namespace).to_string_lossy().into_owned();
+    let path = bundle.to_owned();
+    if let Err(error) = blocking(move || note.write(&path)).await {
+        warn!(bundle = %bundle.display(), %error, "the launcher's note is not writable");
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|failure| Err(io::Error::other(failure)))
+}
