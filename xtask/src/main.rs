@@ -1,2 +1,52 @@
-//! stub
-fn main() {}
+//! `cargo xtask`: everything that is done with this repository goes through here.
+
+mod bench;
+mod demo;
+mod suite;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, tests and demonstrates embedshim
+///
+/// Run as root: containers, BPF and mounts need it. What is missing on Debian is installed by apt, after saying what.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install what building and testing need, and mount bpffs
+    Setup,
+    /// Show, step by step, what embedshim does, against a private containerd
+    Demo,
+    /// Run every test
+    Test(suite::Options),
+    /// Compare with io.containerd.runc.v2: latency of `ctr run`, memory
+    Bench(bench::Options),
+    /// Check what lints can't: dependencies between crates, module headers, where unsafe is
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = xtask::sandbox::clean_up_on_signals().and_then(|()| match &cli.command {
+        Command::Setup => xtask::machine::prepare(),
+        Command::Demo => demo::run(),
+        Command::Test(options) => suite::run(options),
+        Command::Bench(options) => bench::run(options),
+        Command::Tidy => tidy::run(),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

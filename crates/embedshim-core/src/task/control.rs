@@ -107,7 +107,7 @@ async fn settle(
     told: EventKind,
 ) -> Result<(), Error> {
     if task.init.advance(from, to) {
-        info!(namespace = %task.key.namespace, id = task.id(), phase = ?to, "changed");
+        info!(namespace = %task.key.namespace, id = %task.id(), phase = ?to, "changed");
         shared.emit(task, told);
     }
     task.save(shared).await

@@ -184,7 +184,7 @@ async fn abandon(shared: &Arc<Shared>, task: &Arc<Task>, runtime_was_called: boo
     if let Some(identity) = task.init.identity() {
         shared.disown(identity);
         if let Err(error) = shared.monitor.unwatch(identity).await {
-            warn!(id = task.id(), %error, "cannot end the watch of a container that was not created");
+            warn!(id = %task.id(), %error, "cannot end the watch of a container that was not created");
         }
     }
     task.init.start_failed();
@@ -199,19 +199,19 @@ pub(super) async fn remove_traces(shared: &Shared, task: &Task, runtime_was_call
         && let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await
     {
         // The runtime is missing, say, which is what the client is told already.
-        warn!(id = task.id(), %error, "cannot delete a container that was not created");
+        warn!(id = %task.id(), %error, "cannot delete a container that was not created");
     }
     if !task.rootfs.is_empty() {
         let target = task.rootfs_path();
         match blocking(move || rootfs::unmount_recursive(&target)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => warn!(id = task.id(), %error, "cannot unmount"),
-            Err(error) => warn!(id = task.id(), %error, "cannot unmount"),
+            Ok(Err(error)) => warn!(id = %task.id(), %error, "cannot unmount"),
+            Err(error) => warn!(id = %task.id(), %error, "cannot unmount"),
         }
     }
     let (store, key) = (shared.store.clone(), task.key.clone());
     if let Ok(Err(error)) | Err(error) = blocking(move || store.remove(&key)).await {
-        warn!(id = task.id(), %error, "cannot remove a task record");
+        warn!(id = %task.id(), %error, "cannot remove a task record");
     }
 }
 
@@ -232,7 +232,7 @@ pub(super) fn watch_for_oom(shared: &Shared, task: &Task) {
     if let Some(cgroup) = task.cgroup()
         && let Err(error) = shared.oom.watch(task.serial, &cgroup)
     {
-        warn!(id = task.id(), %error, "cannot watch for OOM kills: they will be seen at the exit only");
+        warn!(id = %task.id(), %error, "cannot watch for OOM kills: they will be seen at the exit only");
     }
 }
 

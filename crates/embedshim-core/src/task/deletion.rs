@@ -56,7 +56,7 @@ pub(super) async fn delete(shared: Arc<Shared>, key: ProcessKey) -> Result<Delet
             },
         );
     }
-    info!(namespace = %task.key.namespace, id = task.id(), pid = now.pid, "deleted");
+    info!(namespace = %task.key.namespace, id = %task.id(), pid = now.pid, "deleted");
     Ok(deleted)
 }
 
@@ -96,7 +96,7 @@ async fn end_created(task: &Arc<Task>) -> Result<(), Error> {
 async fn remove(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(), Error> {
     let told = tokio::time::timeout(KILL_DEADLINE, task.exit_told()).await;
     if told.is_err() {
-        warn!(id = task.id(), "deleted while an exec of it still runs");
+        warn!(id = %task.id(), "deleted while an exec of it still runs");
     }
     drain(&task.init).await;
     task.runtime.delete(task.id(), force, &task.log()).await?;
@@ -149,7 +149,7 @@ pub(super) async fn cleanup(
     let exit = end_all(&task).await?;
     let pid = task.init.now().pid;
     if let Err(error) = remove(&shared, &task, true).await {
-        warn!(id = task.id(), %error, "a clean-up step failed; going on");
+        warn!(id = %task.id(), %error, "a clean-up step failed; going on");
         remove_traces(&shared, &task, true).await;
         shared.release(&task);
     }
@@ -178,7 +178,7 @@ async fn end_all(task: &Arc<Task>) -> Result<Exit, Error> {
     if let Some(cgroup) = task.cgroup()
         && let Err(error) = blocking(move || cgroup.kill_all()).await?
     {
-        warn!(id = task.id(), %error, "cannot kill all processes of a container");
+        warn!(id = %task.id(), %error, "cannot kill all processes of a container");
     }
     match tokio::time::timeout(CLEANUP_KILL_DEADLINE, task.init.ended()).await {
         Ok(exit) => exit,

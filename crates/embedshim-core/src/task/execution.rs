@@ -41,7 +41,7 @@ async fn start_init(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<u32, Error
         init.advance(Phase::Created, Phase::Running);
         let pid = init.now().pid;
         shared.emit(task, EventKind::Started { pid });
-        info!(namespace = %task.key.namespace, id = task.id(), pid, "started");
+        info!(namespace = %task.key.namespace, id = %task.id(), pid, "started");
     }
     // Not saved yet: after a crash a live process whose record says "created" is looked at (restoration).
     let saved = task.save(shared).await;
@@ -75,7 +75,7 @@ async fn start_exec(
                     pid,
                 },
             );
-            info!(namespace = %task.key.namespace, id = task.id(), exec_id = %exec, pid, "exec started");
+            info!(namespace = %task.key.namespace, id = %task.id(), exec_id = %exec, pid, "exec started");
             exits::release_early(shared, task, process);
             saved?;
             Ok(pid)

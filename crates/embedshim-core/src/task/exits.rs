@@ -105,7 +105,7 @@ pub(super) async fn settle(
             }
         }
         Err(error) => {
-            error!(id = task.id(), %error, "an exit is not durable: it would be learned again after a restart");
+            error!(id = %task.id(), %error, "an exit is not durable: it would be learned again after a restart");
         }
     }
 }
@@ -126,7 +126,7 @@ async fn end_the_rest(shared: &Shared, task: &Arc<Task>) {
     if matches!(task.init.now().phase, Phase::Paused | Phase::Pausing)
         && let Err(error) = task.runtime.resume(task.id(), &task.kill_log()).await
     {
-        debug!(id = task.id(), %error, "cannot thaw a container whose init has ended");
+        debug!(id = %task.id(), %error, "cannot thaw a container whose init has ended");
     }
     read_metrics(task).await;
     if task.has_own_pid_namespace {
@@ -137,9 +137,9 @@ async fn end_the_rest(shared: &Shared, task: &Arc<Task>) {
     match blocking(move || cgroup.kill_all()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            warn!(id = task.id(), %error, "cannot end all processes of a container in a shared pid namespace");
+            warn!(id = %task.id(), %error, "cannot end all processes of a container in a shared pid namespace");
         }
-        Err(error) => warn!(id = task.id(), %error, "cannot end all processes of a container"),
+        Err(error) => warn!(id = %task.id(), %error, "cannot end all processes of a container"),
     }
 }
 

@@ -46,7 +46,7 @@ pub(super) async fn restore(shared: &Arc<Shared>) -> Result<(), Error> {
             believed.extend(alive);
         } else {
             warn!(
-                id = task.id(),
+                id = %task.id(),
                 "the task is of an earlier boot: its processes are gone"
             );
             for dead in alive {
@@ -101,7 +101,7 @@ async fn restore_task(
     ));
     if !complete {
         warn!(
-            id = task.id(),
+            id = %task.id(),
             "removing a task whose creation was cut short"
         );
         remove_traces(shared, &task, true).await;
@@ -134,7 +134,7 @@ fn believed_alive(task: &Arc<Task>) -> Vec<Believed> {
         }
         if process.exec.is_some() && task.enter_exec().is_err() {
             // The init has ended before: the exec's end is only to be learned, nothing waits for it.
-            warn!(id = task.id(), "an exec outlived its init");
+            warn!(id = %task.id(), "an exec outlived its init");
         }
         alive.push(Believed {
             identity,
@@ -172,14 +172,14 @@ async fn reconnect(believed: &Believed) {
     let plan = match Plan::parse(&process.stdio) {
         Ok(plan) if plan.terminal() => {
             warn!(
-                id = believed.task.id(),
+                id = %believed.task.id(),
                 "its terminal is lost: it went with the daemon that held it"
             );
             return;
         }
         Ok(plan) => plan,
         Err(error) => {
-            warn!(id = believed.task.id(), %error, "cannot reopen its standard streams");
+            warn!(id = %believed.task.id(), %error, "cannot reopen its standard streams");
             return;
         }
     };
@@ -210,7 +210,7 @@ async fn agree_on_phase(believed: &Believed) {
             process.advance(recorded, phase);
         }
         Err(error) => {
-            warn!(id = task.id(), %error, "cannot ask the runtime for the container's state");
+            warn!(id = %task.id(), %error, "cannot ask the runtime for the container's state");
         }
     }
 }

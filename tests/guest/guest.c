@@ -1,0 +1,115 @@
+// What a shell cannot do, for the containers of demo and tests. Static; no argument is trusted to be sane, since we write them.
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+static int code;
+
+static void sleep_ms(long ms)
+{
+	struct timespec t = { ms / 1000, ms % 1000 * 1000000 };
+
+	while (nanosleep(&t, &t) && errno == EINTR)
+		;
+}
+
+static void *leave_later(void *ms)
+{
+	sleep_ms((long)ms);
+	exit(code);
+}
+
+// The main thread, whose pid is the process's, is gone when another thread ends the process.
+static int leader_first(char **arg)
+{
+	pthread_t other;
+
+	code = atoi(arg[0]);
+	if (pthread_create(&other, NULL, leave_later, (void *)atol(arg[1])))
+		return 125;
+	pthread_exit(NULL);
+}
+
+// Touches memory until the limit of the cgroup is met.
+static int allocate(char **arg)
+{
+	size_t size = strtoul(arg[0], NULL, 10) << 20;
+	char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (memory == MAP_FAILED)
+		return 125;
+	memset(memory, 1, size);
+	puts("allocated");
+	return 0;
+}
+
+// Dies by a signal that init of a pid namespace would otherwise not feel: the default action, sent by the kernel.
+static int fault(char **arg)
+{
+	(void)arg;
+	return *(volatile int *)NULL;
+}
+
+// As many bytes as asked for, as fast as possible, and the exit right behind the last one.
+static int flood(char **arg)
+{
+	static const char line[] = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde\n";
+	long lines = atol(arg[0]);
+
+	while (lines-- > 0)
+		fputs(line, stdout);
+	return fflush(stdout) ? 125 : 0;
+}
+
+// A grandchild keeps the output open when the process ends.
+static int orphan(char **arg)
+{
+	if (fork() == 0) {
+		sleep_ms(atol(arg[0]));
+		_exit(0);
+	}
+	return 0;
+}
+
+// Ends with this code at SIGTERM; without it, never.
+static void end_by_code(int signal)
+{
+	(void)signal;
+	_exit(code);
+}
+
+static int until_term(char **arg)
+{
+	code = atoi(arg[0]);
+	signal(SIGTERM, end_by_code);
+	puts("ready");
+	fflush(stdout);
+	while (pause())
+		;
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		int arguments;
+		int (*run)(char **);
+	} commands[] = {
+		{ "leader-first", 2, leader_first }, { "allocate", 1, allocate },     { "fault", 0, fault },
+		{ "flood", 1, flood },               { "until-term", 1, until_term }, { "orphan", 1, orphan },
+	};
+
+	for (size_t i = 0; argc > 1 && i < sizeof(commands) / sizeof(*commands); i++)
+		if (!strcmp(argv[1], commands[i].name) && argc == commands[i].arguments + 2)
+			return commands[i].run(argv + 2);
+	fputs("usage: guest leader-first CODE MS | allocate MB | fault | flood LINES | until-term CODE | orphan MS\n", stderr);
+	return 126;
+}

@@ -1,0 +1,123 @@
+//! `cargo xtask bench`: ours and containerd's own shim side by side, in the same run, alternating. Ratios count; the absolute
+//! numbers are the machine's.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use xtask::products::{self, Profile};
+use xtask::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
+use xtask::{image, machine};
+
+use crate::demo::pss;
+
+/// Options of `cargo xtask bench`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// How often `ctr run --rm ... true` is timed with each runtime
+    #[arg(long, default_value_t = 30)]
+    runs: u32,
+    /// How many containers run while memory is measured
+    #[arg(long, default_value_t = 50)]
+    containers: u32,
+}
+
+/// Measures and prints a table.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    machine::prepare()?;
+    let binaries = products::build(Profile::Release)?;
+    let image = tempfile::tempdir()?;
+    let archive = image::build(image.path())?;
+    let ours = Sandbox::start(&binaries, EMBEDSHIM, &archive)?;
+    let theirs = Sandbox::start(&binaries, RUNC_V2, &archive)?;
+    latency(&ours, &theirs, options.runs)?;
+    memory(&ours, &theirs, options.containers)
+}
+
+fn latency(ours: &Sandbox, theirs: &Sandbox, runs: u32) -> anyhow::Result<()> {
+    let mut times = [Vec::new(), Vec::new()];
+    // One of each to warm up; ours starts the daemon in it.
+    for run in 0..=runs {
+        for (sandbox, times) in [ours, theirs].into_iter().zip(&mut times) {
+            let took = time_one(sandbox, &format!("true{run}"))?;
+            if run > 0 {
+                times.push(took);
+            }
+        }
+    }
+    let [ours, theirs] = times.map(median);
+    println!("median of {runs} `ctr run --rm ... true`, alternating");
+    println!("  embed.v1  {:7.1} ms", milliseconds(ours));
+    println!("  runc.v2   {:7.1} ms", milliseconds(theirs));
+    println!(
+        "  ratio     {:7.2}",
+        milliseconds(ours) / milliseconds(theirs)
+    );
+    Ok(())
+}
+
+fn time_one(sandbox: &Sandbox, id: &str) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    let finished =
+        Running::capture(&mut sandbox.run(&["--rm"], id, &["true"]))?.finish(PATIENCE)?;
+    ensure!(
+        finished.code == Some(0),
+        "{} {finished:?}",
+        sandbox.runtime()
+    );
+    Ok(began.elapsed())
+}
+
+fn memory(ours: &Sandbox, theirs: &Sandbox, containers: u32) -> anyhow::Result<()> {
+    let daemon = ours.daemon_pid().context("the daemon is not there")?;
+    let idle = pss(daemon)?;
+    fill(ours, containers)?;
+    let full = pss(daemon)?;
+    fill(theirs, containers)?;
+    let shims = shims_pss(theirs)?;
+    println!("memory (Pss) for {containers} containers");
+    println!("  embed.v1  {full:7} kB in one process; {idle} kB with none");
+    println!("  runc.v2   {shims:7} kB in {containers} shims");
+    Ok(())
+}
+
+fn fill(sandbox: &Sandbox, containers: u32) -> anyhow::Result<()> {
+    for number in 0..containers {
+        let mut command = sandbox.run(&["--detach"], &format!("c{number}"), &["sleep", "1000"]);
+        let finished = Running::capture(&mut command)?.finish(PATIENCE)?;
+        ensure!(finished.code == Some(0), "{finished:?}");
+    }
+    Ok(())
+}
+
+/// The sum over all Go shims of the sandbox.
+fn shims_pss(sandbox: &Sandbox) -> anyhow::Result<u64> {
+    let directory = sandbox.directory().to_string_lossy().into_owned();
+    let mut sum = 0;
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        let line = String::from_utf8_lossy(
+            &std::fs::read(entry.path().join("cmdline")).unwrap_or_default(),
+        )
+        .into_owned();
+        if line.contains("containerd-shim-runc-v2") && line.contains(&directory) {
+            sum += pss(pid)?;
+        }
+    }
+    Ok(sum)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}

@@ -1,0 +1,272 @@
+//! `cargo xtask demo`: the promises, one after the other, on this very machine, each with what was run and what came out.
+//! A step that shows something else ends the demo with an error.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xtask::products::{self, Profile};
+use xtask::sandbox::{EMBEDSHIM, Finished, PATIENCE, Running, Sandbox, is_alive, until};
+use xtask::{image, machine};
+
+/// Runs all steps.
+pub(crate) fn run() -> anyhow::Result<()> {
+    machine::prepare()?;
+    println!("Building embedshimd (release)...");
+    let binaries = products::build(Profile::Release)?;
+    println!("Making an image of busybox and a small program of ours...");
+    let image = tempfile::tempdir()?;
+    let archive = image::build(image.path())?;
+    let sandbox = Sandbox::start(&binaries, EMBEDSHIM, &archive)?;
+    println!(
+        "A private containerd runs in {}; the system's is not touched.",
+        sandbox.directory().display()
+    );
+    let mut demo = Demo { sandbox, steps: 0 };
+    demo.output()?;
+    demo.exit_code()?;
+    demo.killed()?;
+    demo.leader_first()?;
+    demo.one_process()?;
+    demo.nobody_there()?;
+    println!("\nAll of it is true on this machine. Nothing is left behind.");
+    Ok(())
+}
+
+struct Demo {
+    sandbox: Sandbox,
+    steps: u32,
+}
+
+impl Demo {
+    fn step(&mut self, what: &str) {
+        self.steps += 1;
+        println!("\n{}. {what}", self.steps);
+    }
+
+    fn output(&mut self) -> anyhow::Result<()> {
+        self.step("A container runs through an unmodified containerd; its output arrives.");
+        let finished = show(&mut self.sandbox.run(
+            &["--rm"],
+            "hello",
+            &["echo", "hello from a container"],
+        ))?;
+        ensure!(
+            finished.code == Some(0) && finished.stdout == "hello from a container\n",
+            "got {finished:?}"
+        );
+        Ok(())
+    }
+
+    fn exit_code(&mut self) -> anyhow::Result<()> {
+        self.step("Its exit code arrives.");
+        expect(
+            &mut self
+                .sandbox
+                .run(&["--rm"], "seven", &["sh", "-c", "exit 7"]),
+            7,
+        )
+    }
+
+    fn killed(&mut self) -> anyhow::Result<()> {
+        self.step("Death by SIGKILL is 128 + 9 = 137.");
+        let mut command = self.sandbox.run(&["--rm"], "victim", &["sleep", "1000"]);
+        say(&command);
+        let mut run = Running::capture(&mut command)?;
+        self.wait_for_status("victim", "RUNNING")?;
+        show(
+            &mut self
+                .sandbox
+                .ctr(["task", "kill", "--signal", "KILL", "victim"]),
+        )?;
+        report(&run.finish(PATIENCE)?, 137)
+    }
+
+    fn leader_first(&mut self) -> anyhow::Result<()> {
+        self.step("The main thread ends first, another thread exits with 44: 44 counts, not the main thread's 0.");
+        expect(
+            &mut self
+                .sandbox
+                .run(&["--rm"], "leader", &["guest", "leader-first", "44", "200"]),
+            44,
+        )
+    }
+
+    fn one_process(&mut self) -> anyhow::Result<()> {
+        self.step(
+            "Ten containers, and still one process of ours. (containerd's own shims would be ten.)",
+        );
+        for number in 0..10 {
+            let id = format!("c{number}");
+            ensure!(
+                quiet(&mut self.sandbox.run(&["--detach"], &id, &["sleep", "1000"]))?.code
+                    == Some(0),
+                "{id} does not start"
+            );
+        }
+        let daemon = self
+            .sandbox
+            .daemon_pid()
+            .context("the daemon is not there")?;
+        let ours = processes_named("embedshimd", self.sandbox.directory())?;
+        println!(
+            "   containers: 10   shim processes: {}   memory of embedshimd (Pss): {} kB",
+            ours.len(),
+            pss(daemon)?
+        );
+        ensure!(ours == [daemon], "processes: {ours:?}");
+        for number in 0..10 {
+            let id = format!("c{number}");
+            quiet(&mut self.sandbox.ctr(["task", "rm", "--force", &id]))?;
+            quiet(&mut self.sandbox.ctr(["container", "rm", &id]))?;
+        }
+        Ok(())
+    }
+
+    fn nobody_there(&mut self) -> anyhow::Result<()> {
+        self.step("containerd is stopped, embedshimd is killed, and then two containers end. Nobody is there to see it.");
+        for (id, command) in [
+            ("nine", ["guest", "until-term", "9"].as_slice()),
+            ("killed", &["sleep", "1000"]),
+        ] {
+            let finished = quiet(&mut self.sandbox.run(&["--detach"], id, command))?;
+            ensure!(finished.code == Some(0), "{finished:?}");
+        }
+        let (nine, killed) = (self.task_pid("nine")?, self.task_pid("killed")?);
+        println!("   running: nine (pid {nine}) and killed (pid {killed})");
+        self.sandbox.stop_containerd()?;
+        println!("   containerd is stopped");
+        let daemon = self
+            .sandbox
+            .daemon_pid()
+            .context("the daemon is not there")?;
+        self.sandbox.end_daemon(Signal::SIGKILL)?;
+        println!("   embedshimd (pid {daemon}) is killed by SIGKILL; the containers run on");
+        ensure!(
+            is_alive(nine) && is_alive(killed),
+            "a container died with the daemon"
+        );
+        kill(Pid::from_raw(nine), Signal::SIGTERM)?;
+        kill(Pid::from_raw(killed), Signal::SIGKILL)?;
+        until("both end", || Ok(!is_alive(nine) && !is_alive(killed)))?;
+        println!(
+            "   nine has exited with 9, killed was killed by SIGKILL; the kernel's BPF program has seen it"
+        );
+        self.sandbox.start_daemon()?;
+        self.sandbox.start_containerd()?;
+        println!("   a new embedshimd and containerd are there");
+        for (id, code) in [("nine", 9), ("killed", 137)] {
+            self.wait_for_status(id, "STOPPED")?;
+            let finished = show(&mut self.sandbox.ctr(["task", "rm", id]))?;
+            let told = format!("exit code {code}\"");
+            ensure!(
+                finished.stderr.contains(&told),
+                "exit code {code} was expected: {finished:?}"
+            );
+            quiet(&mut self.sandbox.ctr(["container", "rm", id]))?;
+        }
+        Ok(())
+    }
+
+    fn wait_for_status(&self, id: &str, status: &str) -> anyhow::Result<()> {
+        until(&format!("{id} is {status}"), || {
+            Ok(self
+                .task_line(id)?
+                .is_some_and(|line| line.ends_with(status)))
+        })
+    }
+
+    fn task_line(&self, id: &str) -> anyhow::Result<Option<String>> {
+        let list = self.sandbox.ctr_ok(&["task", "ls"])?;
+        Ok(list
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(id))
+            .map(|line| line.trim().to_owned()))
+    }
+
+    fn task_pid(&self, id: &str) -> anyhow::Result<i32> {
+        let line = self
+            .task_line(id)?
+            .with_context(|| format!("no task {id}"))?;
+        line.split_whitespace()
+            .nth(1)
+            .and_then(|pid| pid.parse().ok())
+            .with_context(|| format!("no pid in {line}"))
+    }
+}
+
+/// The command as a reader would type it, without the sandbox's paths.
+fn say(command: &Command) {
+    let mut words = Vec::new();
+    let mut arguments = command
+        .get_args()
+        .map(|argument| argument.to_string_lossy().into_owned());
+    while let Some(word) = arguments.next() {
+        match word.as_str() {
+            "--address" | "--namespace" | "--fifo-dir" => drop(arguments.next()),
+            _ if word.contains(' ') => words.push(format!("'{word}'")),
+            _ => words.push(word),
+        }
+    }
+    println!("   $ ctr {}", words.join(" "));
+}
+
+fn quiet(command: &mut Command) -> anyhow::Result<Finished> {
+    Running::capture(command)?.finish(PATIENCE)
+}
+
+fn show(command: &mut Command) -> anyhow::Result<Finished> {
+    say(command);
+    let finished = quiet(command)?;
+    for line in finished.stdout.lines().chain(finished.stderr.lines()) {
+        println!("   {line}");
+    }
+    Ok(finished)
+}
+
+fn expect(command: &mut Command, code: i32) -> anyhow::Result<()> {
+    let finished = show(command)?;
+    report(&finished, code)
+}
+
+fn report(finished: &Finished, code: i32) -> anyhow::Result<()> {
+    match finished.code {
+        Some(got) if got == code => {
+            println!("   exit code: {got}");
+            Ok(())
+        }
+        _ => bail!("exit code {code} was expected: {finished:?}"),
+    }
+}
+
+/// The processes of this name that belong to the sandbox.
+fn processes_named(name: &str, directory: &Path) -> anyhow::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if line.contains(name) && line.contains(&*directory.to_string_lossy()) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+/// Memory that is this process's alone, and its share of what it shares; in kB.
+pub(crate) fn pss(pid: i32) -> anyhow::Result<u64> {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = rollup
+        .lines()
+        .find_map(|line| line.strip_prefix("Pss:"))
+        .context("no Pss in smaps_rollup")?;
+    Ok(line.trim().trim_end_matches("kB").trim().parse()?)
+}

@@ -1,0 +1,149 @@
+//! What the machine must have: packages of Debian and a mounted bpffs. Says what it is about to do before it does it.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{FsType, statfs};
+
+const BPFFS: &str = "/sys/fs/bpf";
+const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+
+/// One package, and how to see that it is not needed.
+struct Requirement {
+    package: &'static str,
+    purpose: &'static str,
+    is_there: fn() -> bool,
+}
+
+const REQUIREMENTS: [Requirement; 6] = [
+    Requirement {
+        package: "clang",
+        purpose: "compiles the BPF program",
+        is_there: || on_path("clang"),
+    },
+    Requirement {
+        package: "libbpf-dev",
+        purpose: "headers for the BPF program",
+        is_there: || Path::new("/usr/include/bpf/bpf_helpers.h").exists(),
+    },
+    Requirement {
+        package: "libc6-dev",
+        purpose: "links the static program in the test image",
+        is_there: || !glob_is_empty("/usr/lib", "libc.a"),
+    },
+    Requirement {
+        package: "containerd",
+        purpose: "what all of this is for",
+        is_there: || on_path("containerd"),
+    },
+    Requirement {
+        package: "runc",
+        purpose: "runs the containers",
+        is_there: || on_path("runc"),
+    },
+    Requirement {
+        package: "busybox-static",
+        purpose: "the shell in the test image",
+        is_there: || Path::new("/bin/busybox").exists(),
+    },
+];
+
+/// Installs what is missing and mounts bpffs.
+pub fn prepare() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("containers, BPF and mounts need root; run this as root");
+    }
+    install()?;
+    mount_bpffs()
+}
+
+fn install() -> anyhow::Result<()> {
+    let missing: Vec<&Requirement> = REQUIREMENTS
+        .iter()
+        .filter(|requirement| !(requirement.is_there)())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("Installing by apt-get:");
+    for requirement in &missing {
+        println!("  {:15} {}", requirement.package, requirement.purpose);
+    }
+    if !on_path("apt-get") {
+        bail!(
+            "there is no apt-get here; install the packages above in this system's way and try again"
+        );
+    }
+    apt(&["update", "--quiet"])?;
+    let packages = missing.iter().map(|requirement| requirement.package);
+    let arguments: Vec<&str> = ["install", "--quiet", "--yes", "--no-install-recommends"]
+        .into_iter()
+        .chain(packages)
+        .collect();
+    apt(&arguments)?;
+    match missing.iter().find(|requirement| !(requirement.is_there)()) {
+        Some(still) => bail!(
+            "package {} is installed but what it is for is not there",
+            still.package
+        ),
+        None => Ok(()),
+    }
+}
+
+fn apt(arguments: &[&str]) -> anyhow::Result<()> {
+    let output = Command::new("apt-get")
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run apt-get")?;
+    if !output.status.success() {
+        bail!(
+            "apt-get {} failed:\n{}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(())
+}
+
+fn mount_bpffs() -> anyhow::Result<()> {
+    let is_mounted = statfs(BPFFS).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC);
+    if is_mounted {
+        return Ok(());
+    }
+    println!("Mounting bpffs on {BPFFS}");
+    mount(
+        Some("bpf"),
+        BPFFS,
+        Some("bpf"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .with_context(|| format!("cannot mount bpffs on {BPFFS}"))
+}
+
+/// Whether a program is on `PATH`.
+pub fn on_path(name: &str) -> bool {
+    find_on_path(name).is_some()
+}
+
+/// Where a program is.
+pub fn find_on_path(name: &str) -> Option<std::path::PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(name))
+        .find(|file| file.is_file())
+}
+
+/// Whether no directory right below `base` has this file: multiarch puts libraries one level down.
+fn glob_is_empty(base: &str, file: &str) -> bool {
+    let Ok(entries) = std::fs::read_dir(base) else {
+        return true;
+    };
+    !entries
+        .flatten()
+        .any(|entry| entry.path().join(file).exists())
+}

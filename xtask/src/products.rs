@@ -1,0 +1,54 @@
+//! Building what we ship.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+/// The workspace's root.
+pub fn workspace() -> PathBuf {
+    let xtask = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().map_or_else(|| xtask.clone(), PathBuf::from)
+}
+
+/// Cargo as it was called, or the one on `PATH`.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(workspace());
+    cargo
+}
+
+/// How to build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// Quick to build, with assertions: for tests.
+    Dev,
+    /// What is shipped.
+    Release,
+}
+
+/// Builds `embedshimd` and the launcher and returns the directory they are in.
+pub fn build(profile: Profile) -> anyhow::Result<PathBuf> {
+    let (flag, name) = match profile {
+        Profile::Dev => ("dev", "debug"),
+        Profile::Release => ("release", "release"),
+    };
+    let status = cargo()
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "embedshimd",
+            "--bins",
+            "--profile",
+            flag,
+        ])
+        .status()
+        .context("cannot run cargo")?;
+    if !status.success() {
+        bail!("embedshimd does not build");
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| workspace().join("target"), PathBuf::from);
+    Ok(workspace().join(target).join(name))
+}

@@ -1,0 +1,323 @@
+//! [`Sandbox`]: a containerd of our own with its own root, state, sockets, namespace and `embedshimd`, in a directory that is
+//! gone afterwards. The system's containerd is never touched.
+
+mod cleanup;
+mod process;
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+pub use cleanup::{clean_up_all, clean_up_on_signals};
+pub use process::{Finished, Running};
+
+use crate::image;
+
+/// Our runtime, by the name that containerd resolves to the launcher.
+pub const EMBEDSHIM: &str = "io.containerd.embed.v1";
+/// The Go shim, for comparison.
+pub const RUNC_V2: &str = "io.containerd.runc.v2";
+
+/// Long enough for a loaded machine of two cores; waiting ends at once when what is waited for is there.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A private containerd.
+#[derive(Debug)]
+pub struct Sandbox {
+    directory: PathBuf,
+    namespace: String,
+    runtime: String,
+    binaries: PathBuf,
+    containerd: Option<Running>,
+    environment: Vec<(String, String)>,
+}
+
+impl Sandbox {
+    /// Starts a containerd that finds the launcher in `binaries`, with the image of `archive` in it.
+    pub fn start(binaries: &Path, runtime: &str, archive: &Path) -> anyhow::Result<Self> {
+        let mut sandbox = Self::new(binaries, runtime)?;
+        sandbox.start_containerd()?;
+        sandbox.import(archive)?;
+        Ok(sandbox)
+    }
+
+    /// The same with nothing started yet.
+    pub fn new(binaries: &Path, runtime: &str) -> anyhow::Result<Self> {
+        // Short, because of the 107 bytes of a socket's path, and plain, so that the pins' directory has the same name.
+        let directory = tempfile::Builder::new()
+            .prefix("embedshim_")
+            .tempdir_in("/tmp")?
+            .keep();
+        let namespace = directory
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .replace('_', "-");
+        cleanup::register(&directory);
+        let sandbox = Self {
+            directory,
+            namespace,
+            runtime: runtime.into(),
+            binaries: binaries.into(),
+            containerd: None,
+            environment: Vec::new(),
+        };
+        sandbox.write_config()?;
+        Ok(sandbox)
+    }
+
+    fn write_config(&self) -> anyhow::Result<()> {
+        let directory = self.directory.display();
+        let config = format!(
+            r#"version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = [
+  "io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.aufs",
+  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
+]
+[grpc]
+address = "{directory}/c.sock"
+"#
+        );
+        Ok(fs::write(self.directory.join("containerd.toml"), config)?)
+    }
+
+    /// Where everything is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The containerd namespace that only this sandbox uses.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// The runtime under test.
+    pub fn runtime(&self) -> &str {
+        &self.runtime
+    }
+
+    /// The daemon's state directory.
+    pub fn state_dir(&self) -> PathBuf {
+        self.directory.join("es")
+    }
+
+    /// Where the daemon pins its BPF program and maps.
+    pub fn pin_dir(&self) -> PathBuf {
+        cleanup::pin_dir(&self.directory)
+    }
+
+    /// The bundle of a container.
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.directory
+            .join("state/io.containerd.runtime.v2.task")
+            .join(&self.namespace)
+            .join(id)
+    }
+
+    /// Sets a variable for the containerd (and by it, launcher and daemon) that is started next.
+    pub fn set_environment(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.into(), value.into()));
+    }
+
+    /// Starts containerd and waits until it answers.
+    pub fn start_containerd(&mut self) -> anyhow::Result<()> {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.containerd_log())?;
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut command = Command::new("containerd");
+        command
+            .arg("--config")
+            .arg(self.directory.join("containerd.toml"))
+            .env("PATH", format!("{}:{path}", self.binaries.display()))
+            .env("EMBEDSHIM_STATE_DIR", self.state_dir())
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            // Ctrl-C is for us, who then stop it in order.
+            .process_group(0);
+        self.containerd = Some(Running::spawn(&mut command)?);
+        until("containerd answers", || {
+            Ok(self
+                .ctr(["version"])
+                .output()
+                .is_ok_and(|output| output.status.success()))
+        })
+        .with_context(|| tail(&self.containerd_log()))
+    }
+
+    /// Stops containerd, politely; containers go on.
+    pub fn stop_containerd(&mut self) -> anyhow::Result<()> {
+        self.end_containerd(Signal::SIGTERM)
+    }
+
+    /// Kills containerd; containers go on.
+    pub fn kill_containerd(&mut self) -> anyhow::Result<()> {
+        self.end_containerd(Signal::SIGKILL)
+    }
+
+    fn end_containerd(&mut self, signal: Signal) -> anyhow::Result<()> {
+        let Some(mut containerd) = self.containerd.take() else {
+            return Ok(());
+        };
+        containerd.signal(signal)?;
+        containerd.finish(PATIENCE)?;
+        Ok(())
+    }
+
+    /// containerd's log.
+    pub fn containerd_log(&self) -> PathBuf {
+        self.directory.join("containerd.log")
+    }
+
+    /// The daemon's log.
+    pub fn daemon_log(&self) -> String {
+        fs::read_to_string(self.state_dir().join("embedshimd.log")).unwrap_or_default()
+    }
+
+    /// The daemon's pid, if one listens.
+    pub fn daemon_pid(&self) -> Option<i32> {
+        let stream = UnixStream::connect(self.state_dir().join("shim.sock")).ok()?;
+        getsockopt(&stream, PeerCredentials)
+            .ok()
+            .map(|peer| peer.pid())
+    }
+
+    /// Ends the daemon with a signal and waits until it is gone.
+    pub fn end_daemon(&self, signal: Signal) -> anyhow::Result<()> {
+        let Some(pid) = self.daemon_pid() else {
+            return Ok(());
+        };
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal)
+            .context("cannot signal embedshimd")?;
+        until("embedshimd ends", || Ok(!is_alive(pid)))
+    }
+
+    /// Starts the daemon by hand, as the launcher would, and waits until it listens.
+    pub fn start_daemon(&self) -> anyhow::Result<()> {
+        self.spawn_daemon()?.leave();
+        until("embedshimd listens", || Ok(self.daemon_pid().is_some()))
+            .with_context(|| self.daemon_log())
+    }
+
+    /// Starts the daemon by hand.
+    pub fn spawn_daemon(&self) -> anyhow::Result<Running> {
+        fs::create_dir_all(self.state_dir())?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.state_dir().join("embedshimd.log"))?;
+        let mut command = Command::new(self.binaries.join("embedshimd"));
+        command
+            .args(["serve", "--detached", "--state-dir"])
+            .arg(self.state_dir())
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        Running::spawn(&mut command)
+    }
+
+    /// `ctr` for this containerd.
+    pub fn ctr<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Command {
+        let mut ctr = Command::new("ctr");
+        ctr.arg("--address")
+            .arg(self.directory.join("c.sock"))
+            .args(["--namespace", &self.namespace])
+            .args(arguments);
+        ctr.stdin(Stdio::null());
+        ctr
+    }
+
+    /// `ctr run` of a command in the test image, with more of `ctr run`'s options.
+    pub fn run(&self, options: &[&str], id: &str, command: &[&str]) -> Command {
+        let mut ctr = self.ctr(["run", "--runtime", &self.runtime, "--fifo-dir"]);
+        ctr.arg(self.directory.join("fifo"))
+            .args(options)
+            .args([image::NAME, id])
+            .args(command);
+        ctr
+    }
+
+    /// Runs `ctr` and returns what it printed, or an error with what it complained of.
+    pub fn ctr_ok(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let finished = Running::capture(&mut self.ctr(arguments))?.finish(PATIENCE)?;
+        if finished.code != Some(0) {
+            bail!(
+                "ctr {} failed: {}",
+                arguments.join(" "),
+                finished.stderr.trim()
+            );
+        }
+        Ok(finished.stdout)
+    }
+
+    fn import(&self, archive: &Path) -> anyhow::Result<()> {
+        let archive = archive.to_string_lossy();
+        self.ctr_ok(&["image", "import", &archive]).map(drop)
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if std::env::var_os("EMBEDSHIM_KEEP_SANDBOX").is_some() {
+            eprintln!("kept: {}", self.directory.display());
+            return;
+        }
+        if let Some(mut containerd) = self.containerd.take() {
+            // What is left is removed the hard way right below.
+            let _ = containerd.signal(Signal::SIGKILL);
+            let _ = containerd.finish(PATIENCE);
+        }
+        cleanup::clean_up(&self.directory);
+    }
+}
+
+/// Waits for a condition, at most [`PATIENCE`].
+pub fn until(
+    what: &str,
+    mut condition: impl FnMut() -> anyhow::Result<bool>,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition()? {
+        if Instant::now() >= deadline {
+            bail!("waited {} s in vain: {what}", PATIENCE.as_secs());
+        }
+        sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Whether a process exists and is no zombie.
+pub fn is_alive(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')')
+        .next()
+        .and_then(|rest| rest.trim_start().chars().next())
+        .is_some_and(|state| !"ZX".contains(state))
+}
+
+fn tail(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines
+        .get(lines.len().saturating_sub(10)..)
+        .unwrap_or_default()
+        .join("\n")
+}

@@ -1,0 +1,202 @@
+//! `cargo xtask tidy`: what lints can't check. Every rule is a function that lists its violations.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+use xtask::products::{cargo, workspace};
+
+/// Which crates of ours each may depend on (ARCHITECTURE.md, "The crates").
+const ARROWS: [(&str, &[&str]); 8] = [
+    ("embedshim-core", &[]),
+    ("monitor-bpf", &["embedshim-core"]),
+    ("monitor-pidfd", &["embedshim-core"]),
+    ("monitor-ptrace", &["embedshim-core"]),
+    ("shim-api", &["embedshim-core"]),
+    (
+        "embedshimd",
+        &[
+            "embedshim-core",
+            "monitor-bpf",
+            "monitor-pidfd",
+            "monitor-ptrace",
+            "shim-api",
+        ],
+    ),
+    ("xtask", &[]),
+    (
+        "embedshim-tests",
+        &[
+            "embedshim-core",
+            "monitor-bpf",
+            "monitor-pidfd",
+            "monitor-ptrace",
+            "shim-api",
+            "xtask",
+        ],
+    ),
+];
+/// What every checkout must have.
+const DOCUMENTS: [&str; 4] = ["README.md", "ARCHITECTURE.md", "LICENSE", "deny.toml"];
+/// Names that say nothing.
+const EMPTY_NAMES: [&str; 6] = ["utils", "util", "common", "helpers", "misc", "manager"];
+/// Beyond this, a file has more than one subject.
+const MAX_LINES: usize = 500;
+
+/// Checks all rules.
+pub(crate) fn run() -> anyhow::Result<()> {
+    let mut violations = Vec::new();
+    dependencies(&mut violations)?;
+    for document in DOCUMENTS {
+        if !workspace().join(document).is_file() {
+            violations.push(format!("{document} is missing"));
+        }
+    }
+    justified_dependencies(&mut violations)?;
+    for file in sources(&workspace())? {
+        let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+        let shown = file.strip_prefix(workspace()).unwrap_or(&file).to_owned();
+        source(&shown, &text, &mut violations);
+    }
+    if violations.is_empty() {
+        println!("tidy");
+        return Ok(());
+    }
+    for violation in &violations {
+        eprintln!("{violation}");
+    }
+    bail!("{} violations", violations.len())
+}
+
+/// The arrows between the crates point where ARCHITECTURE.md says.
+fn dependencies(violations: &mut Vec<String>) -> anyhow::Result<()> {
+    let output = cargo()
+        .args(["metadata", "--format-version=1", "--no-deps"])
+        .output()
+        .context("cannot run cargo metadata")?;
+    let metadata: Value = serde_json::from_slice(&output.stdout).context("cargo metadata")?;
+    for package in list(&metadata, "packages") {
+        let name = name_of(package);
+        let Some((_, allowed)) = ARROWS.iter().find(|(known, _)| *known == name) else {
+            violations.push(format!(
+                "{name}: this crate is not in xtask's list of arrows"
+            ));
+            continue;
+        };
+        for dependency in list(package, "dependencies") {
+            let dependency = name_of(dependency);
+            let is_ours = ARROWS.iter().any(|(known, _)| *known == dependency);
+            if is_ours && !allowed.contains(&dependency) {
+                violations.push(format!("{name} must not depend on {dependency}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn list<'a>(value: &'a Value, field: &str) -> &'a [Value] {
+    value
+        .get(field)
+        .and_then(Value::as_array)
+        .map_or(&[], Vec::as_slice)
+}
+
+fn name_of(value: &Value) -> &str {
+    value
+        .get("name")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+}
+
+/// Each dependency has its reason in the line above it.
+fn justified_dependencies(violations: &mut Vec<String>) -> anyhow::Result<()> {
+    let manifest = fs::read_to_string(workspace().join("Cargo.toml"))?;
+    let section = manifest
+        .split("[workspace.dependencies]")
+        .nth(1)
+        .unwrap_or_default();
+    let mut before = "";
+    for line in section.lines().take_while(|line| !line.starts_with('[')) {
+        let is_foreign = line.contains('=') && !line.contains("path = ");
+        if is_foreign && !before.starts_with('#') {
+            violations.push(format!("Cargo.toml: no reason above: {line}"));
+        }
+        before = line;
+    }
+    Ok(())
+}
+
+fn sources(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root)? {
+        let path = entry?.path();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if path.is_dir() {
+            if name != "target" && !name.starts_with('.') {
+                found.extend(sources(&path)?);
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+fn source(file: &Path, text: &str, violations: &mut Vec<String>) {
+    let mut complain = |what: &str| violations.push(format!("{}: {what}", file.display()));
+    if !text.starts_with("//! ") {
+        complain("no module header: say in a few lines what it owns");
+    }
+    let lines = text.lines().count();
+    if lines > MAX_LINES {
+        complain(&format!("{lines} lines, more than {MAX_LINES}"));
+    }
+    let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+    if EMPTY_NAMES
+        .iter()
+        .any(|name| stem.split('_').any(|word| word == *name))
+    {
+        complain("a module is a noun of the domain");
+    }
+    if stem != "sys" && text.lines().any(has_unsafe) {
+        complain("unsafe code outside of a `sys` module");
+    }
+}
+
+/// Whether a line has unsafe code, not just the word in a comment, a string or a lint's name.
+fn has_unsafe(line: &str) -> bool {
+    let code = line.split("//").next().unwrap_or_default();
+    let word = concat!("un", "safe");
+    [" {", " fn ", " impl ", " extern "]
+        .iter()
+        .any(|next| code.contains(&format!("{word}{next}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn violations_are_found() {
+        let complaints = |file: &str, text: &str| {
+            let mut violations = Vec::new();
+            source(Path::new(file), text, &mut violations);
+            violations.len()
+        };
+        let code = concat!("//! A module.\nun", "safe { work() }\n");
+        assert_eq!(complaints("src/work.rs", "//! A module.\n"), 0);
+        assert_eq!(complaints("src/work.rs", "fn work() {}\n"), 1);
+        assert_eq!(complaints("src/file_utils.rs", "//! A module.\n"), 1);
+        assert_eq!(complaints("src/work.rs", code), 1);
+        assert_eq!(complaints("src/sys.rs", code), 0);
+        assert_eq!(
+            complaints("src/work.rs", &"//! Long.\n".repeat(MAX_LINES + 1)),
+            1
+        );
+    }
+}
