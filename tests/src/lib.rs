@@ -1,1 +1,10 @@
-//! stub
+//! What the end-to-end tests share: the stage they play on, and the trace a container may leave. The tests themselves are in
+//! `end_to_end/`.
+
+mod footprint;
+mod shim;
+mod stage;
+
+pub use footprint::Footprint;
+pub use shim::{Bundle, Shim};
+pub use stage::{Scope, Stage, Test};

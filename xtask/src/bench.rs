@@ -83,9 +83,7 @@ fn memory(ours: &Sandbox, theirs: &Sandbox, containers: u32) -> anyhow::Result<(
 
 fn fill(sandbox: &Sandbox, containers: u32) -> anyhow::Result<()> {
     for number in 0..containers {
-        let mut command = sandbox.run(&["--detach"], &format!("c{number}"), &["sleep", "1000"]);
-        let finished = Running::capture(&mut command)?.finish(PATIENCE)?;
-        ensure!(finished.code == Some(0), "{finished:?}");
+        sandbox.detached(&[], &format!("c{number}"), &["sleep", "1000"])?;
     }
     Ok(())
 }

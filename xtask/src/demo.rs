@@ -75,7 +75,7 @@ impl Demo {
         let mut command = self.sandbox.run(&["--rm"], "victim", &["sleep", "1000"]);
         say(&command);
         let mut run = Running::capture(&mut command)?;
-        self.wait_for_status("victim", "RUNNING")?;
+        self.sandbox.wait_for_status("victim", "RUNNING")?;
         show(
             &mut self
                 .sandbox
@@ -99,12 +99,8 @@ impl Demo {
             "Ten containers, and still one process of ours. (containerd's own shims would be ten.)",
         );
         for number in 0..10 {
-            let id = format!("c{number}");
-            ensure!(
-                quiet(&mut self.sandbox.run(&["--detach"], &id, &["sleep", "1000"]))?.code
-                    == Some(0),
-                "{id} does not start"
-            );
+            self.sandbox
+                .detached(&[], &format!("c{number}"), &["sleep", "1000"])?;
         }
         let daemon = self
             .sandbox
@@ -127,14 +123,10 @@ impl Demo {
 
     fn nobody_there(&mut self) -> anyhow::Result<()> {
         self.step("containerd is stopped, embedshimd is killed, and then two containers end. Nobody is there to see it.");
-        for (id, command) in [
-            ("nine", ["guest", "until-term", "9"].as_slice()),
-            ("killed", &["sleep", "1000"]),
-        ] {
-            let finished = quiet(&mut self.sandbox.run(&["--detach"], id, command))?;
-            ensure!(finished.code == Some(0), "{finished:?}");
-        }
-        let (nine, killed) = (self.task_pid("nine")?, self.task_pid("killed")?);
+        let nine = self
+            .sandbox
+            .detached(&[], "nine", &["guest", "until-term", "9"])?;
+        let killed = self.sandbox.detached(&[], "killed", &["sleep", "1000"])?;
         println!("   running: nine (pid {nine}) and killed (pid {killed})");
         self.sandbox.stop_containerd()?;
         println!("   containerd is stopped");
@@ -158,42 +150,13 @@ impl Demo {
         self.sandbox.start_containerd()?;
         println!("   a new embedshimd and containerd are there");
         for (id, code) in [("nine", 9), ("killed", 137)] {
-            self.wait_for_status(id, "STOPPED")?;
-            let finished = show(&mut self.sandbox.ctr(["task", "rm", id]))?;
-            let told = format!("exit code {code}\"");
-            ensure!(
-                finished.stderr.contains(&told),
-                "exit code {code} was expected: {finished:?}"
-            );
+            self.sandbox.wait_for_status(id, "STOPPED")?;
+            let told = self.sandbox.delete_task(id)?;
+            println!("   containerd says of {id}: exit code {told}");
+            ensure!(told == code, "exit code {code} was expected");
             quiet(&mut self.sandbox.ctr(["container", "rm", id]))?;
         }
         Ok(())
-    }
-
-    fn wait_for_status(&self, id: &str, status: &str) -> anyhow::Result<()> {
-        until(&format!("{id} is {status}"), || {
-            Ok(self
-                .task_line(id)?
-                .is_some_and(|line| line.ends_with(status)))
-        })
-    }
-
-    fn task_line(&self, id: &str) -> anyhow::Result<Option<String>> {
-        let list = self.sandbox.ctr_ok(&["task", "ls"])?;
-        Ok(list
-            .lines()
-            .find(|line| line.split_whitespace().next() == Some(id))
-            .map(|line| line.trim().to_owned()))
-    }
-
-    fn task_pid(&self, id: &str) -> anyhow::Result<i32> {
-        let line = self
-            .task_line(id)?
-            .with_context(|| format!("no task {id}"))?;
-        line.split_whitespace()
-            .nth(1)
-            .and_then(|pid| pid.parse().ok())
-            .with_context(|| format!("no pid in {line}"))
     }
 }
 

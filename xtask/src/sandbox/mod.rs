@@ -3,6 +3,7 @@
 
 mod cleanup;
 mod process;
+mod tasks;
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -18,6 +19,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 pub use cleanup::{clean_up_all, clean_up_on_signals};
 pub use process::{Finished, Running};
+pub use tasks::Task;
 
 use crate::image;
 
@@ -268,7 +270,8 @@ address = "{directory}/c.sock"
         Ok(finished.stdout)
     }
 
-    fn import(&self, archive: &Path) -> anyhow::Result<()> {
+    /// Puts the image of `archive` in.
+    pub fn import(&self, archive: &Path) -> anyhow::Result<()> {
         let archive = archive.to_string_lossy();
         self.ctr_ok(&["image", "import", &archive]).map(drop)
     }

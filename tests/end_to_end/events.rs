@@ -1,0 +1,172 @@
+//! The events that containerd publishes for its clients, and their order.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+
+use anyhow::{Context, ensure};
+use embedshim_tests::{Stage, Test};
+use serde_json::Value;
+use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
+
+use crate::tests;
+
+pub(crate) const TESTS: [Test; 4] = tests!(AnyRuntime:
+    a_life_is_told_in_order,
+    an_execs_exit_is_told_before_its_containers,
+    pausing_is_told,
+    running_out_of_memory_is_told_before_the_exit,
+);
+
+/// `ctr events`, reading along.
+struct Listener {
+    path: PathBuf,
+    _ctr: Running,
+}
+
+impl Listener {
+    fn listen(sandbox: &Sandbox) -> anyhow::Result<Self> {
+        let path = sandbox.directory().join("events");
+        let ctr = Running::spawn(sandbox.ctr(["events"]).stdout(File::create(&path)?))?;
+        let listener = Self { path, _ctr: ctr };
+        // Nothing says that it listens, until it has heard something.
+        let mut number = 0;
+        until("ctr events listens", || {
+            number += 1;
+            sandbox.ctr_ok(&[
+                "namespace",
+                "label",
+                sandbox.namespace(),
+                &format!("probe={number}"),
+            ])?;
+            Ok(!fs::read_to_string(&listener.path)?.is_empty())
+        })?;
+        Ok(listener)
+    }
+
+    /// The tasks' events so far: topic and content.
+    fn heard(&self) -> anyhow::Result<Vec<(String, Value)>> {
+        let text = fs::read_to_string(&self.path)?;
+        let event = |line: &str| {
+            let start = line.find("/tasks/")?;
+            let (topic, content) = line.get(start..)?.split_once(' ')?;
+            Some((
+                topic.trim_start_matches("/tasks/").to_owned(),
+                serde_json::from_str(content).ok()?,
+            ))
+        };
+        Ok(text.lines().filter_map(event).collect())
+    }
+
+    /// Waits for this topic and returns all topics up to it.
+    fn topics_until(&self, topic: &str) -> anyhow::Result<Vec<String>> {
+        let mut topics = Vec::new();
+        until(&format!("{topic} is told"), || {
+            topics = self.heard()?.into_iter().map(|(topic, _)| topic).collect();
+            Ok(topics.iter().any(|heard| heard == topic))
+        })
+        .with_context(|| format!("heard: {topics:?}"))?;
+        Ok(topics)
+    }
+}
+
+fn a_life_is_told_in_order(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    let listener = Listener::listen(&sandbox)?;
+    let finished = Running::capture(&mut sandbox.run(&["--rm"], "c", &["sh", "-c", "exit 21"]))?
+        .finish(PATIENCE)?;
+    ensure!(finished.code == Some(21), "{finished:?}");
+    let topics = listener.topics_until("delete")?;
+    ensure!(
+        topics == ["create", "start", "exit", "delete"],
+        "{topics:?}"
+    );
+    for (topic, event) in listener.heard()? {
+        ensure!(
+            event.get("container_id").and_then(Value::as_str) == Some("c"),
+            "{topic}: {event}"
+        );
+        if topic == "exit" {
+            ensure!(
+                event.get("exit_status").and_then(Value::as_u64) == Some(21),
+                "{event}"
+            );
+            ensure!(event.get("exited_at").is_some(), "{event}");
+        }
+    }
+    Ok(())
+}
+
+fn an_execs_exit_is_told_before_its_containers(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    let listener = Listener::listen(&sandbox)?;
+    sandbox.detached(&[], "c", &["sleep", "1000"])?;
+    sandbox.ctr_ok(&[
+        "task",
+        "exec",
+        "--detach",
+        "--exec-id",
+        "e",
+        "c",
+        "sleep",
+        "1000",
+    ])?;
+    sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "c"])?;
+    sandbox.wait_for_status("c", "STOPPED")?;
+    sandbox.delete_task("c")?;
+    let topics = listener.topics_until("delete")?;
+    ensure!(
+        topics
+            == [
+                "create",
+                "start",
+                "exec-added",
+                "exec-started",
+                "exit",
+                "exit",
+                "delete"
+            ],
+        "{topics:?}"
+    );
+    let exits: Vec<Value> = listener
+        .heard()?
+        .into_iter()
+        .filter(|(topic, _)| topic == "exit")
+        .filter_map(|(_, event)| event.get("id").cloned())
+        .collect();
+    ensure!(exits == ["e", "c"], "{exits:?}");
+    Ok(())
+}
+
+fn pausing_is_told(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    let listener = Listener::listen(&sandbox)?;
+    sandbox.detached(&[], "c", &["sleep", "1000"])?;
+    sandbox.ctr_ok(&["task", "pause", "c"])?;
+    sandbox.ctr_ok(&["task", "resume", "c"])?;
+    let topics = listener.topics_until("resumed")?;
+    ensure!(
+        topics == ["create", "start", "paused", "resumed"],
+        "{topics:?}"
+    );
+    Ok(())
+}
+
+fn running_out_of_memory_is_told_before_the_exit(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    let listener = Listener::listen(&sandbox)?;
+    let limit = (32 << 20).to_string();
+    let finished = Running::capture(&mut sandbox.run(
+        &["--rm", "--memory-limit", &limit],
+        "c",
+        &["guest", "allocate", "256"],
+    ))?
+    .finish(PATIENCE)?;
+    ensure!(finished.code == Some(137), "{finished:?}");
+    let topics = listener.topics_until("delete")?;
+    let place = |topic: &str| topics.iter().position(|heard| heard == topic);
+    ensure!(
+        place("oom").is_some() && place("oom") < place("exit"),
+        "{topics:?}"
+    );
+    Ok(())
+}

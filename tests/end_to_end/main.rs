@@ -1,0 +1,85 @@
+//! The end-to-end tests: a real containerd, a real runc, real cgroups, signals and BPF; each test in a sandbox of its own, so that
+//! they run side by side. `cargo xtask test` runs them; the same suite runs against another shim with `--runtime`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod bootstrap;
+mod containers;
+mod control;
+mod events;
+mod exits;
+mod failures;
+mod hostile;
+mod survival;
+
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+
+use embedshim_tests::{Scope, Stage, Test};
+use libtest_mimic::{Arguments, Failed, Trial};
+use xtask::sandbox::{EMBEDSHIM, clean_up_all, clean_up_on_signals};
+
+/// Lists tests by their functions: the name of a test is the name of its function.
+#[macro_export]
+macro_rules! tests {
+    ($scope:ident: $($name:ident),+ $(,)?) => {
+        [$(embedshim_tests::Test {
+            name: concat!(module_path!(), "::", stringify!($name)),
+            scope: embedshim_tests::Scope::$scope,
+            run: $name,
+        }),+]
+    };
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    if let Err(error) = clean_up_on_signals() {
+        eprintln!("cannot take signals: {error}");
+        return ExitCode::FAILURE;
+    }
+    let all = [
+        containers::TESTS.as_slice(),
+        &control::TESTS,
+        &exits::TESTS,
+        &events::TESTS,
+        &survival::TESTS,
+        &survival::OURS,
+        &failures::TESTS,
+        &failures::OURS,
+        &hostile::TESTS,
+        &bootstrap::TESTS,
+    ];
+    let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
+    let fits = |test: &&Test| test.scope == Scope::AnyRuntime || runtime == EMBEDSHIM;
+    let is_root = nix::unistd::geteuid().is_root();
+    let stage: Arc<OnceLock<Result<Stage, String>>> = Arc::default();
+    let trials = all
+        .concat()
+        .iter()
+        .filter(fits)
+        .map(|test| trial(*test, &stage, is_root))
+        .collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    clean_up_all();
+    conclusion.exit_code()
+}
+
+fn trial(test: Test, stage: &Arc<OnceLock<Result<Stage, String>>>, is_root: bool) -> Trial {
+    let name = test.name.trim_start_matches("end_to_end::").to_owned();
+    if !is_root {
+        let name = format!("{name} (skipped, because containers need root)");
+        return Trial::test(name, || Ok(())).with_ignored_flag(true);
+    }
+    let stage = Arc::clone(stage);
+    Trial::test(name, move || {
+        let stage = stage.get_or_init(|| Stage::set().map_err(|error| format!("{error:#}")));
+        let stage = stage
+            .as_ref()
+            .map_err(|error| Failed::from(format!("no stage: {error}")))?;
+        (test.run)(stage).map_err(|error| Failed::from(format!("{error:#}")))
+    })
+}

@@ -1,0 +1,105 @@
+//! [`Footprint`]: everything that containers of a sandbox have on the machine at one moment. What is there afterwards and was not
+//! before has been left behind.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use xtask::sandbox::{Sandbox, until};
+
+/// Mounts, cgroups, runtime state, bundles, records, and the daemon's descriptors and children.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    traces: BTreeSet<String>,
+    descriptors: Vec<String>,
+}
+
+impl Footprint {
+    /// The footprint now.
+    pub fn of(sandbox: &Sandbox) -> Self {
+        let mut traces = BTreeSet::new();
+        let prefix = sandbox.directory().to_string_lossy().into_owned();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let targets = mounts
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .filter(|target| target.starts_with(&prefix));
+        traces.extend(targets.map(|target| format!("mount {target}")));
+        for hierarchy in entries(Path::new("/sys/fs/cgroup")) {
+            let cgroups = entries(&hierarchy.join(sandbox.namespace()))
+                .into_iter()
+                .filter(|path| path.is_dir());
+            traces.extend(cgroups.map(|cgroup| format!("cgroup {}", cgroup.display())));
+        }
+        let directories = [
+            Path::new("/run/containerd/runc").join(sandbox.namespace()),
+            sandbox
+                .bundle("x")
+                .parent()
+                .unwrap_or(Path::new("/nonexistent"))
+                .to_owned(),
+            sandbox.state_dir().join("tasks"),
+        ];
+        for directory in directories {
+            traces.extend(
+                entries(&directory)
+                    .iter()
+                    .map(|path| format!("file {}", path.display())),
+            );
+        }
+        let daemon = sandbox.daemon_pid();
+        let children = daemon
+            .and_then(|pid| fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok());
+        traces.extend(
+            children
+                .unwrap_or_default()
+                .split_whitespace()
+                .map(|child| format!("child {child}")),
+        );
+        let descriptors = daemon.map(descriptors).unwrap_or_default();
+        Self {
+            traces,
+            descriptors,
+        }
+    }
+
+    /// Waits until nothing is left that was not there before. The daemon's descriptors may be fewer, not more.
+    pub fn wait_for_return(&self, sandbox: &Sandbox) -> anyhow::Result<()> {
+        let mut last = Vec::new();
+        let returned = until("everything is gone", || {
+            let now = Self::of(sandbox);
+            last = now.traces.difference(&self.traces).cloned().collect();
+            if now.descriptors.len() > self.descriptors.len() {
+                last.push(format!(
+                    "descriptors: {:?}, before: {:?}",
+                    now.descriptors, self.descriptors
+                ));
+            }
+            Ok(last.is_empty())
+        });
+        if returned.is_err() {
+            bail!("left behind: {}", last.join(", "));
+        }
+        returned.context("footprint")
+    }
+}
+
+/// What the daemon's descriptors point to. Connections of our own probing come and go and are not counted.
+fn descriptors(pid: i32) -> Vec<String> {
+    let links = entries(Path::new(&format!("/proc/{pid}/fd")));
+    let targets = links.iter().filter_map(|link| fs::read_link(link).ok());
+    targets
+        .map(|target| target.display().to_string())
+        .filter(|target| !target.starts_with("socket:"))
+        .collect()
+}
+
+fn entries(directory: &Path) -> Vec<PathBuf> {
+    fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect()
+}

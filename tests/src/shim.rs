@@ -1,0 +1,158 @@
+//! [`Shim`]: the daemon as containerd speaks to it, without containerd: for requests that containerd would never send.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use containerd_shim_protos::TaskClient;
+use containerd_shim_protos::api;
+use serde_json::{Value, json};
+use ttrpc::context::{self, Context as Metadata};
+use xtask::sandbox::Sandbox;
+
+/// A connection to the daemon of a sandbox.
+pub struct Shim {
+    /// The Task service.
+    pub tasks: TaskClient,
+    namespace: String,
+}
+
+impl std::fmt::Debug for Shim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shim")
+            .field("namespace", &self.namespace)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shim {
+    /// Connects.
+    pub fn connect(sandbox: &Sandbox) -> anyhow::Result<Self> {
+        let address = format!("unix://{}/shim.sock", sandbox.state_dir().display());
+        let client = ttrpc::Client::connect(&address).with_context(|| address.clone())?;
+        Ok(Self {
+            tasks: TaskClient::new(client),
+            namespace: sandbox.namespace().into(),
+        })
+    }
+
+    /// What a call has beside its request: the namespace.
+    pub fn metadata(&self) -> Metadata {
+        context::with_metadata(HashMap::from([(
+            "containerd-namespace-ttrpc".into(),
+            vec![self.namespace.clone()],
+        )]))
+    }
+
+    /// Creates a task from a bundle.
+    pub fn create(&self, id: &str, bundle: &Path) -> ttrpc::Result<u32> {
+        let request = api::CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.to_string_lossy().into_owned(),
+            ..api::CreateTaskRequest::default()
+        };
+        self.tasks
+            .create(self.metadata(), &request)
+            .map(|response| response.pid)
+    }
+
+    /// Starts its init.
+    pub fn start(&self, id: &str) -> ttrpc::Result<u32> {
+        let request = api::StartRequest {
+            id: id.into(),
+            ..api::StartRequest::default()
+        };
+        self.tasks
+            .start(self.metadata(), &request)
+            .map(|response| response.pid)
+    }
+
+    /// Its state.
+    pub fn state(&self, id: &str) -> ttrpc::Result<api::StateResponse> {
+        let request = api::StateRequest {
+            id: id.into(),
+            ..api::StateRequest::default()
+        };
+        self.tasks.state(self.metadata(), &request)
+    }
+
+    /// Waits for its end and returns the code.
+    pub fn wait(&self, id: &str) -> ttrpc::Result<u32> {
+        let request = api::WaitRequest {
+            id: id.into(),
+            ..api::WaitRequest::default()
+        };
+        self.tasks
+            .wait(self.metadata(), &request)
+            .map(|response| response.exit_status)
+    }
+
+    /// Deletes it and returns the code.
+    pub fn delete(&self, id: &str) -> ttrpc::Result<u32> {
+        let request = api::DeleteRequest {
+            id: id.into(),
+            ..api::DeleteRequest::default()
+        };
+        self.tasks
+            .delete(self.metadata(), &request)
+            .map(|response| response.exit_status)
+    }
+}
+
+/// A bundle made by hand: `runc spec` with the static busybox as its root.
+#[derive(Debug)]
+pub struct Bundle {
+    directory: PathBuf,
+}
+
+impl Bundle {
+    /// A bundle for a command.
+    pub fn new(sandbox: &Sandbox, id: &str, command: &[&str]) -> anyhow::Result<Self> {
+        let directory = sandbox.directory().join("bundles").join(id);
+        let bin = directory.join("rootfs/bin");
+        fs::create_dir_all(&bin)?;
+        for busybox in ["busybox", "sh", "sleep", "true"] {
+            fs::copy("/bin/busybox", bin.join(busybox))?;
+        }
+        let output = Command::new("runc")
+            .arg("spec")
+            .current_dir(&directory)
+            .output()?;
+        ensure!(
+            output.status.success(),
+            "runc spec: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let bundle = Self { directory };
+        let cgroup = format!("/{}/{id}", sandbox.namespace());
+        bundle.edit(|spec| {
+            set(spec, "/process/args", json!(command));
+            set(spec, "/process/terminal", json!(false));
+            if let Some(linux) = spec.pointer_mut("/linux").and_then(Value::as_object_mut) {
+                linux.insert("cgroupsPath".into(), json!(cgroup));
+            }
+        })?;
+        Ok(bundle)
+    }
+
+    /// Changes its `config.json`.
+    pub fn edit(&self, change: impl FnOnce(&mut Value)) -> anyhow::Result<()> {
+        let path = self.directory.join("config.json");
+        let mut spec: Value = serde_json::from_slice(&fs::read(&path)?)?;
+        change(&mut spec);
+        Ok(fs::write(path, spec.to_string())?)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.directory
+    }
+}
+
+fn set(spec: &mut Value, pointer: &str, value: Value) {
+    if let Some(place) = spec.pointer_mut(pointer) {
+        *place = value;
+    }
+}

@@ -1,0 +1,86 @@
+//! [`Stage`]: what a test gets, and [`Test`]: what it is. Owns the built binaries and the image, made once for all.
+
+use std::path::PathBuf;
+
+use xtask::image;
+use xtask::products::{self, Profile};
+use xtask::sandbox::{EMBEDSHIM, Sandbox};
+
+/// What a test needs to begin.
+#[derive(Debug)]
+pub struct Stage {
+    binaries: PathBuf,
+    archive: PathBuf,
+    runtime: String,
+    _directory: tempfile::TempDir,
+}
+
+/// For which runtimes a test is right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Any shim: it tests the contract with containerd.
+    AnyRuntime,
+    /// Ours: it tests what only we promise.
+    EmbedshimOnly,
+}
+
+/// One end-to-end test. Its name is the invariant it guards.
+#[derive(Clone, Copy, Debug)]
+pub struct Test {
+    /// Module and name.
+    pub name: &'static str,
+    /// For which runtimes.
+    pub scope: Scope,
+    /// The test.
+    pub run: fn(&Stage) -> anyhow::Result<()>,
+}
+
+impl Stage {
+    /// Builds what is not built yet. The runtime is `EMBEDSHIM_TEST_RUNTIME` or ours.
+    pub fn set() -> anyhow::Result<Self> {
+        let binaries = match std::env::var_os("EMBEDSHIM_TEST_BINARIES") {
+            Some(directory) => directory.into(),
+            None => products::build(Profile::Dev)?,
+        };
+        let directory = tempfile::tempdir()?;
+        let archive = image::build(directory.path())?;
+        let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
+        Ok(Self {
+            binaries,
+            archive,
+            runtime,
+            _directory: directory,
+        })
+    }
+
+    /// A containerd of this test's own, with the image.
+    pub fn sandbox(&self) -> anyhow::Result<Sandbox> {
+        Sandbox::start(&self.binaries, &self.runtime, &self.archive)
+    }
+
+    /// The same, with these variables in its environment.
+    pub fn sandbox_with(&self, environment: &[(&str, &str)]) -> anyhow::Result<Sandbox> {
+        let mut sandbox = self.bare_sandbox()?;
+        for (name, value) in environment {
+            sandbox.set_environment(name, value);
+        }
+        sandbox.start_containerd()?;
+        sandbox.import(&self.archive)?;
+        Ok(sandbox)
+    }
+
+    /// A sandbox in which nothing runs yet.
+    pub fn bare_sandbox(&self) -> anyhow::Result<Sandbox> {
+        Sandbox::new(&self.binaries, &self.runtime)
+    }
+
+    /// Where our binaries are.
+    pub fn binary(&self, name: &str) -> PathBuf {
+        self.binaries.join(name)
+    }
+
+    /// The runtime under test.
+    pub fn runtime(&self) -> &str {
+        &self.runtime
+    }
+}
