@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         containers::TESTS.as_slice(),
         &control::TESTS,
         &exits::TESTS,
+        &exits::OURS,
         &events::TESTS,
         &survival::TESTS,
         &survival::OURS,

@@ -1,7 +1,7 @@
 //! What is stopped and started while containers run and end.
 
 use anyhow::ensure;
-use embedshim_tests::{Footprint, Stage, Test};
+use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use xtask::sandbox::{Sandbox, is_alive, until};
@@ -152,7 +152,7 @@ fn an_exec_that_ends_while_nobody_is_there_is_known_afterwards(
     let list = sandbox.ctr_ok(&["task", "ps", "c"])?;
     let line = list
         .lines()
-        .find(|line| line.contains("exec_id"))
+        .find(|line| line.contains("ExecID:e"))
         .unwrap_or_default()
         .to_owned();
     let pid: i32 = line.split_whitespace().next().unwrap_or_default().parse()?;
@@ -173,6 +173,10 @@ fn an_exec_that_ends_while_nobody_is_there_is_known_afterwards(
 fn a_lost_daemon_leaves_nothing_behind(stage: &Stage) -> anyhow::Result<()> {
     // containerd destroys the containers of a connection it has lost; until connections survive, at least nothing may stay.
     let sandbox = stage.sandbox()?;
+    // The first container starts the daemon.
+    sandbox.detached(&[], "first", &["true"])?;
+    sandbox.wait_for_status("first", "STOPPED")?;
+    sandbox.delete_task("first")?;
     let before = Footprint::of(&sandbox);
     let pids = [
         sandbox.detached(&[], "a", &["sleep", "1000"])?,
@@ -182,25 +186,30 @@ fn a_lost_daemon_leaves_nothing_behind(stage: &Stage) -> anyhow::Result<()> {
     until("containerd has given them up", || {
         Ok(sandbox.find_task("a")?.is_none() && sandbox.find_task("b")?.is_none())
     })?;
-    ensure!(
-        !pids.iter().any(|&pid| is_alive(pid)),
-        "a process lives on that nobody knows"
-    );
-    sandbox.end_daemon(Signal::SIGTERM)?;
+    until("their processes are killed", || {
+        Ok(!pids.iter().any(|&pid| is_alive(pid)))
+    })?;
     before.wait_for_return(&sandbox)
 }
 
 fn closed_input_stays_closed_for_the_next_daemon(stage: &Stage) -> anyhow::Result<()> {
-    let mut sandbox = stage.sandbox()?;
-    // It reads only after both were restarted; its client is gone by then, and so is the reason to keep the input open.
-    let script = "until [ -e /tmp/go ]; do sleep 0.05; done; cat; exit 8";
-    let pid = sandbox.detached(&[], "c", &["sh", "-c", script])?;
-    sandbox.stop_containerd()?;
-    sandbox.end_daemon(Signal::SIGTERM)?;
+    let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;
-    sandbox.start_containerd()?;
-    std::fs::write(format!("/proc/{pid}/root/tmp/go"), "")?;
-    sandbox.wait_for_status("c", "STOPPED")?;
-    ensure!(sandbox.delete_task("c")? == 8, "the code was lost");
+    // It reads only after the restart, when its client is gone.
+    let script = "until [ -e /go ]; do sleep 0.05; done; busybox cat; exit 8";
+    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", script])?;
+    let stdin = sandbox.directory().join("stdin");
+    nix::unistd::mkfifo(&stdin, nix::sys::stat::Mode::S_IRWXU)?;
+    let shim = Shim::connect(&sandbox)?;
+    shim.create_with_stdin("c", bundle.path(), &stdin)?;
+    shim.start("c")?;
+    std::fs::write(&stdin, "input")?;
+    shim.close_stdin("c")?;
+    sandbox.end_daemon(Signal::SIGKILL)?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    std::fs::write(bundle.path().join("rootfs/go"), "")?;
+    let code = shim.wait("c")?;
+    ensure!(code == 8 && shim.delete("c")? == 8, "{code}");
     Ok(())
 }

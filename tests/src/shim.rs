@@ -58,6 +58,29 @@ impl Shim {
             .map(|response| response.pid)
     }
 
+    /// Creates a task whose input is a fifo.
+    pub fn create_with_stdin(&self, id: &str, bundle: &Path, stdin: &Path) -> ttrpc::Result<u32> {
+        let request = api::CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.to_string_lossy().into_owned(),
+            stdin: stdin.to_string_lossy().into_owned(),
+            ..api::CreateTaskRequest::default()
+        };
+        self.tasks
+            .create(self.metadata(), &request)
+            .map(|response| response.pid)
+    }
+
+    /// Closes the init's input.
+    pub fn close_stdin(&self, id: &str) -> ttrpc::Result<()> {
+        let request = api::CloseIORequest {
+            id: id.into(),
+            stdin: true,
+            ..api::CloseIORequest::default()
+        };
+        self.tasks.close_io(self.metadata(), &request).map(drop)
+    }
+
     /// Starts its init.
     pub fn start(&self, id: &str) -> ttrpc::Result<u32> {
         let request = api::StartRequest {

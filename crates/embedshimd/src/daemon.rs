@@ -55,9 +55,9 @@ async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
     let choice = backend::select(&candidates, config)
         .map_err(|none| Failure::new(Code::Unsupported, none))?;
     if choice.guarantees.survives < Survives::Everything {
-        warn!(backend = %choice.backend, "exits can be lost while the daemon is down; `embedshimd probe` says what would help");
-        for rejected in &choice.rejected {
-            warn!(backend = %rejected.backend, why = rejected.why, "not used");
+        warn!(backend = %choice.backend, "exits can be lost while the daemon is down");
+        for remedy in candidates.iter().flat_map(|candidate| &candidate.remedies) {
+            warn!("to improve: {remedy}");
         }
     }
     let monitor = backend::open(&choice, config, state_dir)

@@ -210,8 +210,10 @@ address = "{directory}/c.sock"
 
     /// Starts the daemon by hand, as the launcher would, and waits until it listens.
     pub fn start_daemon(&self) -> anyhow::Result<()> {
-        self.spawn_daemon()?.leave();
-        until("embedshimd listens", || Ok(self.daemon_pid().is_some()))
+        let daemon = self.spawn_daemon()?;
+        let pid = daemon.pid();
+        daemon.leave();
+        until("embedshimd listens", || Ok(self.daemon_pid() == Some(pid)))
             .with_context(|| self.daemon_log())
     }
 
@@ -307,13 +309,21 @@ pub fn until(
     Ok(())
 }
 
-/// Whether a process exists and is no zombie.
+/// Whether a process exists and any of its threads is no zombie: a killed daemon's main thread is one before the others have
+/// let go of its descriptors.
 pub fn is_alive(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')')
-        .next()
-        .and_then(|rest| rest.trim_start().chars().next())
-        .is_some_and(|state| !"ZX".contains(state))
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    threads.into_iter().any(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        let state = stat
+            .rsplit(')')
+            .next()
+            .and_then(|rest| rest.trim_start().chars().next());
+        state.is_some_and(|state| !"ZX".contains(state))
+    })
 }
 
 fn tail(path: &Path) -> String {

@@ -16,11 +16,11 @@ use crate::clock::BootTime;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::exit::{Adopted, Evidence, ExitRecord, ExitStatus, UnknownReason};
-use crate::process::ProcessIdentity;
+use crate::process::{Process, ProcessIdentity};
 use crate::runtime::Runtime;
 use crate::spec::Spec;
 use crate::stdio::{HeldStdio, Plan, Streams};
-use crate::store::TaskRecord;
+use crate::store::{Bundle, TaskRecord};
 
 /// A process that the record believes alive.
 struct Believed {
@@ -107,6 +107,11 @@ async fn restore_task(
         remove_traces(shared, &task, true).await;
         return Ok(None);
     }
+    if is_forsaken(&task).await? {
+        warn!(id = %task.id(), "removing a dead task whose bundle is gone: nobody will ever ask for it");
+        remove_traces(shared, &task, true).await;
+        return Ok(None);
+    }
     shared.reserve(&task)?;
     if let Some(exit) = task.init.now().exit {
         task.init_ended();
@@ -121,6 +126,19 @@ async fn restore_task(
         task.tell_init_exit(shared, told);
     }
     Ok(Some(task))
+}
+
+/// containerd removed the bundle while no daemon was there to clean up with it, and nothing of the task lives.
+async fn is_forsaken(task: &Arc<Task>) -> Result<bool, Error> {
+    let (bundle, identity) = (task.bundle.clone(), task.init.identity());
+    blocking(move || {
+        let is_there = Bundle::open(&bundle.path).is_ok_and(|found| found == bundle);
+        let alive = |identity| {
+            Process::reopen(identity).is_ok_and(|process| !process.has_ended().unwrap_or(false))
+        };
+        !is_there && !identity.is_some_and(alive)
+    })
+    .await
 }
 
 fn believed_alive(task: &Arc<Task>) -> Vec<Believed> {
