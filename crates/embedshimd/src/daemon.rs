@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use crate::cli::Serve;
 use crate::config::Config;
 use crate::outcome::{Code, Failure};
-use crate::{backend, logging};
+use crate::{backend, logging, sys};
 
 /// Blocking file-system work of that many containers goes on at once; more wait.
 const BLOCKING_THREADS: usize = 32;
@@ -73,6 +73,7 @@ async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
         .await
         .context("cannot take over the tasks of this node")?;
     let forwarder = tokio::spawn(EventForwarder::new(node.clone()).run());
+    sys::trim_heap();
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), backend = %choice.backend, "serving");
     Server::new(Services::new(node))
         .serve(listener, stop())

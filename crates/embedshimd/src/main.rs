@@ -8,6 +8,7 @@ mod daemon;
 mod logging;
 mod outcome;
 mod probe;
+mod sys;
 
 use std::process::ExitCode;
 

@@ -6,6 +6,8 @@
 
 mod connection;
 mod reader;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::future::Future;
