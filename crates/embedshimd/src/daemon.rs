@@ -10,6 +10,7 @@ use embedshim_core::exit::Survives;
 use embedshim_core::task::{Node, NodeConfig};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::SigSet;
 use shim_api::bootstrap::location;
 use shim_api::events::EventForwarder;
 use shim_api::server::Server;
@@ -32,6 +33,11 @@ pub(crate) fn run(options: &Serve) -> Result<Code, Failure> {
     if options.detached {
         detach()?;
     }
+    // Signals that somebody blocked before he started us would stay blocked in every container.
+    SigSet::empty()
+        .thread_set_mask()
+        .context("cannot unblock signals")
+        .map_err(Failure::from)?;
     let config = Config::load(options.locations.config.as_deref())?;
     logging::start(&config.log, options.log_level.as_deref())?;
     let state_dir = &options.locations.state_dir;

@@ -5,10 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use nix::mount::{MntFlags, umount2};
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::{is_alive, until};
@@ -29,20 +28,14 @@ pub fn clean_up_all() {
     }
 }
 
-/// Makes SIGINT and SIGTERM clean up before they end this process. To be called before any other thread is started: they
-/// all have to inherit the blocked signals.
+/// Makes SIGINT and SIGTERM clean up before they end this process.
 pub fn clean_up_on_signals() -> anyhow::Result<()> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.thread_block()?;
-    thread::spawn(move || {
-        let signal = signals.wait().unwrap_or(Signal::SIGTERM);
-        eprintln!("\n{signal}: cleaning up");
+    let clean_up_and_leave = || {
+        eprintln!("\ninterrupted: cleaning up");
         clean_up_all();
-        std::process::exit(128 + signal as i32);
-    });
-    Ok(())
+        std::process::exit(130);
+    };
+    Ok(ctrlc::set_handler(clean_up_and_leave)?)
 }
 
 /// Removes one sandbox. Idempotent.
