@@ -117,7 +117,8 @@ fn a_grandchild_that_keeps_the_output_does_not_delay_the_exit(stage: &Stage) -> 
     // Far less than the grandchild's 20 s: the exec is not listed any more, its grandchild is.
     until("the exec is reported as ended", || {
         let list = sandbox.ctr_ok(&["task", "ps", "c"])?;
-        Ok(list.lines().count() == 3 && !list.contains("ExecID:e"))
+        let is_listed = list.contains("ExecID:e") || list.contains("exec_id");
+        Ok(list.lines().count() == 3 && !is_listed)
     })
 }
 

@@ -1,6 +1,6 @@
 //! What is stopped and started while containers run and end.
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -138,7 +138,7 @@ fn an_exec_that_ends_while_nobody_is_there_is_known_afterwards(
     stage: &Stage,
 ) -> anyhow::Result<()> {
     let mut sandbox = stage.sandbox()?;
-    sandbox.detached(&[], "c", &["sleep", "1000"])?;
+    let init = sandbox.detached(&[], "c", &["sleep", "1000"])?.to_string();
     sandbox.ctr_ok(&[
         "task",
         "exec",
@@ -150,12 +150,14 @@ fn an_exec_that_ends_while_nobody_is_there_is_known_afterwards(
         "1001",
     ])?;
     let list = sandbox.ctr_ok(&["task", "ps", "c"])?;
-    let line = list
+    let mut pids = list
         .lines()
-        .find(|line| line.contains("ExecID:e"))
-        .unwrap_or_default()
-        .to_owned();
-    let pid: i32 = line.split_whitespace().next().unwrap_or_default().parse()?;
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next());
+    let pid: i32 = pids
+        .find(|pid| *pid != init)
+        .context("the exec is not listed")?
+        .parse()?;
     sandbox.stop_containerd()?;
     sandbox.end_daemon(Signal::SIGKILL)?;
     end(pid, Signal::SIGKILL)?;

@@ -1,6 +1,6 @@
 //! [`Stage`]: what a test gets, and [`Test`]: what it is. Owns the built binaries and the image, made once for all.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use xtask::image;
 use xtask::products::{self, Profile};
@@ -12,6 +12,7 @@ pub struct Stage {
     binaries: PathBuf,
     archive: PathBuf,
     runtime: String,
+    programs: Option<PathBuf>,
     _directory: tempfile::TempDir,
 }
 
@@ -49,13 +50,14 @@ impl Stage {
             binaries,
             archive,
             runtime,
+            programs: std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").map(PathBuf::from),
             _directory: directory,
         })
     }
 
     /// A containerd of this test's own, with the image.
     pub fn sandbox(&self) -> anyhow::Result<Sandbox> {
-        Sandbox::start(&self.binaries, &self.runtime, &self.archive)
+        self.sandbox_with(&[])
     }
 
     /// The same, with these variables in its environment.
@@ -71,7 +73,14 @@ impl Stage {
 
     /// A sandbox in which nothing runs yet.
     pub fn bare_sandbox(&self) -> anyhow::Result<Sandbox> {
-        Sandbox::new(&self.binaries, &self.runtime)
+        let mut sandbox = Sandbox::new(&self.binaries, &self.runtime)?;
+        sandbox.use_programs(self.programs.clone());
+        Ok(sandbox)
+    }
+
+    /// The image's archive.
+    pub fn archive(&self) -> &Path {
+        &self.archive
     }
 
     /// Where our binaries are.

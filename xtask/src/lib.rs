@@ -4,4 +4,5 @@
 pub mod image;
 pub mod machine;
 pub mod products;
+pub mod releases;
 pub mod sandbox;

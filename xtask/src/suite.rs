@@ -2,24 +2,53 @@
 //! (environment variable `CI`) counts as failed.
 
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use xtask::machine;
 use xtask::products::{self, Profile};
+use xtask::releases::Release;
+use xtask::sandbox::EMBEDSHIM;
 
 /// Options of `cargo xtask test`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
-    /// Run the end-to-end suite against this runtime only, such as io.containerd.runc.v2
+    /// Run the end-to-end suite only, against this runtime, such as io.containerd.runc.v2
     #[arg(long, value_name = "NAME")]
     runtime: Option<String>,
+    /// Run the end-to-end suite only, with this containerd; those of other releases are fetched
+    #[arg(long, value_enum)]
+    containerd: Option<Containerd>,
     /// Run only tests whose name contains this
     filter: Option<String>,
 }
 
-#[derive(Debug, Default)]
+/// Which containerd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Containerd {
+    /// The one that is installed (1.6 on Debian 12); the default
+    Installed,
+    /// 1.7, from Debian 13
+    Trixie,
+    /// 2.1 or later, from Debian's development release
+    Sid,
+    /// One after the other, with a table at the end
+    All,
+}
+
+impl Containerd {
+    fn releases(self) -> &'static [Release] {
+        match self {
+            Self::Installed => &[Release::Installed],
+            Self::Trixie => &[Release::Trixie],
+            Self::Sid => &[Release::Sid],
+            Self::All => &Release::ALL,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counts {
     passed: u32,
     failed: u32,
@@ -30,19 +59,52 @@ struct Counts {
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     machine::prepare()?;
     let binaries = products::build(Profile::Dev)?;
-    let mut cargo = products::cargo();
-    cargo.args(["test", "--no-fail-fast"]);
-    match &options.runtime {
-        None => cargo.args(["--workspace", "--all-targets"]),
-        Some(runtime) => {
-            cargo.env("EMBEDSHIM_TEST_RUNTIME", runtime);
-            cargo.args(["--package", "embedshim-tests", "--test", "end_to_end"])
-        }
+    let command = |arguments: &[&str]| {
+        let mut cargo = products::cargo();
+        cargo.args(["test", "--no-fail-fast"]).args(arguments);
+        cargo
+            .env("EMBEDSHIM_TEST_BINARIES", &binaries)
+            .stdout(Stdio::piped());
+        cargo
     };
-    cargo.arg("--").args(&options.filter);
-    cargo
-        .env("EMBEDSHIM_TEST_BINARIES", binaries)
-        .stdout(Stdio::piped());
+    if options.runtime.is_none() && options.containerd.is_none() {
+        let mut cargo = command(&["--workspace", "--all-targets"]);
+        return verdict(count(cargo.arg("--").args(&options.filter))?);
+    }
+    let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);
+    let mut table = Vec::new();
+    let mut sum = Counts::default();
+    for release in options
+        .containerd
+        .unwrap_or(Containerd::Installed)
+        .releases()
+    {
+        let mut cargo = command(&["--package", "embedshim-tests", "--test", "end_to_end"]);
+        cargo.env("EMBEDSHIM_TEST_RUNTIME", runtime);
+        if let Some(programs) = release.programs()? {
+            cargo.env("EMBEDSHIM_TEST_PROGRAMS", programs);
+        }
+        let version = release.version()?;
+        println!("\ncontainerd {version}, {runtime}");
+        let counts = count(cargo.arg("--").args(&options.filter))?;
+        sum = sum.plus(counts);
+        table.push((version, counts));
+    }
+    println!(
+        "\n{:12} {:>7} {:>7} {:>7}   {runtime}",
+        "containerd", "passed", "failed", "skipped"
+    );
+    for (version, counts) in table {
+        println!(
+            "{version:12} {:7} {:7} {:7}",
+            counts.passed, counts.failed, counts.skipped
+        );
+    }
+    verdict(sum)
+}
+
+/// Runs one `cargo test`, shows what it prints, and counts.
+fn count(cargo: &mut Command) -> anyhow::Result<Counts> {
     let mut child = cargo.spawn().context("cannot run cargo test")?;
     let stdout = child.stdout.take().context("no output of cargo test")?;
     let mut counts = Counts::default();
@@ -51,12 +113,19 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         println!("{line}");
         counts.add(&line);
     }
-    let status = child.wait()?;
+    if !child.wait()?.success() && counts.failed == 0 {
+        // A test program that did not compile or did not come to its end.
+        counts.failed = 1;
+    }
+    Ok(counts)
+}
+
+fn verdict(counts: Counts) -> anyhow::Result<()> {
     println!(
         "\n{} passed, {} failed, {} skipped",
         counts.passed, counts.failed, counts.skipped
     );
-    if !status.success() || counts.failed > 0 {
+    if counts.failed > 0 {
         bail!("tests failed");
     }
     if counts.passed == 0 {
@@ -91,6 +160,14 @@ impl Counts {
             }
         }
     }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+            skipped: self.skipped + other.skipped,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -103,6 +180,13 @@ mod tests {
         counts.add("running 4 tests");
         counts.add("test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.1s");
         counts.add("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s");
-        assert_eq!((counts.passed, counts.failed, counts.skipped), (4, 2, 1));
+        assert_eq!(
+            counts,
+            Counts {
+                passed: 4,
+                failed: 2,
+                skipped: 1
+            }
+        );
     }
 }

@@ -38,6 +38,7 @@ pub struct Sandbox {
     namespace: String,
     runtime: String,
     binaries: PathBuf,
+    programs: Option<PathBuf>,
     containerd: Option<Running>,
     environment: Vec<(String, String)>,
 }
@@ -69,6 +70,7 @@ impl Sandbox {
             namespace,
             runtime: runtime.into(),
             binaries: binaries.into(),
+            programs: None,
             containerd: None,
             environment: Vec::new(),
         };
@@ -91,6 +93,11 @@ address = "{directory}/c.sock"
 "#
         );
         Ok(fs::write(self.directory.join("containerd.toml"), config)?)
+    }
+
+    /// Takes `containerd` and `ctr` from this directory, from their next start on.
+    pub fn use_programs(&mut self, directory: Option<PathBuf>) {
+        self.programs = directory;
     }
 
     /// Where everything is.
@@ -138,12 +145,17 @@ address = "{directory}/c.sock"
             .create(true)
             .append(true)
             .open(self.containerd_log())?;
-        let path = std::env::var("PATH").unwrap_or_default();
+        let usual = std::env::var("PATH").unwrap_or_default();
+        let first = self
+            .programs
+            .as_ref()
+            .map_or_else(String::new, |programs| format!("{}:", programs.display()));
+        let path = format!("{first}{}:{usual}", self.binaries.display());
         let mut command = Command::new("containerd");
         command
             .arg("--config")
             .arg(self.directory.join("containerd.toml"))
-            .env("PATH", format!("{}:{path}", self.binaries.display()))
+            .env("PATH", path)
             .env("EMBEDSHIM_STATE_DIR", self.state_dir())
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
@@ -210,11 +222,16 @@ address = "{directory}/c.sock"
 
     /// Starts the daemon by hand, as the launcher would, and waits until it listens.
     pub fn start_daemon(&self) -> anyhow::Result<()> {
+        let times_served = || self.daemon_log().matches(" serving ").count();
+        let before = times_served();
         let daemon = self.spawn_daemon()?;
         let pid = daemon.pid();
         daemon.leave();
-        until("embedshimd listens", || Ok(self.daemon_pid() == Some(pid)))
-            .with_context(|| self.daemon_log())
+        // It listens before it has taken over its predecessor's tasks, and serves afterwards.
+        until("embedshimd serves", || {
+            Ok(self.daemon_pid() == Some(pid) && times_served() > before)
+        })
+        .with_context(|| self.daemon_log())
     }
 
     /// Starts the daemon by hand.
@@ -240,7 +257,11 @@ address = "{directory}/c.sock"
         &self,
         arguments: impl IntoIterator<Item = S>,
     ) -> Command {
-        let mut ctr = Command::new("ctr");
+        let mut ctr = Command::new(
+            self.programs
+                .as_ref()
+                .map_or_else(|| "ctr".into(), |programs| programs.join("ctr")),
+        );
         ctr.arg("--address")
             .arg(self.directory.join("c.sock"))
             .args(["--namespace", &self.namespace])
