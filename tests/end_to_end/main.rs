@@ -14,6 +14,7 @@ mod events;
 mod exits;
 mod failures;
 mod hostile;
+mod streams;
 mod survival;
 
 use std::process::ExitCode;
@@ -44,6 +45,8 @@ fn main() -> ExitCode {
     let all = [
         containers::TESTS.as_slice(),
         &control::TESTS,
+        &streams::TESTS,
+        &streams::OURS,
         &exits::TESTS,
         &exits::OURS,
         &events::TESTS,

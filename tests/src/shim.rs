@@ -71,6 +71,20 @@ impl Shim {
             .map(|response| response.pid)
     }
 
+    /// Creates a task on a terminal whose output goes to `stdout`.
+    pub fn create_on_terminal(&self, id: &str, bundle: &Path, stdout: &str) -> ttrpc::Result<u32> {
+        let request = api::CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.to_string_lossy().into_owned(),
+            stdout: stdout.into(),
+            terminal: true,
+            ..api::CreateTaskRequest::default()
+        };
+        self.tasks
+            .create(self.metadata(), &request)
+            .map(|response| response.pid)
+    }
+
     /// Closes the init's input.
     pub fn close_stdin(&self, id: &str) -> ttrpc::Result<()> {
         let request = api::CloseIORequest {

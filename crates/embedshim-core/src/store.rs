@@ -88,6 +88,9 @@ pub(crate) struct ProcessRecord {
     /// No writer of ours keeps its input open any more.
     #[serde(default)]
     pub(crate) stdin_closed: bool,
+    /// The `binary://` logger that reads its output.
+    #[serde(default)]
+    pub(crate) logger: Option<ProcessIdentity>,
     /// The OCI `Process` of an exec that was not started yet.
     #[serde(default)]
     pub(crate) spec: Option<String>,
@@ -248,6 +251,7 @@ mod tests {
             complete: true,
             init: ProcessRecord {
                 stdin_closed: false,
+                logger: None,
                 phase: Phase::Stopped,
                 stdio: StdioPaths::default(),
                 identity: None,

@@ -17,6 +17,7 @@ use tracing::debug;
 
 use super::StdioError;
 use super::copy::{Sink, copy_input, copy_output, non_blocking};
+use super::logger::LoggerPipes;
 use super::plan::Plan;
 use crate::sys;
 
@@ -117,14 +118,19 @@ pub struct Console {
 
 impl Console {
     /// Begins to copy between the terminal and the plan's stdin and stdout. Needs a tokio runtime.
-    pub fn start(master: OwnedFd, plan: &Plan) -> Result<Self, StdioError> {
+    /// `pipes` are the logger's, if there is one.
+    pub fn start(
+        master: OwnedFd,
+        plan: &Plan,
+        pipes: Option<LoggerPipes>,
+    ) -> Result<Self, StdioError> {
         let failed = |source| StdioError::Console {
             doing: "set up a terminal",
             source,
         };
         let output_end = non_blocking(master.try_clone().map_err(failed)?).map_err(failed)?;
         let input_end = non_blocking(master.try_clone().map_err(failed)?).map_err(failed)?;
-        let sink = Sink::open(&plan.stdout)?;
+        let sink = Sink::open(&plan.stdout, pipes)?;
         let input = plan.open_input()?;
         let (ended, process_ended) = watch::channel(false);
         let (told, drained) = watch::channel(false);
@@ -230,7 +236,7 @@ mod tests {
             .open(dir.path().join("out"))
             .unwrap();
         let pty = openpty(None, None).unwrap();
-        let console = Console::start(pty.master, &plan).unwrap();
+        let console = Console::start(pty.master, &plan, None).unwrap();
         let writer = std::thread::spawn(move || {
             let mut slave = File::from(pty.slave);
             for line in 0..20_000 {
@@ -268,7 +274,7 @@ mod tests {
             .open(dir.path().join("out"))
             .unwrap();
         let pty = openpty(None, None).unwrap();
-        let console = Console::start(pty.master, &plan).unwrap();
+        let console = Console::start(pty.master, &plan, None).unwrap();
         console.resize(123, 45).unwrap();
         OpenOptions::new()
             .write(true)

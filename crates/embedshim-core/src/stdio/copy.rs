@@ -14,6 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use super::StdioError;
+use super::logger::LoggerPipes;
 use super::plan::{Kind, Output, append, open_output};
 use crate::sys;
 
@@ -32,13 +33,19 @@ pub(super) enum Sink {
 }
 
 impl Sink {
-    pub(super) fn open(output: &Output) -> Result<Self, StdioError> {
+    /// `pipes` are the logger's, if the output goes to one.
+    pub(super) fn open(output: &Output, pipes: Option<LoggerPipes>) -> Result<Self, StdioError> {
         let failed = |source| StdioError::Console {
             doing: "watch the terminal's output",
             source,
         };
         Ok(match output {
             Output::Null => Self::Null,
+            // A terminal has no error output of its own: that pipe is closed here.
+            Output::Logger(_) => match pipes {
+                Some(pipes) => Self::Fifo(non_blocking(pipes.stdout).map_err(failed)?),
+                None => Self::Null,
+            },
             Output::File(path) => {
                 Self::File(tokio::fs::File::from_std(append("stdout", path)?.into()))
             }

@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn opening_waits_for_nobody_and_eof_needs_only_the_process_to_let_go() {
         let fifos = fifos();
-        let (child, held) = fifos.plan.open(None).unwrap();
+        let (child, held) = fifos.plan.open(None, None).unwrap();
         File::from(child.stdout).write_all(b"hello").unwrap();
         // The client comes late; the keeper has kept the output, and is no writer that would hide EOF.
         let mut client = reader(&fifos.dir.path().join("out"));
@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn a_reader_that_goes_away_costs_neither_epipe_nor_output() {
         let fifos = fifos();
-        let (child, _held) = fifos.plan.open(None).unwrap();
+        let (child, _held) = fifos.plan.open(None, None).unwrap();
         let mut stdout = File::from(child.stdout);
         drop(reader(&fifos.dir.path().join("out")));
         stdout.write_all(b"while away").unwrap();
@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn input_ends_with_close_io_and_not_with_a_client() {
         let fifos = fifos();
-        let (child, held) = fifos.plan.open(None).unwrap();
+        let (child, held) = fifos.plan.open(None, None).unwrap();
         let mut stdin = File::from(child.stdin);
         let path = fifos.dir.path().join("in");
         assert!(held.hold_stdin());
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn input_ends_for_a_client_that_was_gone_before_the_start() {
         let fifos = fifos();
-        let (child, held) = fifos.plan.open(None).unwrap();
+        let (child, held) = fifos.plan.open(None, None).unwrap();
         write(&fifos.dir.path().join("in"), b"hi");
         assert!(!held.hold_stdin());
         let mut text = String::new();
@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn a_restarted_daemon_takes_the_ends_up_again() {
         let fifos = fifos();
-        let (child, held) = fifos.plan.open(None).unwrap();
+        let (child, held) = fifos.plan.open(None, None).unwrap();
         drop(held);
         let again = HeldStdio::reopen(&fifos.plan);
         assert!(matches!(*again.stdin(), Input::Held { .. }));
@@ -239,7 +239,7 @@ mod tests {
             stdout: format!("file://{}", log.display()),
             ..StdioPaths::default()
         };
-        let (child, _held) = Plan::parse(&paths).unwrap().open(None).unwrap();
+        let (child, _held) = Plan::parse(&paths).unwrap().open(None, None).unwrap();
         File::from(child.stdout).write_all(b"out ").unwrap();
         File::from(child.stderr).write_all(b"err").unwrap();
         assert_eq!(fs::read_to_string(log).unwrap(), "out err");
@@ -253,7 +253,7 @@ mod tests {
                 stdout: stdout.display().to_string(),
                 ..StdioPaths::default()
             };
-            Plan::parse(&paths).unwrap().open(None).unwrap_err()
+            Plan::parse(&paths).unwrap().open(None, None).unwrap_err()
         };
         let missing = open(dir.path().join("missing"));
         assert!(

@@ -11,6 +11,7 @@
 mod console;
 mod copy;
 mod held;
+mod logger;
 mod plan;
 
 use std::io;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use console::{Console, ConsoleSocket};
 pub use held::{ChildStdio, HeldStdio};
+pub use logger::{LoggedProcess, LoggerPipes, end_logger};
 pub use plan::Plan;
 
 /// The standard streams as a request names them: paths or URIs, empty for none.
@@ -46,14 +48,19 @@ pub enum StdioError {
         /// Which.
         scheme: String,
     },
-    /// A scheme that we do not serve yet.
-    #[error("standard streams by {scheme}:// are not supported yet; use fifos or file://")]
-    UnsupportedScheme {
-        /// Which.
-        scheme: String,
+    /// A logger that could not be started.
+    #[error("logger {program} {why}", program = .program.display())]
+    Logger {
+        /// The program that the request named.
+        program: PathBuf,
+        /// What was wrong.
+        why: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
     },
     /// A path that is neither a fifo nor a regular file, or not absolute.
-    #[error("{stream} {path} is {what}; a fifo or a regular file is needed", path = .path.display())]
+    #[error("{stream} {path} is {what}; a fifo, a regular file, file:// or binary:// is needed", path = .path.display())]
     WrongKind {
         /// `stdin`, `stdout` or `stderr`.
         stream: &'static str,
@@ -90,10 +97,7 @@ pub enum StdioError {
 impl StdioError {
     /// The request itself is wrong, whatever the state of the system.
     pub fn is_request_fault(&self) -> bool {
-        matches!(
-            self,
-            Self::UnknownScheme { .. } | Self::UnsupportedScheme { .. } | Self::WrongKind { .. }
-        )
+        matches!(self, Self::UnknownScheme { .. } | Self::WrongKind { .. })
     }
 }
 

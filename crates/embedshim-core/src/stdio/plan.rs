@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::held::{ChildStdio, HeldStdio, Input};
+use super::logger::{LoggedProcess, Logger, LoggerPipes};
 use super::{StdioError, StdioPaths};
+use crate::process::ProcessIdentity;
 
 /// What is to become of each stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub(super) enum Output {
     Path(PathBuf),
     /// `file://`: made if it is missing; stdout and stderr share it.
     File(PathBuf),
+    /// `binary://`: a program reads it.
+    Logger(Logger),
 }
 
 impl Plan {
@@ -67,9 +71,9 @@ impl Plan {
                 (Output::File(path.into()), Output::File(path.into()))
             }
             Some(scheme @ ("binary" | "binary-v2")) => {
-                return Err(StdioError::UnsupportedScheme {
-                    scheme: scheme.into(),
-                });
+                let rest = paths.stdout.get(scheme.len() + "://".len()..);
+                let logger = Logger::parse(scheme, rest.unwrap_or_default())?;
+                (Output::Logger(logger.clone()), Output::Logger(logger))
             }
             Some(scheme) => {
                 return Err(StdioError::UnknownScheme {
@@ -90,10 +94,27 @@ impl Plan {
         self.terminal
     }
 
+    /// Starts the logger, if the output goes to one, and waits until it is ready. Blocks.
+    pub fn start_logger(
+        &self,
+        process: &LoggedProcess,
+    ) -> Result<Option<(LoggerPipes, ProcessIdentity)>, StdioError> {
+        match &self.stdout {
+            Output::Logger(logger) => logger.start(process).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// Opens the streams of a process without a terminal: the ends for the process, and those we keep. `owner` is
     /// who the fifos are given to, so that a remapped root may reopen `/dev/stdout`. Blocks on the file system,
-    /// never on a missing peer.
-    pub fn open(&self, owner: Option<(u32, u32)>) -> Result<(ChildStdio, HeldStdio), StdioError> {
+    /// never on a missing peer. `pipes` are the logger's, if there is one.
+    pub fn open(
+        &self,
+        owner: Option<(u32, u32)>,
+        pipes: Option<LoggerPipes>,
+    ) -> Result<(ChildStdio, HeldStdio), StdioError> {
+        let (logged_stdout, logged_stderr) =
+            pipes.map(|pipes| (pipes.stdout, pipes.stderr)).unzip();
         let give = |stream, path: &Path, file: &File| match owner {
             None => Ok(()),
             Some((uid, gid)) => {
@@ -105,24 +126,31 @@ impl Plan {
             }
         };
         let mut readers = Vec::new();
-        let mut output = |stream, output: &Output| -> Result<OwnedFd, StdioError> {
-            match output {
-                Output::Null => null(stream),
-                Output::File(path) => append(stream, path),
-                Output::Path(path) => match kind(stream, path)? {
-                    Kind::File => {
-                        Ok(existing(stream, path, OpenOptions::new().append(true), 0)?.into())
+        let mut output =
+            |stream, output: &Output, pipe: Option<OwnedFd>| -> Result<OwnedFd, StdioError> {
+                match output {
+                    Output::Null => null(stream),
+                    Output::Logger(_) => {
+                        let pipe = pipe.map_or_else(|| null(stream), Ok)?;
+                        let pipe = File::from(pipe);
+                        give(stream, Path::new("pipe"), &pipe)?;
+                        Ok(pipe.into())
                     }
-                    Kind::Fifo => {
-                        readers.push(keep_reader(stream, path)?);
-                        let file = open_fifo(stream, path, 0)?;
-                        give(stream, path, &file)?;
-                        Ok(file.into())
-                    }
-                },
-            }
-        };
-        let stdout = output("stdout", &self.stdout)?;
+                    Output::File(path) => append(stream, path),
+                    Output::Path(path) => match kind(stream, path)? {
+                        Kind::File => {
+                            Ok(existing(stream, path, OpenOptions::new().append(true), 0)?.into())
+                        }
+                        Kind::Fifo => {
+                            readers.push(keep_reader(stream, path)?);
+                            let file = open_fifo(stream, path, 0)?;
+                            give(stream, path, &file)?;
+                            Ok(file.into())
+                        }
+                    },
+                }
+            };
+        let stdout = output("stdout", &self.stdout, logged_stdout)?;
         let stderr = match (&self.stdout, &self.stderr) {
             (Output::File(one), Output::File(other)) if one == other => {
                 stdout.try_clone().map_err(|source| StdioError::Open {
@@ -131,7 +159,7 @@ impl Plan {
                     source,
                 })?
             }
-            (_, stderr) => output("stderr", stderr)?,
+            (_, stderr) => output("stderr", stderr, logged_stderr)?,
         };
         let (stdin, input) = match &self.stdin {
             None => (null("stdin")?, Input::Closed),
@@ -359,12 +387,12 @@ mod tests {
     fn what_cannot_be_is_refused_in_words() {
         let refused = |stdout: &str| parse("", stdout, "").unwrap_err().to_string();
         insta::assert_snapshot!(
-            ["binary:///usr/bin/logger?a=b", "http://x", "relative", "file://relative"].map(refused).join("\n"),
+            ["binary://logger?a=b", "http://x", "relative", "file://relative"].map(refused).join("\n"),
             @r"
-        standard streams by binary:// are not supported yet; use fifos or file://
+        stdout logger is not the absolute path of a logger; a fifo, a regular file, file:// or binary:// is needed
         unknown STDIO scheme http
-        stdout relative is not an absolute path; a fifo or a regular file is needed
-        stdout relative is not an absolute path; a fifo or a regular file is needed
+        stdout relative is not an absolute path; a fifo, a regular file, file:// or binary:// is needed
+        stdout relative is not an absolute path; a fifo, a regular file, file:// or binary:// is needed
         "
         );
     }

@@ -20,7 +20,7 @@ use crate::process::Process;
 use crate::rootfs;
 use crate::runtime::{Create, Input, Runtime};
 use crate::spec::Spec;
-use crate::stdio::{Console, ConsoleSocket, Plan, Streams};
+use crate::stdio::{self, Console, ConsoleSocket, LoggedProcess, LoggerPipes, Plan, Streams};
 use crate::store::Bundle;
 
 /// How long a runtime that says it has started a terminal may take to hand it over.
@@ -149,9 +149,10 @@ pub(super) async fn with_streams(
     plan: &Plan,
     call: impl AsyncFnOnce(Input, Option<&Path>) -> Result<(), Error>,
 ) -> Result<Streams, Error> {
+    let pipes = start_logger(task, process, plan).await?;
     if !plan.terminal() {
         let (opening, owner) = (plan.clone(), task.io_owner());
-        let (child, held) = blocking(move || opening.open(owner)).await??;
+        let (child, held) = blocking(move || opening.open(owner, pipes)).await??;
         if process.exec.is_some() {
             // An exec reads as soon as the runtime has begun it.
             held.hold_stdin();
@@ -165,8 +166,34 @@ pub(super) async fn with_streams(
     // The runtime sends the master before it returns, and the socket's buffer keeps it: no need to accept meanwhile.
     call(Input::Null, Some(&path)).await?;
     let master = socket.accept(CONSOLE_DEADLINE).await?;
-    let console = Console::start(master, plan)?;
+    let console = Console::start(master, plan, pipes)?;
     Ok(Streams::Terminal(console))
+}
+
+/// Starts the process's logger, if it has one, and notes who that is.
+async fn start_logger(
+    task: &Task,
+    process: &TaskProcess,
+    plan: &Plan,
+) -> Result<Option<LoggerPipes>, Error> {
+    let exec = process.exec.as_ref().map(ToString::to_string);
+    let logged = LoggedProcess {
+        id: exec.unwrap_or_else(|| task.id().to_owned()),
+        namespace: task.key.namespace.to_string(),
+    };
+    let plan = plan.clone();
+    let started = blocking(move || plan.start_logger(&logged)).await??;
+    Ok(started.map(|(pipes, logger)| {
+        process.logs_by(logger);
+        pipes
+    }))
+}
+
+/// Ends the process's logger, if it has one.
+pub(super) async fn end_logger(process: &TaskProcess) {
+    if let Some(logger) = process.take_logger() {
+        stdio::end_logger(logger).await;
+    }
 }
 
 async fn mount_rootfs(task: &Task) -> Result<(), Error> {
@@ -188,6 +215,7 @@ async fn abandon(shared: &Arc<Shared>, task: &Arc<Task>, runtime_was_called: boo
         }
     }
     task.init.start_failed();
+    end_logger(&task.init).await;
     shared.oom.unwatch(task.serial);
     remove_traces(shared, task, runtime_was_called).await;
     shared.release(task);

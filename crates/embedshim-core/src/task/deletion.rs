@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use tracing::{info, warn};
 
 use super::container::Task;
-use super::creation::remove_traces;
+use super::creation::{end_logger, remove_traces};
 use super::detached::blocking;
 use super::process::TaskProcess;
 use super::request::{Cleaned, Deleted, Exit};
@@ -68,6 +68,7 @@ async fn delete_exec(
 ) -> Result<Deleted, Error> {
     drain(process).await;
     process.disconnect();
+    end_logger(process).await;
     task.remove_exec(exec);
     task.save(shared).await?;
     let now = process.now();
@@ -109,6 +110,7 @@ async fn remove(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(
     shared.oom.unwatch(task.serial);
     for process in task.all_execs().iter().chain([&task.init]) {
         process.disconnect();
+        end_logger(process).await;
         if let Some(identity) = process.identity().filter(|_| process.now().exit.is_none()) {
             shared.disown(identity);
             let _ = shared.monitor.unwatch(identity).await;

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use tracing::info;
 
 use super::container::Task;
-use super::creation::{opened, read_pid, with_streams};
+use super::creation::{end_logger, opened, read_pid, with_streams};
 use super::detached::blocking;
 use super::exits;
 use super::process::TaskProcess;
@@ -89,6 +89,7 @@ async fn start_exec(
                 }
             }
             process.start_failed();
+            end_logger(process).await;
             task.leave_exec(shared);
             Err(error)
         }

@@ -42,6 +42,7 @@ struct Live {
     identity: Option<ProcessIdentity>,
     streams: Option<Arc<Streams>>,
     stdin_closed: bool,
+    logger: Option<ProcessIdentity>,
     spec: Option<String>,
     /// An operation is between its effect and its event: an exit has to wait behind it.
     starting: bool,
@@ -70,6 +71,7 @@ impl TaskProcess {
             identity: record.identity,
             spec: record.spec,
             stdin_closed: record.stdin_closed,
+            logger: record.logger,
             ended: record.exit,
             ..Live::default()
         };
@@ -206,6 +208,16 @@ impl TaskProcess {
         }
     }
 
+    /// This program reads its output.
+    pub(crate) fn logs_by(&self, logger: ProcessIdentity) {
+        self.live().logger = Some(logger);
+    }
+
+    /// The program that reads its output, to be ended by the caller.
+    pub(crate) fn take_logger(&self) -> Option<ProcessIdentity> {
+        self.live().logger.take()
+    }
+
     /// The living process, if it lives.
     pub(crate) fn process(&self) -> Option<Arc<Process>> {
         self.live().process.clone()
@@ -254,6 +266,7 @@ impl TaskProcess {
         };
         ProcessRecord {
             stdin_closed: live.stdin_closed,
+            logger: live.logger,
             phase,
             stdio: self.stdio.clone(),
             identity: live.identity,

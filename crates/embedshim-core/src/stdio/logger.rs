@@ -1,0 +1,221 @@
+//! `binary://` loggers: a program of the client's that reads a process's output from pipes, as nerdctl uses it.
+//! Owns how it is started, told to be ready, and ended; it outlives the daemon, since only the process holds its pipes open.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::pipe2;
+use percent_encoding::percent_decode_str;
+use tracing::warn;
+
+use super::StdioError;
+use crate::process::{Process, ProcessIdentity};
+
+/// How long a logger may take until it is ready. runc-v2 waits for ever.
+const READY: Duration = Duration::from_secs(30);
+/// How long it may take to end after SIGTERM (`binaryIOProcTermTimeout` of runc-v2).
+const TERM: Duration = Duration::from_secs(12);
+/// The time between two looks at whether it has ended.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// A logger as a request names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Logger {
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    ready: Ready,
+}
+
+/// How it says that it is ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ready {
+    /// `binary://`: it closes the pipe; a byte before that does no harm.
+    Closed,
+    /// `binary-v2://`: it writes a byte. Without it, it has failed.
+    Byte,
+}
+
+/// For whom a logger works: its whole environment.
+#[derive(Clone, Debug)]
+pub struct LoggedProcess {
+    /// The container, or for an exec the exec.
+    pub id: String,
+    /// The namespace.
+    pub namespace: String,
+}
+
+/// The ends for the process's output.
+#[derive(Debug)]
+pub struct LoggerPipes {
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
+}
+
+impl Logger {
+    /// Reads what follows `scheme://`: a path and a query whose keys and values become arguments.
+    pub(super) fn parse(scheme: &str, rest: &str) -> Result<Self, StdioError> {
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let program = PathBuf::from(OsString::from_vec(percent_decode_str(path).collect()));
+        if !program.is_absolute() {
+            return Err(StdioError::WrongKind {
+                stream: "stdout",
+                path: program,
+                what: "not the absolute path of a logger",
+            });
+        }
+        let mut arguments = Vec::new();
+        for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+            arguments.push(OsString::from(key.into_owned()));
+            if !value.is_empty() {
+                arguments.push(value.into_owned().into());
+            }
+        }
+        let ready = if scheme == "binary-v2" {
+            Ready::Byte
+        } else {
+            Ready::Closed
+        };
+        Ok(Self {
+            program,
+            arguments,
+            ready,
+        })
+    }
+
+    /// Starts the logger and waits until it is ready. Blocks.
+    pub(super) fn start(
+        &self,
+        process: &LoggedProcess,
+    ) -> Result<(LoggerPipes, ProcessIdentity), StdioError> {
+        let failed = |why: &str| {
+            let (program, why) = (self.program.clone(), why.to_owned());
+            move |source: io::Error| StdioError::Logger {
+                program,
+                why,
+                source,
+            }
+        };
+        let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed("no pipe")(errno.into()));
+        let (stdout_read, stdout) = pipe()?;
+        let (stderr_read, stderr) = pipe()?;
+        let (ready, ready_write) = pipe()?;
+        let mut command = Command::new(&self.program);
+        command
+            .args(&self.arguments)
+            .env_clear()
+            .env("CONTAINER_ID", &process.id)
+            .env("CONTAINER_NAMESPACE", &process.namespace)
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let descriptors = [(stdout_read, 3), (stderr_read, 4), (ready_write, 5)];
+        let mapping = |(parent_fd, child_fd)| FdMapping {
+            parent_fd,
+            child_fd,
+        };
+        command
+            .fd_mappings(descriptors.map(mapping).into())
+            .map_err(|collision| {
+                failed("cannot be given its pipes")(io::Error::other(collision))
+            })?;
+        let child = command.spawn().map_err(failed("cannot be started"))?;
+        // Our copies of its ends: with them it would never see that it is alone, nor we that it is ready.
+        drop(command);
+        let pid = i32::try_from(child.id())
+            .map_err(|error| failed("has no pid")(io::Error::other(error)))?;
+        let identity = Process::open(pid)
+            .map_err(|error| failed("ended at once")(io::Error::other(error)))?
+            .identity();
+        if let Err(source) = self.wait_until_ready(ready) {
+            signal(identity, libc::SIGKILL);
+            return Err(failed("is not ready")(source));
+        }
+        Ok((LoggerPipes { stdout, stderr }, identity))
+    }
+
+    fn wait_until_ready(&self, ready: OwnedFd) -> io::Result<()> {
+        let milliseconds = u16::try_from(READY.as_millis()).unwrap_or(u16::MAX);
+        let mut fds = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::from(milliseconds)) {
+            Ok(0) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!("no word within {} s", READY.as_secs()),
+                ));
+            }
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let count = File::from(ready).read(&mut [0])?;
+        match self.ready {
+            Ready::Byte if count == 0 => {
+                Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it has ended"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Ends a logger as runc-v2 does: SIGTERM, and SIGKILL if that is not enough. Nothing happens to one that has ended.
+pub async fn end_logger(logger: ProcessIdentity) {
+    let ended =
+        || Process::reopen(logger).map_or(true, |process| process.has_ended().unwrap_or(true));
+    let wait = async {
+        while !ended() {
+            tokio::time::sleep(PAUSE).await;
+        }
+    };
+    signal(logger, libc::SIGTERM);
+    if tokio::time::timeout(TERM, wait).await.is_err() {
+        warn!(pid = logger.pid, "a logger does not end: killing it");
+        signal(logger, libc::SIGKILL);
+    }
+}
+
+fn signal(logger: ProcessIdentity, signal: i32) {
+    if let Ok(process) = Process::reopen(logger) {
+        // It may have ended by itself meanwhile.
+        let _ = process.signal(signal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_query_becomes_arguments() {
+        let logger =
+            Logger::parse("binary", "/usr/bin/log%20ger?_MARK=/var/lib%2Fx&flag&a=b+c").unwrap();
+        assert_eq!(logger.program, PathBuf::from("/usr/bin/log ger"));
+        assert_eq!(
+            logger.arguments,
+            ["_MARK", "/var/lib/x", "flag", "a", "b c"]
+        );
+        assert!(Logger::parse("binary", "relative").is_err());
+    }
+
+    #[test]
+    fn a_logger_that_cannot_be_started_is_named() {
+        let logger = Logger::parse("binary", "/nonexistent/logger").unwrap();
+        let process = LoggedProcess {
+            id: "c".into(),
+            namespace: "n".into(),
+        };
+        let error = logger.start(&process).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/logger"), "{error}");
+    }
+}
