@@ -14,6 +14,7 @@ mod events;
 mod exits;
 mod failures;
 mod hostile;
+mod model;
 mod streams;
 mod survival;
 
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         &failures::TESTS,
         &failures::OURS,
         &hostile::TESTS,
+        &model::TESTS,
         &bootstrap::TESTS,
     ];
     let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());

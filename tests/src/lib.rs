@@ -2,9 +2,11 @@
 //! `end_to_end/`.
 
 mod footprint;
+mod listener;
 mod shim;
 mod stage;
 
 pub use footprint::Footprint;
+pub use listener::{Heard, Listener};
 pub use shim::{Bundle, Shim};
 pub use stage::{Scope, Stage, Test};

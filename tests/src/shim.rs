@@ -151,8 +151,12 @@ impl Bundle {
         let bin = directory.join("rootfs/bin");
         fs::create_dir_all(&bin)?;
         for busybox in ["busybox", "sh", "sleep", "true"] {
-            fs::copy("/bin/busybox", bin.join(busybox))?;
+            if !bin.join(busybox).exists() {
+                fs::copy("/bin/busybox", bin.join(busybox))?;
+            }
         }
+        // The same id may be created again.
+        let _ = fs::remove_file(directory.join("config.json"));
         let output = Command::new("runc")
             .arg("spec")
             .current_dir(&directory)

@@ -281,14 +281,24 @@ impl Task {
         self.execs().remove(id);
     }
 
-    /// Counts an exec as running, unless the init has ended (e7357916b).
-    pub(crate) fn enter_exec(&self) -> Result<(), Error> {
-        let mut order = self.order();
+    /// Refuses an exec's start once the init has ended.
+    pub(crate) fn admit_exec_start(&self) -> Result<(), Error> {
+        self.check_init(&self.order())
+    }
+
+    fn check_init(&self, order: &ExitOrder) -> Result<(), Error> {
         if order.init_ended {
             return Err(Error::InitNotRunning {
                 id: self.id().to_owned(),
             });
         }
+        Ok(())
+    }
+
+    /// Counts an exec as running, unless the init has ended (e7357916b).
+    pub(crate) fn enter_exec(&self) -> Result<(), Error> {
+        let mut order = self.order();
+        self.check_init(&order)?;
         order.running_execs += 1;
         Ok(())
     }

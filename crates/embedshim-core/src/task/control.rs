@@ -72,6 +72,11 @@ pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey) -> Result<(), Error
         task.init.advance(Phase::Pausing, Phase::Running);
         return Err(error);
     }
+    if task.init.now().phase == Phase::Stopped {
+        // It ended while it was being frozen: frozen, the rest of it could not be ended, nor the container deleted.
+        task.runtime.resume(task.id(), &task.log()).await?;
+        return Err(Error::WrongState("cannot pause a stopped container"));
+    }
     settle(
         &shared,
         &task,

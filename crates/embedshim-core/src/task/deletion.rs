@@ -100,7 +100,7 @@ async fn remove(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(
         warn!(id = %task.id(), "deleted while an exec of it still runs");
     }
     drain(&task.init).await;
-    task.runtime.delete(task.id(), force, &task.log()).await?;
+    delete_container(task, force).await?;
     if !task.rootfs.is_empty() {
         let target = task.rootfs_path();
         blocking(move || rootfs::unmount_recursive(&target))
@@ -120,6 +120,18 @@ async fn remove(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(
     blocking(move || store.remove(&key)).await??;
     shared.release(task);
     Ok(())
+}
+
+/// A container whose init ended while it was being frozen, perhaps by a daemon that is gone, has to be thawed first.
+async fn delete_container(task: &Task, force: bool) -> Result<(), Error> {
+    let log = task.log();
+    let Err(error) = task.runtime.delete(task.id(), force, &log).await else {
+        return Ok(());
+    };
+    if task.runtime.resume(task.id(), &log).await.is_err() {
+        return Err(error);
+    }
+    task.runtime.delete(task.id(), force, &log).await
 }
 
 async fn drain(process: &TaskProcess) {

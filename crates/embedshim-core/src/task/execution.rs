@@ -23,6 +23,10 @@ use crate::stdio::Plan;
 
 /// Starts the init or an exec.
 pub(super) async fn start(shared: Arc<Shared>, key: ProcessKey) -> Result<u32, Error> {
+    if key.exec.is_some() {
+        // Before anything about the exec itself, as runc-v2 does (e7357916b in containerd).
+        shared.task(&key.task)?.admit_exec_start()?;
+    }
     let (task, process) = shared.process(&key)?;
     let _turn = process.turn().await?;
     match process.exec.clone() {
@@ -177,6 +181,11 @@ struct ProcessTerminal {
 /// Declares an exec; nothing runs yet.
 pub(super) async fn exec(shared: Arc<Shared>, request: ExecProcess) -> Result<(), Error> {
     let task = shared.task(&request.task)?;
+    if task.find(Some(&request.exec)).is_ok() {
+        return Err(Error::IdTaken {
+            id: request.exec.to_string(),
+        });
+    }
     task.init.now().phase.admit(Operation::Exec)?;
     Plan::parse(&request.stdio)?;
     let spec = process_document(&request.spec, request.stdio.terminal)?;
