@@ -1,6 +1,7 @@
 //! Root filesystems: mounting what containerd asks for and unmounting it without a trace.
 //! Owns containerd's option language; never decides what is mounted. All functions block on the file system.
 
+mod lowerdirs;
 mod mountinfo;
 mod options;
 
@@ -155,7 +156,11 @@ fn mount_one(mount: &Mount, rootfs: &Path) -> Result<PathBuf, MountError> {
         )
     };
     let data = (!options.data.is_empty()).then_some(options.data.as_str());
-    call(options.flags, data).map_err(refused)?;
+    match &options.base {
+        None => call(options.flags, data),
+        Some(base) => lowerdirs::inside(base, || call(options.flags, data)),
+    }
+    .map_err(refused)?;
     let finish = || -> Result<(), Errno> {
         // A bind mount takes its source's flags; only a second call can make it read-only.
         if options.flags.contains(MsFlags::MS_BIND) && options.needs_remount() {
@@ -313,6 +318,38 @@ mod tests {
         assert_eq!(below(dir.path()), 0);
         unmount_recursive(&rootfs).unwrap();
         drop(guard);
+    }
+
+    #[test]
+    fn an_overlay_of_more_layers_than_fit_a_page_is_mounted() {
+        let dir = tempfile::tempdir().unwrap();
+        let _guard = Mounted(dir.path().to_owned());
+        let tmp = dir.path().join("tmp");
+        mount_all(&[mount("tmpfs", Path::new("tmpfs"), &["size=1m"])], &tmp).unwrap();
+        let layers: Vec<PathBuf> = (0..120)
+            .map(|number| tmp.join(format!("snapshots-with-long-names/{number}/fs")))
+            .collect();
+        for (number, layer) in layers.iter().enumerate() {
+            fs::create_dir_all(layer).unwrap();
+            fs::write(layer.join(format!("file{number}")), "x").unwrap();
+        }
+        let list = layers
+            .iter()
+            .map(|layer| layer.display().to_string())
+            .collect::<Vec<_>>()
+            .join(":");
+        assert!(list.len() > 5000);
+        let rootfs = dir.path().join("rootfs");
+        mount_all(
+            &[mount(
+                "overlay",
+                Path::new("overlay"),
+                &[&format!("lowerdir={list}")],
+            )],
+            &rootfs,
+        )
+        .unwrap();
+        assert_eq!(fs::read_dir(&rootfs).unwrap().count(), 120);
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! containerd's mount options: fstab words that are flags, words that are propagation, and data for the file system.
 //! The table is that of containerd's `core/mount/mount_linux.go`. Pure.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::MsFlags;
 
-use super::{Mount, MountError};
+use super::{Mount, MountError, lowerdirs};
 
 /// mount(2) takes one page; containerd leaves the same margin for the kernel.
 const MAX_DATA: usize = 4096 - 512;
@@ -16,6 +16,8 @@ pub(super) struct Options {
     pub(super) flags: MsFlags,
     pub(super) propagation: Vec<MsFlags>,
     pub(super) data: String,
+    /// Where paths in the data begin that are relative.
+    pub(super) base: Option<PathBuf>,
 }
 
 impl Options {
@@ -24,6 +26,7 @@ impl Options {
             flags: MsFlags::empty(),
             propagation: Vec::new(),
             data: String::new(),
+            base: None,
         };
         let mut data = Vec::new();
         for option in &mount.options {
@@ -52,6 +55,12 @@ impl Options {
             );
         }
         parsed.data = data.join(",");
+        if parsed.data.len() > MAX_DATA
+            && let Some((base, data)) = lowerdirs::shorten(&parsed.data)
+        {
+            parsed.base = Some(base);
+            parsed.data = data;
+        }
         if parsed.data.len() > MAX_DATA {
             return Err(MountError::OptionsTooLong {
                 kind: mount.kind.clone(),
