@@ -46,6 +46,7 @@ fn main() -> ExitCode {
     let all = [
         containers::TESTS.as_slice(),
         &control::TESTS,
+        &control::OURS,
         &streams::TESTS,
         &streams::OURS,
         &exits::TESTS,
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         &events::TESTS,
         &survival::TESTS,
         &survival::OURS,
+        &survival::UPGRADES,
         &failures::TESTS,
         &failures::OURS,
         &hostile::TESTS,
@@ -60,7 +62,12 @@ fn main() -> ExitCode {
         &bootstrap::TESTS,
     ];
     let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
-    let fits = |test: &&Test| test.scope == Scope::AnyRuntime || runtime == EMBEDSHIM;
+    let is_other = std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").is_some();
+    let fits = |test: &&Test| match test.scope {
+        Scope::AnyRuntime => true,
+        Scope::EmbedshimOnly => runtime == EMBEDSHIM,
+        Scope::OtherContainerd => is_other && runtime == EMBEDSHIM,
+    };
     let is_root = nix::unistd::geteuid().is_root();
     let stage: Arc<OnceLock<Result<Stage, String>>> = Arc::default();
     let trials = all

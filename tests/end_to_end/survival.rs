@@ -20,6 +20,10 @@ pub(crate) const OURS: [Test; 5] = tests!(EmbedshimOnly:
     closed_input_stays_closed_for_the_next_daemon,
 );
 
+pub(crate) const UPGRADES: [Test; 1] = tests!(OtherContainerd:
+    containers_outlive_the_upgrade_of_containerd,
+);
+
 fn end(pid: i32, signal: Signal) -> anyhow::Result<()> {
     kill(Pid::from_raw(pid), signal)?;
     until("it ends", || Ok(!is_alive(pid)))
@@ -214,4 +218,28 @@ fn closed_input_stays_closed_for_the_next_daemon(stage: &Stage) -> anyhow::Resul
     let code = shim.wait("c")?;
     ensure!(code == 8 && shim.delete("c")? == 8, "{code}");
     Ok(())
+}
+
+fn containers_outlive_the_upgrade_of_containerd(stage: &Stage) -> anyhow::Result<()> {
+    let mut sandbox = stage.bare_sandbox()?;
+    sandbox.use_programs(None);
+    sandbox.start_containerd()?;
+    sandbox.import(stage.archive())?;
+    let pid = sandbox.detached(&[], "running", &["sleep", "1000"])?;
+    let nine = until_term(&sandbox, "nine", "9")?;
+    sandbox.stop_containerd()?;
+    end(nine, Signal::SIGTERM)?;
+    sandbox.use_programs(stage.programs());
+    sandbox.start_containerd()?;
+    let task = sandbox.task("running")?;
+    ensure!(
+        (task.pid, task.status.as_str()) == (pid, "RUNNING"),
+        "{task:?}"
+    );
+    ensure!(sandbox.delete_task("nine")? == 9, "the code was lost");
+    sandbox.ctr_ok(&["task", "exec", "--exec-id", "e", "running", "true"])?;
+    sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "running"])?;
+    sandbox.wait_for_status("running", "STOPPED")?;
+    ensure!(sandbox.delete_task("running")? == 137, "the code was lost");
+    sandbox.detached(&[], "new", &["sleep", "1000"]).map(drop)
 }

@@ -23,6 +23,8 @@ pub enum Scope {
     AnyRuntime,
     /// Ours: it tests what only we promise.
     EmbedshimOnly,
+    /// Another containerd than the installed one: it tests the way from one to the other.
+    OtherContainerd,
 }
 
 /// One end-to-end test. Its name is the invariant it guards.
@@ -76,6 +78,11 @@ impl Stage {
         let mut sandbox = Sandbox::new(&self.binaries, &self.runtime)?;
         sandbox.use_programs(self.programs.clone());
         Ok(sandbox)
+    }
+
+    /// Where the containerd of another release is, if this run is about one.
+    pub fn programs(&self) -> Option<PathBuf> {
+        self.programs.clone()
     }
 
     /// The image's archive.
