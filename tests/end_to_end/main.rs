@@ -8,6 +8,7 @@
 )]
 
 mod bootstrap;
+mod checkpoint;
 mod containers;
 mod control;
 mod events;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         &hostile::TESTS,
         &model::TESTS,
         &bootstrap::TESTS,
+        &checkpoint::TESTS,
     ];
     let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
     let is_other = std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").is_some();

@@ -1,4 +1,4 @@
-//! Containerds of other releases of Debian, beside the machine's own: fetched and verified by apt with lists of its own,
+//! Programs of other releases of Debian, beside the machine's own: fetched and verified by apt with lists of its own,
 //! unpacked into the cache, and run by their own dynamic loader. Nothing of the system is changed.
 
 use std::fs;
@@ -12,9 +12,13 @@ use crate::products::workspace;
 
 const MIRROR: &str = "http://deb.debian.org/debian";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// The daemon, and what it is linked to.
-const PACKAGES: [&str; 2] = ["containerd", "libc6"];
-const PROGRAMS: [&str; 3] = ["containerd", "ctr", "containerd-shim-runc-v2"];
+/// What containerd's programs are linked to is in the second package.
+const CONTAINERD: [&str; 2] = ["containerd", "libc6"];
+const CONTAINERD_PROGRAMS: [&str; 3] = [
+    "usr/bin/containerd",
+    "usr/bin/ctr",
+    "usr/bin/containerd-shim-runc-v2",
+];
 
 /// A release of Debian whose containerd we test with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,18 +48,8 @@ impl Release {
         let Some(suite) = self.suite() else {
             return Ok(None);
         };
-        let cache = workspace().join("target/containerd").join(suite);
-        let programs = cache.join("bin");
-        if !programs.join("ctr").exists() {
-            println!(
-                "Fetching containerd of Debian {suite} into {}",
-                cache.display()
-            );
-            fetch(suite, &cache)
-                .with_context(|| format!("cannot fetch containerd of Debian {suite}"))?;
-            wrap(&cache, &programs)?;
-        }
-        Ok(Some(programs))
+        let unpacked = Unpacked::new("containerd", suite);
+        unpacked.fetch(&CONTAINERD, &CONTAINERD_PROGRAMS).map(Some)
     }
 
     /// Its version, such as 1.7.24.
@@ -81,78 +75,120 @@ impl Release {
     }
 }
 
-fn fetch(suite: &str, cache: &Path) -> anyhow::Result<()> {
-    for directory in [
-        "state/lists/partial",
-        "cache/archives/partial",
-        "packages",
-        "root",
-    ] {
-        fs::create_dir_all(cache.join(directory))?;
-    }
-    fs::write(
-        cache.join("sources.list"),
-        format!("deb [signed-by={KEYRING}] {MIRROR} {suite} main\n"),
-    )?;
-    apt(cache, &["update"])?;
-    let download: Vec<&str> = ["download"].into_iter().chain(PACKAGES).collect();
-    apt(cache, &download)?;
-    for package in fs::read_dir(cache.join("packages"))? {
-        let mut unpack = Command::new("dpkg-deb");
-        run(unpack
-            .arg("--extract")
-            .arg(package?.path())
-            .arg(cache.join("root")))?;
-    }
-    Ok(())
+/// The directory with a CRIU that knows today's kernels; Debian 12's does not know 6.18.
+pub fn criu() -> anyhow::Result<PathBuf> {
+    Unpacked::new("criu", "sid").fetch(&["criu"], &["usr/sbin/criu"])
 }
 
-/// apt with its lists, its cache and its idea of what is installed (nothing) below `cache`.
-fn apt(cache: &Path, arguments: &[&str]) -> anyhow::Result<()> {
-    let mut apt = Command::new("apt-get");
-    let options = [
-        ("Dir::Etc::sourcelist", cache.join("sources.list")),
-        ("Dir::Etc::sourceparts", "/dev/null".into()),
-        ("Dir::State", cache.join("state")),
-        ("Dir::State::status", "/dev/null".into()),
-        ("Dir::Cache", cache.join("cache")),
-        ("APT::Sandbox::User", "root".into()),
-        ("Acquire::Languages", "none".into()),
-    ];
-    for (name, value) in options {
-        apt.arg("-o").arg(format!("{name}={}", value.display()));
-    }
-    run(apt
-        .arg("--quiet")
-        .args(arguments)
-        .current_dir(cache.join("packages")))
+/// Packages of another release, unpacked beside the system.
+struct Unpacked {
+    suite: &'static str,
+    cache: PathBuf,
 }
 
-/// Scripts that start each program by the loader it was linked for.
-fn wrap(cache: &Path, programs: &Path) -> anyhow::Result<()> {
-    fs::create_dir_all(programs)?;
-    let root = cache.join("root");
-    let libraries = root.join(format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH));
-    let loader = fs::read_dir(&libraries)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("ld-linux"))
-        })
-        .context("the C library's package has no loader")?;
-    for program in PROGRAMS {
-        let script = format!(
-            "#!/bin/sh\nexec '{}' --library-path '{}' --argv0 \"$0\" '{}' \"$@\"\n",
-            loader.display(),
-            libraries.display(),
-            root.join("usr/bin").join(program).display(),
-        );
-        let path = programs.join(program);
-        fs::write(&path, script)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+impl Unpacked {
+    fn new(what: &str, suite: &'static str) -> Self {
+        Self {
+            suite,
+            cache: workspace()
+                .join("target/debian")
+                .join(format!("{what}-{suite}")),
+        }
     }
-    Ok(())
+
+    /// The directory with scripts that start these programs; what is not there yet is fetched.
+    fn fetch(&self, packages: &[&str], programs: &[&str]) -> anyhow::Result<PathBuf> {
+        let scripts = self.cache.join("bin");
+        if !scripts.join("complete").exists() {
+            println!(
+                "Fetching {} of Debian {} into {}",
+                packages.join(", "),
+                self.suite,
+                self.cache.display()
+            );
+            self.download(packages)
+                .with_context(|| format!("cannot fetch packages of Debian {}", self.suite))?;
+            self.wrap(programs, &scripts)?;
+            fs::write(scripts.join("complete"), "")?;
+        }
+        Ok(scripts)
+    }
+
+    /// Fetches the packages with all they depend on, and unpacks them.
+    fn download(&self, packages: &[&str]) -> anyhow::Result<()> {
+        for directory in ["state/lists/partial", "cache/archives/partial", "root"] {
+            fs::create_dir_all(self.cache.join(directory))?;
+        }
+        let sources = format!("deb [signed-by={KEYRING}] {MIRROR} {} main\n", self.suite);
+        fs::write(self.cache.join("sources.list"), sources)?;
+        self.apt(&["update"])?;
+        let install = [
+            "install",
+            "--yes",
+            "--download-only",
+            "--no-install-recommends",
+        ];
+        self.apt(&[&install, packages].concat())?;
+        for package in fs::read_dir(self.cache.join("cache/archives"))? {
+            let package = package?.path();
+            if package
+                .extension()
+                .is_some_and(|extension| extension == "deb")
+            {
+                run(Command::new("dpkg-deb")
+                    .arg("--extract")
+                    .arg(package)
+                    .arg(self.cache.join("root")))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// apt with its lists, its cache and its idea of what is installed (nothing) below the cache.
+    fn apt(&self, arguments: &[&str]) -> anyhow::Result<()> {
+        let mut apt = Command::new("apt-get");
+        let options = [
+            ("Dir::Etc::sourcelist", self.cache.join("sources.list")),
+            ("Dir::Etc::sourceparts", "/dev/null".into()),
+            ("Dir::State", self.cache.join("state")),
+            ("Dir::State::status", "/dev/null".into()),
+            ("Dir::Cache", self.cache.join("cache")),
+            ("APT::Sandbox::User", "root".into()),
+            ("Acquire::Languages", "none".into()),
+        ];
+        for (name, value) in options {
+            apt.arg("-o").arg(format!("{name}={}", value.display()));
+        }
+        run(apt.arg("--quiet").args(arguments))
+    }
+
+    /// Scripts that start each program by the loader it was linked for.
+    fn wrap(&self, programs: &[&str], scripts: &Path) -> anyhow::Result<()> {
+        fs::create_dir_all(scripts)?;
+        let root = self.cache.join("root");
+        let libraries = root.join(format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH));
+        let loader = fs::read_dir(&libraries)?
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| {
+                path.file_name()
+                    .is_some_and(|name| name.to_string_lossy().starts_with("ld-linux"))
+            })
+            .context("the C library's package has no loader")?;
+        for program in programs {
+            let program = root.join(program);
+            let script = format!(
+                "#!/bin/sh\nexec '{}' --library-path '{}' --argv0 \"$0\" '{}' \"$@\"\n",
+                loader.display(),
+                libraries.display(),
+                program.display(),
+            );
+            let path = scripts.join(program.file_name().unwrap_or_default());
+            fs::write(&path, script)?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(())
+    }
 }
 
 fn run(command: &mut Command) -> anyhow::Result<()> {

@@ -85,6 +85,14 @@ pub enum Error {
         /// The runtime's last error message.
         message: String,
     },
+    /// CRIU could not write the checkpoint. The form is runc-v2's.
+    #[error("{message} path= {log}", log = .log.display())]
+    Checkpoint {
+        /// The runtime's message.
+        message: String,
+        /// Where CRIU's log is.
+        log: PathBuf,
+    },
     /// A signal could not be delivered.
     #[error("unknown error after kill: {0}")]
     Kill(String),
@@ -139,6 +147,7 @@ impl Error {
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::WrongState(_)
             | Self::Runtime { .. }
+            | Self::Checkpoint { .. }
             | Self::Kill(_)
             | Self::Path { .. }
             | Self::Rootfs(_)

@@ -36,6 +36,8 @@ pub enum EventKind {
         rootfs: Vec<Mount>,
         /// The standard streams of the request.
         stdio: StdioPaths,
+        /// The checkpoint it is to be restored from.
+        checkpoint: Option<PathBuf>,
         /// The init.
         pid: u32,
     },

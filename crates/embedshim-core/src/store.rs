@@ -37,6 +37,9 @@ pub(crate) struct TaskRecord {
     pub(crate) owner: String,
     pub(crate) runtime: RuntimeOptions,
     pub(crate) rootfs: Vec<Mount>,
+    /// The image that `Start` restores.
+    #[serde(default)]
+    pub(crate) checkpoint: Option<PathBuf>,
     /// `create` has come to its end: what lacks this is debris of a daemon that died in it.
     pub(crate) complete: bool,
     pub(crate) init: ProcessRecord,
@@ -248,6 +251,7 @@ mod tests {
             owner: String::new(),
             runtime: RuntimeOptions::default(),
             rootfs: Vec::new(),
+            checkpoint: None,
             complete: true,
             init: ProcessRecord {
                 stdin_closed: false,

@@ -1,6 +1,6 @@
 //! `CreateTaskRequest.options`: runc's own message, the generic one with a TOML body, or none (`containerd.md` 4.3, 4.4).
 
-use containerd_shim_protos::shim::oci::Options;
+use containerd_shim_protos::shim::oci::{CheckpointOptions, Options};
 use embedshim_core::task::RuntimeOptions;
 use protobuf::rt::WireType;
 use protobuf::well_known_types::any::Any;
@@ -12,6 +12,7 @@ use ttrpc::Status;
 use crate::{any, status};
 
 const RUNC: &str = "containerd.runc.v1.Options";
+const CHECKPOINT: &str = "containerd.runc.v1.CheckpointOptions";
 const GENERIC: &str = "runtimeoptions.v1.Options";
 /// containerd 1.6 and older sends it under the name of its CRI plugin's package.
 const GENERIC_OLD: &str = "cri.runtimeoptions.v1.Options";
@@ -34,6 +35,21 @@ pub(crate) fn decode(options: Option<&Any>) -> Result<RuntimeOptions, Status> {
             options.type_url
         ))),
     }
+}
+
+/// Reads the options of a checkpoint; there may be none.
+pub(crate) fn decode_checkpoint(options: Option<&Any>) -> Result<CheckpointOptions, Status> {
+    let Some(options) = options.filter(|any| !any.type_url.is_empty()) else {
+        return Ok(CheckpointOptions::default());
+    };
+    if any::name(options) != CHECKPOINT {
+        return Err(status::invalid(format!(
+            "unsupported checkpoint options {:?}: {CHECKPOINT} or none are understood",
+            options.type_url
+        )));
+    }
+    CheckpointOptions::parse_from_bytes(&options.value)
+        .map_err(|error| status::invalid(format!("checkpoint options: {error}")))
 }
 
 fn of_runc(options: Options) -> RuntimeOptions {

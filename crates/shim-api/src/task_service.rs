@@ -9,7 +9,7 @@ use embedshim_core::id::{ExecId, Namespace, ProcessKey, TaskKey};
 use embedshim_core::rootfs::Mount;
 use embedshim_core::stdio::StdioPaths;
 use embedshim_core::task::{
-    CreateTask, ExecProcess, Node, ProcessEntry, ProcessStatus, RuntimeOptions,
+    CheckpointTask, CreateTask, ExecProcess, Node, ProcessEntry, ProcessStatus, RuntimeOptions,
 };
 use protobuf::{Message, MessageField};
 use tracing::warn;
@@ -45,7 +45,7 @@ impl TaskService {
             "Pids" => encode(&self.pids(&scope()?, decode(call)?).await?),
             "Pause" => self.pause(&scope()?, decode(call)?).await.map(empty),
             "Resume" => self.resume(&scope()?, decode(call)?).await.map(empty),
-            "Checkpoint" => self.checkpoint(&scope()?, &decode(call)?).map(empty),
+            "Checkpoint" => self.checkpoint(&scope()?, decode(call)?).await.map(empty),
             "Kill" => self.kill(&scope()?, decode(call)?).await.map(empty),
             "Exec" => self.exec(&scope()?, decode(call)?).await.map(empty),
             "ResizePty" => self.resize_pty(&scope()?, &decode(call)?).map(empty),
@@ -92,10 +92,6 @@ impl TaskService {
             call.session.namespace.get_or_init(|| namespace);
         }
         let key = Scope::of(call)?.task(&request.id)?;
-        if !request.checkpoint.is_empty() {
-            let text = "restoring a checkpoint is not supported: not implemented";
-            return Err(ttrpc::get_status(Code::UNIMPLEMENTED, text));
-        }
         let runtime = options::decode(request.options.as_ref())?;
         let owner = note
             .as_ref()
@@ -114,6 +110,7 @@ impl TaskService {
                 terminal: request.terminal,
             },
             runtime,
+            checkpoint: (!request.checkpoint.is_empty()).then(|| request.checkpoint.into()),
             owner,
         };
         let pid = self.node.create(request).await.map_err(status::from)?;
@@ -183,16 +180,24 @@ impl TaskService {
             .map_err(status::from)
     }
 
-    fn checkpoint(&self, scope: &Scope, request: &api::CheckpointTaskRequest) -> Answer<()> {
-        let key = ProcessKey {
-            task: scope.task(&request.id)?,
-            exec: None,
+    async fn checkpoint(&self, scope: &Scope, request: api::CheckpointTaskRequest) -> Answer<()> {
+        let key = scope.task(&request.id)?;
+        let options = options::decode_checkpoint(request.options.as_ref())?;
+        let request = CheckpointTask {
+            image: request.path.into(),
+            work: (!options.work_path.is_empty()).then(|| options.work_path.into()),
+            exit: options.exit,
+            tcp: options.open_tcp,
+            unix_sockets: options.external_unix_sockets,
+            terminal: options.terminal,
+            file_locks: options.file_locks,
+            empty_namespaces: options.empty_namespaces,
+            cgroups_mode: options.cgroups_mode,
         };
-        self.node.state(&key).map_err(status::from)?;
-        Err(ttrpc::get_status(
-            Code::UNIMPLEMENTED,
-            "checkpoint is not supported: not implemented",
-        ))
+        self.node
+            .checkpoint(&key, request)
+            .await
+            .map_err(status::from)
     }
 
     async fn kill(&self, scope: &Scope, request: api::KillRequest) -> Answer<()> {

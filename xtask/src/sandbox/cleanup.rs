@@ -20,6 +20,13 @@ pub(super) fn register(directory: &Path) {
         .push(directory.into());
 }
 
+/// Leaves a sandbox to whoever wants to look at it.
+pub(super) fn forget(directory: &Path) {
+    LIVE.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .retain(|live| live != directory);
+}
+
 /// Cleans up every sandbox of this process.
 pub fn clean_up_all() {
     let live = std::mem::take(&mut *LIVE.lock().unwrap_or_else(PoisonError::into_inner));
@@ -40,9 +47,7 @@ pub fn clean_up_on_signals() -> anyhow::Result<()> {
 
 /// Removes one sandbox. Idempotent.
 pub(super) fn clean_up(directory: &Path) {
-    LIVE.lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .retain(|live| live != directory);
+    forget(directory);
     let namespace = directory
         .file_name()
         .unwrap_or_default()

@@ -304,6 +304,7 @@ impl Drop for Sandbox {
     fn drop(&mut self) {
         if std::env::var_os("EMBEDSHIM_KEEP_SANDBOX").is_some() {
             eprintln!("kept: {}", self.directory.display());
+            cleanup::forget(&self.directory);
             return;
         }
         if let Some(mut containerd) = self.containerd.take() {

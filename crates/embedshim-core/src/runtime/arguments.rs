@@ -90,6 +90,10 @@ pub struct Checkpoint<'a> {
     pub terminal: bool,
     /// Allow file locks.
     pub file_locks: bool,
+    /// Namespaces that are not written.
+    pub empty_namespaces: &'a [String],
+    /// `--manage-cgroups-mode`, or empty.
+    pub cgroups_mode: &'a str,
 }
 
 impl Checkpoint<'_> {
@@ -102,6 +106,12 @@ impl Checkpoint<'_> {
         push_flag(&mut line, "--ext-unix-sk", self.unix_sockets);
         push_flag(&mut line, "--shell-job", self.terminal);
         push_flag(&mut line, "--file-locks", self.file_locks);
+        for namespace in self.empty_namespaces {
+            line.extend(["--empty-ns".into(), namespace.into()]);
+        }
+        if !self.cgroups_mode.is_empty() {
+            line.extend(["--manage-cgroups-mode".into(), self.cgroups_mode.into()]);
+        }
         line.push(self.id.into());
         line
     }
@@ -226,6 +236,8 @@ mod tests {
             unix_sockets: false,
             terminal: false,
             file_locks: true,
+            empty_namespaces: &["network".to_owned()],
+            cgroups_mode: "soft",
         };
         let restore = Restore {
             create: &create,
@@ -253,7 +265,7 @@ mod tests {
         pause c
         resume c
         update --resources - c
-        checkpoint --image-path /i --work-path /w --leave-running --file-locks c
+        checkpoint --image-path /i --work-path /w --leave-running --file-locks --empty-ns network --manage-cgroups-mode soft c
         restore --detach --image-path /i --work-path /w --bundle /b --pid-file /b/init.pid --console-socket /s --no-pivot c
         ");
     }

@@ -105,6 +105,30 @@ impl Runtime {
             .map(drop)
     }
 
+    /// `restore --detach`: the container comes back from a checkpoint, and runs.
+    pub(crate) async fn restore(&self, restore: &Restore<'_>, streams: Input) -> Result<(), Error> {
+        let mut create = restore.create.clone();
+        create.no_pivot_root = self.no_pivot_root;
+        let restore = Restore {
+            create: &create,
+            ..*restore
+        };
+        self.run("restore", restore.build(), streams, create.log)
+            .await
+            .map(drop)
+    }
+
+    /// `checkpoint`: its state is written to files.
+    pub(crate) async fn checkpoint(
+        &self,
+        checkpoint: &Checkpoint<'_>,
+        log: &Path,
+    ) -> Result<(), Error> {
+        self.run("checkpoint", checkpoint.build(), Input::Null, log)
+            .await
+            .map(drop)
+    }
+
     /// `start`: the init goes on to the container's program.
     pub(crate) async fn start(&self, id: &str, log: &Path) -> Result<(), Error> {
         self.run("start", arguments::start(id), Input::Null, log)

@@ -33,6 +33,8 @@ pub(crate) struct Task {
     pub(crate) owner: String,
     pub(crate) rootfs: Vec<Mount>,
     pub(crate) runtime: Runtime,
+    /// The image that `Start` restores: until then the container does not exist.
+    pub(crate) checkpoint: Option<PathBuf>,
     /// The kernel ends all its processes with the init; in a shared pid namespace we have to.
     pub(crate) has_own_pid_namespace: bool,
     pub(crate) init: Arc<TaskProcess>,
@@ -77,10 +79,11 @@ impl Task {
             stdio,
             runtime: options,
             owner,
+            checkpoint,
             ..
         } = request;
         let init = TaskProcess::new(None, stdio, None);
-        Self::with(
+        let task = Self::with(
             key,
             bundle,
             owner,
@@ -89,7 +92,8 @@ impl Task {
             runtime,
             has_own_pid_namespace,
             init,
-        )
+        );
+        Self { checkpoint, ..task }
     }
 
     #[expect(
@@ -113,6 +117,7 @@ impl Task {
             owner,
             rootfs,
             runtime,
+            checkpoint: None,
             has_own_pid_namespace,
             init: Arc::new(init),
             options,
@@ -159,7 +164,10 @@ impl Task {
             .into_iter()
             .map(|(id, exec)| (id.clone(), Arc::new(TaskProcess::restored(Some(id), exec))))
             .collect();
-        task
+        Self {
+            checkpoint: record.checkpoint,
+            ..task
+        }
     }
 
     /// What there is to remember.
@@ -173,6 +181,7 @@ impl Task {
             bundle: self.bundle.clone(),
             owner: self.owner.clone(),
             runtime: self.options.clone(),
+            checkpoint: self.checkpoint.clone(),
             rootfs: self.rootfs.clone(),
             complete: self.is_complete(),
             init: self.init.record(),

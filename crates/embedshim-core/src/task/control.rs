@@ -6,12 +6,15 @@ use std::sync::Arc;
 use tracing::info;
 
 use super::container::Task;
+use super::detached::blocking;
 use super::process::TaskProcess;
+use super::request::CheckpointTask;
 use super::shared::Shared;
 use super::state::{Operation, Phase};
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::id::{ProcessKey, TaskKey};
+use crate::runtime::Checkpoint;
 
 /// Sends a signal to one process, or with `all` to all of its container.
 pub(super) async fn kill(
@@ -128,4 +131,50 @@ pub(super) async fn update(
     let _turn = task.init.turn().await?;
     task.init.now().phase.admit(Operation::Update)?;
     task.runtime.update(task.id(), resources, &task.log()).await
+}
+
+/// Writes the container's state to files, by CRIU.
+pub(super) async fn checkpoint(
+    shared: Arc<Shared>,
+    key: TaskKey,
+    request: CheckpointTask,
+) -> Result<(), Error> {
+    let task = shared.task(&key)?;
+    let _turn = task.init.turn().await?;
+    task.init.now().phase.admit(Operation::Checkpoint)?;
+    if !request.image.is_absolute() {
+        let path = request.image.display();
+        return Err(Error::Invalid(format!(
+            "checkpoint {path} is not an absolute path"
+        )));
+    }
+    let own_work = task.bundle.path.join("criu-work");
+    let work = request.work.as_ref().unwrap_or(&own_work);
+    let call = Checkpoint {
+        id: task.id(),
+        image: &request.image,
+        work,
+        leave_running: !request.exit,
+        tcp: request.tcp,
+        unix_sockets: request.unix_sockets,
+        terminal: request.terminal,
+        file_locks: request.file_locks,
+        empty_namespaces: &request.empty_namespaces,
+        cgroups_mode: &request.cgroups_mode,
+    };
+    let result = task.runtime.checkpoint(&call, &task.log()).await;
+    let failed = result.is_err();
+    let log = task.bundle.path.join("criu-dump.log");
+    let (kept, work) = (log.clone(), work.clone());
+    let is_own = request.work.is_none();
+    blocking(move || {
+        // There is no log where CRIU is missing.
+        let _ = failed.then(|| std::fs::copy(work.join("dump.log"), kept));
+        let _ = is_own.then(|| std::fs::remove_dir_all(work));
+    })
+    .await?;
+    result.map_err(|error| Error::Checkpoint {
+        message: error.to_string(),
+        log,
+    })
 }

@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::event::EventKind;
 use crate::process::Process;
 use crate::rootfs;
-use crate::runtime::{Create, Input, Runtime};
+use crate::runtime::{Create, Input, Restore, Runtime};
 use crate::spec::Spec;
 use crate::stdio::{self, Console, ConsoleSocket, LoggedProcess, LoggerPipes, Plan, Streams};
 use crate::store::Bundle;
@@ -85,44 +85,10 @@ async fn establish(
 ) -> Result<u32, Error> {
     task.save(shared).await?;
     mount_rootfs(task).await?;
-    // Until the init is watched, no orphan is reaped: it might be the init.
-    let _ticket = shared.orphans.ticket();
-    let pid_file = task.bundle.path.join("init.pid");
-    let log = task.log();
-    let call = Create {
-        id: task.id(),
-        bundle: &task.bundle.path,
-        pid_file: &pid_file,
-        console_socket: None,
-        log: &log,
-        no_pivot_root: false,
-        no_new_keyring: false,
-    };
-    *runtime_was_called = true;
-    let streams = with_streams(
-        shared,
-        task,
-        &task.init,
-        plan,
-        async |input, console_socket: Option<&Path>| {
-            task.runtime
-                .create(
-                    &Create {
-                        console_socket,
-                        ..call.clone()
-                    },
-                    input,
-                )
-                .await
-        },
-    )
-    .await?;
-    let process = Arc::new(opened(read_pid(&pid_file).await?)?);
-    let pid = process.identity().pid;
-    task.init.connect(streams);
-    task.set_cgroup(find_cgroup(pid).await);
-    shared.watch(task, &task.init, process).await?;
-    watch_for_oom(shared, task);
+    if task.checkpoint.is_none() {
+        *runtime_was_called = true;
+        launch(shared, task, plan).await?;
+    }
     task.completed();
     if let Err(error) = task.save(shared).await {
         task.uncompleted();
@@ -135,10 +101,62 @@ async fn establish(
             bundle: task.bundle.path.clone(),
             rootfs: task.rootfs.clone(),
             stdio: task.init.stdio.clone(),
+            checkpoint: task.checkpoint.clone(),
             pid,
         },
     );
     Ok(pid)
+}
+
+/// Lets the runtime make the container, anew or from its checkpoint, and watches the init.
+pub(super) async fn launch(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    plan: &Plan,
+) -> Result<(), Error> {
+    // Until the init is watched, no orphan is reaped: it might be the init.
+    let _ticket = shared.orphans.ticket();
+    let pid_file = task.bundle.path.join("init.pid");
+    let work = task.bundle.path.join("criu-work");
+    let log = task.log();
+    let call = Create {
+        id: task.id(),
+        bundle: &task.bundle.path,
+        pid_file: &pid_file,
+        console_socket: None,
+        log: &log,
+        no_pivot_root: false,
+        no_new_keyring: false,
+    };
+    let streams = with_streams(
+        shared,
+        task,
+        &task.init,
+        plan,
+        async |input, console_socket: Option<&Path>| {
+            let create = Create {
+                console_socket,
+                ..call.clone()
+            };
+            let Some(image) = &task.checkpoint else {
+                return task.runtime.create(&create, input).await;
+            };
+            let restore = Restore {
+                create: &create,
+                image,
+                work: &work,
+            };
+            task.runtime.restore(&restore, input).await
+        },
+    )
+    .await?;
+    let process = Arc::new(opened(read_pid(&pid_file).await?)?);
+    let pid = process.identity().pid;
+    task.init.connect(streams);
+    task.set_cgroup(find_cgroup(pid).await);
+    shared.watch(task, &task.init, process).await?;
+    watch_for_oom(shared, task);
+    Ok(())
 }
 
 /// Opens a process's standard streams, lets `call` run the runtime with them, and gives back our ends.
@@ -153,8 +171,8 @@ pub(super) async fn with_streams(
     if !plan.terminal() {
         let (opening, owner) = (plan.clone(), task.io_owner());
         let (child, held) = blocking(move || opening.open(owner, pipes)).await??;
-        if process.exec.is_some() {
-            // An exec reads as soon as the runtime has begun it.
+        if process.exec.is_some() || task.checkpoint.is_some() {
+            // These read as soon as the runtime has begun them.
             held.hold_stdin();
         }
         call(Input::Container(child), None).await?;

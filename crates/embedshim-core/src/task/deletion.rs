@@ -80,6 +80,10 @@ async fn delete_exec(
 
 /// An init that was never started has to end before its container can go; its exit is told like any other.
 async fn end_created(task: &Arc<Task>) -> Result<(), Error> {
+    if task.init.identity().is_none() {
+        // It was to be restored, and never was.
+        return Ok(());
+    }
     if let Some(process) = task.init.process() {
         // It may have ended by itself meanwhile.
         let _ = process.signal(libc::SIGKILL);
@@ -95,8 +99,8 @@ async fn end_created(task: &Arc<Task>) -> Result<(), Error> {
 
 /// The steps, each of which finds out by itself whether it was done before.
 async fn remove(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(), Error> {
-    let told = tokio::time::timeout(KILL_DEADLINE, task.exit_told()).await;
-    if told.is_err() {
+    let told = tokio::time::timeout(KILL_DEADLINE, task.exit_told());
+    if task.init.identity().is_some() && told.await.is_err() {
         warn!(id = %task.id(), "deleted while an exec of it still runs");
     }
     drain(&task.init).await;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::container::Task;
-use super::creation::{end_logger, opened, read_pid, with_streams};
+use super::creation::{end_logger, launch, opened, read_pid, with_streams};
 use super::detached::blocking;
 use super::exits;
 use super::process::TaskProcess;
@@ -39,8 +39,12 @@ async fn start_init(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<u32, Error
     let init = &task.init;
     init.now().phase.admit(Operation::Start)?;
     init.starting();
-    init.hold_stdin();
-    let result = task.runtime.start(task.id(), &task.log()).await;
+    let result = if task.checkpoint.is_some() {
+        restore(shared, task).await
+    } else {
+        init.hold_stdin();
+        task.runtime.start(task.id(), &task.log()).await
+    };
     if result.is_ok() {
         init.advance(Phase::Created, Phase::Running);
         let pid = init.now().pid;
@@ -53,6 +57,19 @@ async fn start_init(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<u32, Error
     result?;
     saved?;
     Ok(init.now().pid)
+}
+
+/// Brings a container back from its checkpoint. On failure the task is what it was before.
+async fn restore(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<(), Error> {
+    let plan = Plan::parse(&task.init.stdio)?;
+    let restored = launch(shared, task, &plan).await;
+    if restored.is_err() {
+        end_logger(&task.init).await;
+        if let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await {
+            warn!(id = %task.id(), %error, "cannot delete a container that was not restored");
+        }
+    }
+    restored
 }
 
 async fn start_exec(
@@ -186,7 +203,11 @@ pub(super) async fn exec(shared: Arc<Shared>, request: ExecProcess) -> Result<()
             id: request.exec.to_string(),
         });
     }
-    task.init.now().phase.admit(Operation::Exec)?;
+    let phase = task.init.now().phase;
+    if task.checkpoint.is_some() && phase == Phase::Created {
+        return Err(Error::WrongState("cannot exec in a created state"));
+    }
+    phase.admit(Operation::Exec)?;
     Plan::parse(&request.stdio)?;
     let spec = process_document(&request.spec, request.stdio.terminal)?;
     task.add_exec(

@@ -17,7 +17,7 @@ mod state;
 
 pub use node::{Node, NodeConfig};
 pub use request::{
-    Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot, ProcessStatus,
-    RuntimeOptions,
+    CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
+    ProcessStatus, RuntimeOptions,
 };
 pub(crate) use state::Phase;

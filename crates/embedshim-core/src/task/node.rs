@@ -10,7 +10,8 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 use super::detached::{blocking, detached};
 use super::request::{
-    Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot, ProcessStatus,
+    CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
+    ProcessStatus,
 };
 use super::shared::Shared;
 use super::state::Phase;
@@ -127,6 +128,11 @@ impl Node {
     /// Changes resources; `resources` is an OCI `LinuxResources` as JSON.
     pub async fn update(&self, key: &TaskKey, resources: Vec<u8>) -> Result<(), Error> {
         detached(control::update(self.shared(), key.clone(), resources)).await
+    }
+
+    /// Writes the container's state to files from which [`CreateTask::checkpoint`] restores it.
+    pub async fn checkpoint(&self, key: &TaskKey, request: CheckpointTask) -> Result<(), Error> {
+        detached(control::checkpoint(self.shared(), key.clone(), request)).await
     }
 
     /// containerd has given this bundle up: kills what lives, removes everything. Waits for operations under way.

@@ -22,6 +22,8 @@ pub struct CreateTask {
     pub stdio: StdioPaths,
     /// How to call the OCI runtime.
     pub runtime: RuntimeOptions,
+    /// The image of a checkpoint to restore at `Start`; until then the container does not exist.
+    pub checkpoint: Option<PathBuf>,
     /// Opaque to us: kept with the task and given back with every event. Who is to hear of it, say.
     pub owner: String,
 }
@@ -78,6 +80,30 @@ pub struct ExecProcess {
     pub stdio: StdioPaths,
     /// The OCI `Process` as JSON.
     pub spec: Vec<u8>,
+}
+
+/// A request for a checkpoint by CRIU.
+#[expect(clippy::struct_excessive_bools, reason = "CRIU's own switches")]
+#[derive(Clone, Debug, Default)]
+pub struct CheckpointTask {
+    /// Where its image goes: an absolute path.
+    pub image: PathBuf,
+    /// Where CRIU works and logs; `None` for a directory in the bundle that is removed afterwards.
+    pub work: Option<PathBuf>,
+    /// The container ends with it.
+    pub exit: bool,
+    /// Allow open TCP connections.
+    pub tcp: bool,
+    /// Allow external unix sockets.
+    pub unix_sockets: bool,
+    /// Allow a shell job.
+    pub terminal: bool,
+    /// Allow file locks.
+    pub file_locks: bool,
+    /// Namespaces that are to be made anew, not restored.
+    pub empty_namespaces: Vec<String>,
+    /// What becomes of cgroups: `soft`, `full` or `strict`; empty for the runtime's default.
+    pub cgroups_mode: String,
 }
 
 /// How a process ended, as its waiters learn it.

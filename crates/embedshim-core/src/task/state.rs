@@ -35,6 +35,7 @@ pub(crate) enum Operation {
     Resume,
     Exec,
     Update,
+    Checkpoint,
     Kill,
 }
 
@@ -68,6 +69,8 @@ impl Phase {
             (O::Exec, Self::Pausing | Self::Paused) => "cannot exec in a paused state",
             (O::Exec, Self::Stopped) => "cannot exec in a stopped state",
             (O::Update, Self::Stopped) => "cannot update a stopped container",
+            (O::Checkpoint, Self::Created) => "cannot checkpoint a task in created state",
+            (O::Checkpoint, Self::Stopped) => "cannot checkpoint a stopped container",
             (O::Kill, Self::Stopped) => return Err(Error::AlreadyFinished),
             _ => return Ok(()),
         };
@@ -94,6 +97,7 @@ mod tests {
             Operation::Resume,
             Operation::Exec,
             Operation::Update,
+            Operation::Checkpoint,
             Operation::Kill,
         ];
         let mut table = Vec::new();

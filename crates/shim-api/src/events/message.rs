@@ -25,6 +25,7 @@ pub(super) fn of(id: &ContainerId, kind: &EventKind) -> Result<(&'static str, An
             bundle,
             rootfs,
             stdio,
+            checkpoint,
             pid,
         } => {
             let io = messages::TaskIO {
@@ -41,6 +42,9 @@ pub(super) fn of(id: &ContainerId, kind: &EventKind) -> Result<(&'static str, An
                     bundle: bundle.to_string_lossy().into_owned(),
                     rootfs: rootfs.iter().map(mount).collect(),
                     io: MessageField::some(io),
+                    checkpoint: checkpoint
+                        .as_ref()
+                        .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
                     pid: *pid,
                 }
             )

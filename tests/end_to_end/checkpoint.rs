@@ -1,0 +1,205 @@
+//! Checkpoint and restore by CRIU.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::ensure;
+use containerd_shim_protos::api;
+use containerd_shim_protos::shim::oci::CheckpointOptions;
+use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
+use serde_json::{Value, json};
+use xtask::releases;
+use xtask::sandbox::{Sandbox, until};
+
+use crate::tests;
+
+pub(crate) const TESTS: [Test; 3] = tests!(EmbedshimOnly:
+    a_container_goes_on_from_its_checkpoint,
+    a_task_that_is_to_be_restored_can_be_deleted,
+    a_checkpoint_without_criu_is_refused_with_the_reason,
+);
+
+/// A sandbox in which runc finds a CRIU that works here, or none at all.
+fn with_daemon(stage: &Stage, criu: bool) -> anyhow::Result<Sandbox> {
+    let mut sandbox = stage.bare_sandbox()?;
+    let usual = std::env::var("PATH")?;
+    let without: Vec<&str> = usual
+        .split(':')
+        .filter(|entry| !Path::new(entry).join("criu").exists())
+        .collect();
+    let directory = sandbox.directory().join("path");
+    fs::create_dir_all(&directory)?;
+    if let Some(runc) = xtask::machine::find_on_path("runc") {
+        std::os::unix::fs::symlink(fs::canonicalize(runc)?, directory.join("runc"))?;
+    }
+    let first = if criu {
+        format!("{}:", releases::criu()?.display())
+    } else {
+        String::new()
+    };
+    sandbox.set_environment(
+        "PATH",
+        &format!("{first}{}:{}", directory.display(), without.join(":")),
+    );
+    sandbox.start_daemon()?;
+    Ok(sandbox)
+}
+
+/// A container that counts in a file of its rootfs, one line a step.
+fn counting(sandbox: &Sandbox, id: &str) -> anyhow::Result<Bundle> {
+    let script = "i=0; while :; do i=$((i+1)); echo $i >> /count; busybox usleep 20000; done";
+    let bundle = Bundle::new(sandbox, id, &["sh", "-c", script])?;
+    bundle.edit(|spec| {
+        if let Some(read_only) = spec.pointer_mut("/root/readonly") {
+            *read_only = json!(false);
+        }
+        // CRIU locks a network namespace by iptables, which is not part of what we test.
+        if let Some(namespaces) = spec
+            .pointer_mut("/linux/namespaces")
+            .and_then(Value::as_array_mut)
+        {
+            namespaces.retain(|namespace| {
+                namespace.get("type").and_then(Value::as_str) != Some("network")
+            });
+        }
+    })?;
+    Ok(bundle)
+}
+
+fn lines(bundle: &Bundle) -> anyhow::Result<Vec<u64>> {
+    let text = fs::read_to_string(bundle.path().join("rootfs/count")).unwrap_or_default();
+    Ok(text.lines().map(str::parse).collect::<Result<_, _>>()?)
+}
+
+fn checkpoint(shim: &Shim, id: &str, image: &Path, exit: bool) -> ttrpc::Result<()> {
+    let options = CheckpointOptions {
+        exit,
+        ..CheckpointOptions::default()
+    };
+    let options = Any {
+        type_url: "containerd.runc.v1.CheckpointOptions".into(),
+        value: options.write_to_bytes().unwrap_or_default(),
+        ..Any::default()
+    };
+    let request = api::CheckpointTaskRequest {
+        id: id.into(),
+        path: image.to_string_lossy().into_owned(),
+        options: MessageField::some(options),
+        ..api::CheckpointTaskRequest::default()
+    };
+    shim.tasks.checkpoint(shim.metadata(), &request).map(drop)
+}
+
+fn a_container_goes_on_from_its_checkpoint(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = with_daemon(stage, true)?;
+    let shim = Shim::connect(&sandbox)?;
+    let before = Footprint::of(&sandbox);
+    let bundle = counting(&sandbox, "c")?;
+    let image = sandbox.directory().join("image");
+    shim.create("c", bundle.path())?;
+    let error = checkpoint(&shim, "c", &image, true)
+        .unwrap_err()
+        .to_string();
+    ensure!(
+        error.contains("cannot checkpoint a task in created state"),
+        "{error}"
+    );
+    shim.start("c")?;
+    until("it counts", || Ok(lines(&bundle)?.len() > 5))?;
+    // Once while it goes on, and once to its end.
+    checkpoint(&shim, "c", &sandbox.directory().join("first"), false)?;
+    let counted = lines(&bundle)?.len();
+    until("it goes on", || Ok(lines(&bundle)?.len() > counted + 2))?;
+    checkpoint(&shim, "c", &image, true)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "it did not end"
+    );
+    let counted = lines(&bundle)?;
+    let request = api::CreateTaskRequest {
+        id: "c".into(),
+        bundle: bundle.path().to_string_lossy().into_owned(),
+        checkpoint: image.to_string_lossy().into_owned(),
+        ..api::CreateTaskRequest::default()
+    };
+    let pid = shim.tasks.create(shim.metadata(), &request)?.pid;
+    ensure!(
+        pid == 0 && lines(&bundle)? == counted,
+        "it runs before its start"
+    );
+    let pid = shim.start("c")?;
+    ensure!(pid > 0 && shim.state("c")?.pid == pid, "no pid");
+    until("it goes on counting", || {
+        Ok(lines(&bundle)?.len() > counted.len() + 5)
+    })?;
+    // From where it was: every number once.
+    let all = lines(&bundle)?;
+    ensure!(all.iter().copied().eq(1..=all.len() as u64), "{all:?}");
+    let kill = api::KillRequest {
+        id: "c".into(),
+        signal: 9,
+        ..api::KillRequest::default()
+    };
+    shim.tasks.kill(shim.metadata(), &kill)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "the code was lost"
+    );
+    before.wait_for_return(&sandbox)
+}
+
+fn a_task_that_is_to_be_restored_can_be_deleted(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = with_daemon(stage, false)?;
+    let shim = Shim::connect(&sandbox)?;
+    let before = Footprint::of(&sandbox);
+    let bundle = counting(&sandbox, "c")?;
+    let request = api::CreateTaskRequest {
+        id: "c".into(),
+        bundle: bundle.path().to_string_lossy().into_owned(),
+        checkpoint: "/nonexistent/image".into(),
+        ..api::CreateTaskRequest::default()
+    };
+    shim.tasks.create(shim.metadata(), &request)?;
+    let exec = api::ExecProcessRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        ..Default::default()
+    };
+    let error = shim
+        .tasks
+        .exec(shim.metadata(), &exec)
+        .unwrap_err()
+        .to_string();
+    ensure!(!error.is_empty(), "an exec in what does not exist");
+    let error = shim.start("c").unwrap_err().to_string();
+    ensure!(error.contains("OCI runtime restore failed"), "{error}");
+    ensure!(shim.state("c")?.pid == 0, "a pid without a process");
+    shim.delete("c")?;
+    before.wait_for_return(&sandbox)
+}
+
+fn a_checkpoint_without_criu_is_refused_with_the_reason(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = with_daemon(stage, false)?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = counting(&sandbox, "c")?;
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    let error = checkpoint(&shim, "c", &sandbox.directory().join("image"), true)
+        .unwrap_err()
+        .to_string();
+    ensure!(
+        error.contains("OCI runtime checkpoint failed") && error.contains("criu"),
+        "{error}"
+    );
+    let error = checkpoint(&shim, "c", Path::new("relative"), true)
+        .unwrap_err()
+        .to_string();
+    ensure!(error.contains("not an absolute path"), "{error}");
+    ensure!(
+        shim.state("c")?.status == api::Status::RUNNING.into(),
+        "it does not run any more"
+    );
+    Ok(())
+}
