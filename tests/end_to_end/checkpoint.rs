@@ -155,13 +155,24 @@ fn a_task_that_is_to_be_restored_can_be_deleted(stage: &Stage) -> anyhow::Result
     let shim = Shim::connect(&sandbox)?;
     let before = Footprint::of(&sandbox);
     let bundle = counting(&sandbox, "c")?;
-    let request = api::CreateTaskRequest {
-        id: "c".into(),
-        bundle: bundle.path().to_string_lossy().into_owned(),
-        checkpoint: "/nonexistent/image".into(),
-        ..api::CreateTaskRequest::default()
+    let create = |image: &Path| {
+        let request = api::CreateTaskRequest {
+            id: "c".into(),
+            bundle: bundle.path().to_string_lossy().into_owned(),
+            checkpoint: image.to_string_lossy().into_owned(),
+            ..api::CreateTaskRequest::default()
+        };
+        shim.tasks.create(shim.metadata(), &request)
     };
-    shim.tasks.create(shim.metadata(), &request)?;
+    let empty = sandbox.directory().join("empty");
+    let error = create(&empty).unwrap_err().to_string();
+    ensure!(
+        error.contains("is not a directory") && error.contains("empty"),
+        "{error}"
+    );
+    before.wait_for_return(&sandbox)?;
+    fs::create_dir(&empty)?;
+    create(&empty)?;
     let exec = api::ExecProcessRequest {
         id: "c".into(),
         exec_id: "e".into(),

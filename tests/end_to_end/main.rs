@@ -15,6 +15,7 @@ mod events;
 mod exits;
 mod failures;
 mod hostile;
+mod kubernetes;
 mod model;
 mod streams;
 mod survival;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         &failures::TESTS,
         &failures::OURS,
         &hostile::TESTS,
+        &kubernetes::TESTS,
         &model::TESTS,
         &bootstrap::TESTS,
         &checkpoint::TESTS,

@@ -1,11 +1,13 @@
 //! What the end-to-end tests share: the stage they play on, and the trace a container may leave. The tests themselves are in
 //! `end_to_end/`.
 
+mod cri;
 mod footprint;
 mod listener;
 mod shim;
 mod stage;
 
+pub use cri::{Cri, Executed, Pod};
 pub use footprint::Footprint;
 pub use listener::{Heard, Listener};
 pub use shim::{Bundle, Shim};

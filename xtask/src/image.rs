@@ -41,7 +41,7 @@ pub fn build(directory: &Path) -> anyhow::Result<PathBuf> {
     let config = json!({
         "architecture": architecture(),
         "os": "linux",
-        "config": { "Env": ["PATH=/bin"], "Cmd": ["sh"] },
+        "config": { "Env": ["PATH=/bin"], "Cmd": ["guest", "until-term", "0"] },
         "rootfs": { "type": "layers", "diff_ids": [layer.digest] },
     });
     let config = Blob::add(

@@ -17,7 +17,7 @@ struct Requirement {
     is_there: fn() -> bool,
 }
 
-const REQUIREMENTS: [Requirement; 6] = [
+const REQUIREMENTS: [Requirement; 7] = [
     Requirement {
         package: "clang",
         purpose: "compiles the BPF program",
@@ -32,6 +32,11 @@ const REQUIREMENTS: [Requirement; 6] = [
         package: "libc6-dev",
         purpose: "links the static program in the test image",
         is_there: || !glob_is_empty("/usr/lib", "libc.a"),
+    },
+    Requirement {
+        package: "protobuf-compiler",
+        purpose: "compiles the CRI's messages for the tests",
+        is_there: || on_path("protoc"),
     },
     Requirement {
         package: "containerd",

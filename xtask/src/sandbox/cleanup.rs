@@ -55,7 +55,7 @@ pub(super) fn clean_up(directory: &Path) {
         .replace('_', "-");
     // First those who would start something again.
     end_processes(directory);
-    delete_containers(&namespace);
+    delete_containers(&namespace, directory);
     unmount_below(directory);
     for controller in cgroup_roots() {
         remove_cgroups(&controller.join(&namespace));
@@ -91,17 +91,27 @@ fn pids() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-fn delete_containers(namespace: &str) {
-    let root = Path::new("/run/containerd/runc").join(namespace);
-    for entry in fs::read_dir(&root).into_iter().flatten().flatten() {
-        let _ = Command::new("runc")
-            .arg("--root")
-            .arg(&root)
-            .args(["delete", "--force"])
-            .arg(entry.file_name())
-            .output();
+/// The containers of the sandbox's own namespace, and those whose bundle is below its directory: the CRI has one namespace
+/// for all.
+fn delete_containers(namespace: &str, directory: &Path) {
+    let base = Path::new("/run/containerd/runc");
+    let needle = directory.to_string_lossy().into_owned();
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        let root = entry.path();
+        for container in fs::read_dir(&root).into_iter().flatten().flatten() {
+            let state = fs::read_to_string(container.path().join("state.json")).unwrap_or_default();
+            if entry.file_name() == namespace || state.contains(&needle) {
+                let mut runc = Command::new("runc");
+                let _ = runc
+                    .arg("--root")
+                    .arg(&root)
+                    .args(["delete", "--force"])
+                    .arg(container.file_name())
+                    .output();
+            }
+        }
     }
-    let _ = fs::remove_dir_all(&root);
+    let _ = fs::remove_dir_all(base.join(namespace));
 }
 
 fn unmount_below(directory: &Path) {

@@ -2,6 +2,7 @@
 //! gone afterwards. The system's containerd is never touched.
 
 mod cleanup;
+mod config;
 mod process;
 mod tasks;
 
@@ -74,25 +75,8 @@ impl Sandbox {
             containerd: None,
             environment: Vec::new(),
         };
-        sandbox.write_config()?;
+        sandbox.write_config(false)?;
         Ok(sandbox)
-    }
-
-    fn write_config(&self) -> anyhow::Result<()> {
-        let directory = self.directory.display();
-        let config = format!(
-            r#"version = 2
-root = "{directory}/root"
-state = "{directory}/state"
-disabled_plugins = [
-  "io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.aufs",
-  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
-]
-[grpc]
-address = "{directory}/c.sock"
-"#
-        );
-        Ok(fs::write(self.directory.join("containerd.toml"), config)?)
     }
 
     /// Takes `containerd` and `ctr` from this directory, from their next start on.

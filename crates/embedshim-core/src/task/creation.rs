@@ -36,7 +36,15 @@ pub(super) async fn create(shared: Arc<Shared>, request: CreateTask) -> Result<u
             path.display()
         )));
     }
+    let checkpoint = request.checkpoint.clone();
     let (bundle, spec) = blocking(move || {
+        // runc would make an empty one and say that CRIU failed.
+        if let Some(image) = checkpoint.filter(|image| !image.is_absolute() || !image.is_dir()) {
+            let image = image.display();
+            return Err(Error::Invalid(format!(
+                "checkpoint {image} is not a directory"
+            )));
+        }
         let bundle = Bundle::open(&path).map_err(|source| Error::Path {
             doing: "cannot open the bundle",
             path,

@@ -1,0 +1,195 @@
+//! Pods and their containers through the CRI, as kubelet runs them.
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use embedshim_tests::{Cri, Footprint, Stage, Test};
+use k8s_cri::v1::{ContainerState, NamespaceMode};
+use nix::sys::signal::Signal;
+use xtask::sandbox::{Sandbox, until};
+
+use crate::tests;
+
+pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+    a_pods_life_with_our_own_runtime_type,
+    a_pods_life_with_runc_v2s_type_and_our_path,
+    a_probe_that_takes_too_long_is_ended,
+    containers_of_a_pod_can_share_its_pid_namespace,
+    pods_outlive_containerd_and_the_daemon,
+);
+
+const LONG: Duration = Duration::from_secs(20);
+
+fn with_cri(stage: &Stage) -> anyhow::Result<(Sandbox, Cri)> {
+    let mut sandbox = stage.bare_sandbox()?;
+    sandbox.enable_cri()?;
+    sandbox.start_containerd()?;
+    sandbox.import_for_kubernetes(stage.archive())?;
+    let cri = Cri::connect(&sandbox)?;
+    Ok((sandbox, cri))
+}
+
+/// Waits for the end of a container and returns its exit code and reason.
+fn ended(cri: &mut Cri, id: &str) -> anyhow::Result<(i32, String)> {
+    let mut end = None;
+    until("the container has ended", || {
+        let status = cri.status(id)?;
+        end = (status.state == i32::from(ContainerState::ContainerExited))
+            .then_some((status.exit_code, status.reason));
+        Ok(end.is_some())
+    })?;
+    end.context("no end")
+}
+
+/// Waits until a program handles SIGTERM, by what it prints.
+fn ready(cri: &Cri, name: &str, attempt: u32) -> anyhow::Result<()> {
+    until("it says that it is ready", || {
+        Ok(cri.log(name, attempt).contains("stdout F ready"))
+    })
+}
+
+fn life(stage: &Stage, handler: &str) -> anyhow::Result<()> {
+    let (sandbox, mut cri) = with_cri(stage)?;
+    let first = cri.run_pod("first", handler, NamespaceMode::Container)?;
+    let before = Footprint::of(&sandbox);
+    let pod = cri.run_pod("pod", handler, NamespaceMode::Container)?;
+    let id = cri.run_container(&pod, "c", 0, &["guest", "until-term", "33"])?;
+    ready(&cri, "c", 0)?;
+    ensure!(
+        cri.status(&id)?.state == i32::from(ContainerState::ContainerRunning),
+        "it does not run"
+    );
+    let executed = cri.exec(&id, &["sh", "-c", "echo probed; exit 4"], LONG)?;
+    ensure!(
+        (executed.code, executed.stdout.as_str()) == (4, "probed\n"),
+        "{executed:?}"
+    );
+    ensure!(cri.memory(&id)? > 0, "no memory is used");
+    // It ends by itself at SIGTERM, long before the grace period is over.
+    cri.stop(&id, LONG)?;
+    let end = ended(&mut cri, &id)?;
+    ensure!(end == (33, "Error".into()), "{end:?}");
+    // The next attempt, which has to be killed.
+    let again = cri.run_container(&pod, "c", 1, &["sleep", "1000"])?;
+    cri.stop(&again, Duration::from_secs(1))?;
+    let end = ended(&mut cri, &again)?;
+    ensure!(end.0 == 137, "{end:?}");
+    let quick = cri.run_container(&pod, "quick", 0, &["sh", "-c", "echo done"])?;
+    let end = ended(&mut cri, &quick)?;
+    ensure!(end == (0, "Completed".into()), "{end:?}");
+    until("its log is whole", || {
+        Ok(cri.log("quick", 0).contains("stdout F done"))
+    })?;
+    for id in [&id, &again, &quick] {
+        cri.remove(id)?;
+    }
+    cri.remove_pod(&pod)?;
+    before.wait_for_return(&sandbox)?;
+    cri.remove_pod(&first)
+}
+
+fn a_pods_life_with_our_own_runtime_type(stage: &Stage) -> anyhow::Result<()> {
+    life(stage, "embed")
+}
+
+fn a_pods_life_with_runc_v2s_type_and_our_path(stage: &Stage) -> anyhow::Result<()> {
+    life(stage, "path")
+}
+
+fn a_probe_that_takes_too_long_is_ended(stage: &Stage) -> anyhow::Result<()> {
+    let (_sandbox, mut cri) = with_cri(stage)?;
+    let pod = cri.run_pod("pod", "embed", NamespaceMode::Container)?;
+    let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
+    let error = cri
+        .exec(&id, &["sleep", "997"], Duration::from_secs(1))
+        .unwrap_err();
+    ensure!(
+        error.message().contains("timeout") || error.code() == tonic::Code::DeadlineExceeded,
+        "{error}"
+    );
+    let left = || {
+        let lines = std::fs::read_dir("/proc")?
+            .flatten()
+            .map(|entry| std::fs::read(entry.path().join("cmdline")));
+        Ok(!lines.flatten().any(|line| line == b"sleep\x00997\x00"))
+    };
+    until("the probe is killed", left)?;
+    ensure!(
+        cri.exec(&id, &["true"], LONG)?.code == 0,
+        "probes do not work any more"
+    );
+    cri.remove_pod(&pod)
+}
+
+fn containers_of_a_pod_can_share_its_pid_namespace(stage: &Stage) -> anyhow::Result<()> {
+    let (_sandbox, mut cri) = with_cri(stage)?;
+    let pod = cri.run_pod("pod", "embed", NamespaceMode::Pod)?;
+    let id = cri.run_container(
+        &pod,
+        "c",
+        0,
+        &[
+            "sh",
+            "-c",
+            "sleep 1000 & echo started; exec guest until-term 12",
+        ],
+    )?;
+    ready(&cri, "c", 0)?;
+    let seen = cri.exec(&id, &["ps"], LONG)?.stdout;
+    ensure!(
+        seen.contains("until-term 0") && seen.contains("until-term 12"),
+        "{seen}"
+    );
+    cri.stop(&id, LONG)?;
+    let end = ended(&mut cri, &id)?;
+    ensure!(end.0 == 12, "{end:?}");
+    // Its child would keep the pod's namespace busy.
+    let other = cri.run_container(&pod, "other", 0, &["sleep", "1000"])?;
+    let seen = cri.exec(&other, &["ps"], LONG)?.stdout;
+    ensure!(!seen.contains("until-term 12"), "{seen}");
+    ensure!(
+        seen.matches("sleep 1000").count() == 1,
+        "the child lives on: {seen}"
+    );
+    cri.remove_pod(&pod)
+}
+
+fn pods_outlive_containerd_and_the_daemon(stage: &Stage) -> anyhow::Result<()> {
+    let (mut sandbox, mut cri) = with_cri(stage)?;
+    let pod = cri.run_pod("pod", "embed", NamespaceMode::Container)?;
+    let running = cri.run_container(&pod, "running", 0, &["sleep", "1000"])?;
+    let nine = cri.run_container(
+        &pod,
+        "nine",
+        0,
+        &[
+            "sh",
+            "-c",
+            "until [ -e /tmp/go ]; do sleep 0.05; done; exit 9",
+        ],
+    )?;
+    drop(cri);
+    sandbox.stop_containerd()?;
+    sandbox.end_daemon(Signal::SIGKILL)?;
+    let rootfs = sandbox
+        .directory()
+        .join("state/io.containerd.runtime.v2.task/k8s.io")
+        .join(&nine)
+        .join("rootfs");
+    std::fs::write(rootfs.join("tmp/go"), "")?;
+    sandbox.start_daemon()?;
+    sandbox.start_containerd()?;
+    let mut cri = Cri::connect(&sandbox)?;
+    until("the CRI answers", || Ok(cri.status(&running).is_ok()))?;
+    let end = ended(&mut cri, &nine)?;
+    ensure!(end.0 == 9, "{end:?}");
+    ensure!(
+        cri.status(&running)?.state == i32::from(ContainerState::ContainerRunning),
+        "it does not run"
+    );
+    ensure!(
+        cri.exec(&running, &["true"], LONG)?.code == 0,
+        "no probe after the restart"
+    );
+    cri.remove_pod(&pod)
+}

@@ -1,0 +1,256 @@
+//! [`Cri`]: containerd as kubelet speaks to it. Blocking, since tests are.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use k8s_cri::v1 as api;
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use tokio::runtime::{Builder, Runtime};
+use tonic::transport::{Channel, Endpoint};
+use xtask::image;
+use xtask::sandbox::{PATIENCE, Sandbox};
+
+/// A connection to the CRI of a sandbox's containerd.
+#[derive(Debug)]
+pub struct Cri {
+    runtime: Runtime,
+    client: RuntimeServiceClient<Channel>,
+    cgroup_parent: String,
+    logs: String,
+}
+
+/// What `exec_sync` answered.
+#[derive(Debug)]
+pub struct Executed {
+    /// The exit code.
+    pub code: i32,
+    /// What it printed.
+    pub stdout: String,
+}
+
+impl Cri {
+    /// Connects to the containerd of a sandbox that was configured with [`Sandbox::enable_cri`].
+    pub fn connect(sandbox: &Sandbox) -> anyhow::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let address = format!("unix:{}", sandbox.directory().join("c.sock").display());
+        let endpoint = Endpoint::from_shared(address)?
+            .connect_timeout(PATIENCE)
+            .timeout(PATIENCE);
+        let channel = runtime
+            .block_on(endpoint.connect())
+            .context("cannot connect to the CRI")?;
+        Ok(Self {
+            runtime,
+            client: RuntimeServiceClient::new(channel),
+            cgroup_parent: format!("/{}", sandbox.namespace()),
+            logs: sandbox
+                .directory()
+                .join("logs")
+                .to_string_lossy()
+                .into_owned(),
+        })
+    }
+
+    /// The configuration of a pod on the host's network, which needs no CNI.
+    fn pod(&self, name: &str, pid: api::NamespaceMode) -> api::PodSandboxConfig {
+        let options = api::NamespaceOption {
+            network: api::NamespaceMode::Node.into(),
+            pid: pid.into(),
+            ..api::NamespaceOption::default()
+        };
+        let context = api::LinuxSandboxSecurityContext {
+            namespace_options: Some(options),
+            ..api::LinuxSandboxSecurityContext::default()
+        };
+        api::PodSandboxConfig {
+            metadata: Some(api::PodSandboxMetadata {
+                name: name.into(),
+                uid: format!("uid-{name}"),
+                namespace: "default".into(),
+                attempt: 0,
+            }),
+            log_directory: self.logs.clone(),
+            linux: Some(api::LinuxPodSandboxConfig {
+                cgroup_parent: self.cgroup_parent.clone(),
+                security_context: Some(context),
+                ..api::LinuxPodSandboxConfig::default()
+            }),
+            ..api::PodSandboxConfig::default()
+        }
+    }
+
+    /// Starts a pod with one of the configured runtime handlers.
+    pub fn run_pod(
+        &mut self,
+        name: &str,
+        handler: &str,
+        pid: api::NamespaceMode,
+    ) -> anyhow::Result<Pod> {
+        let config = self.pod(name, pid);
+        let request = api::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: handler.into(),
+        };
+        let response = self
+            .runtime
+            .block_on(self.client.run_pod_sandbox(request))?;
+        Ok(Pod {
+            id: response.into_inner().pod_sandbox_id,
+            config,
+            pid,
+        })
+    }
+
+    /// Creates and starts a container in a pod.
+    pub fn run_container(
+        &mut self,
+        pod: &Pod,
+        name: &str,
+        attempt: u32,
+        command: &[&str],
+    ) -> anyhow::Result<String> {
+        let options = api::NamespaceOption {
+            network: api::NamespaceMode::Node.into(),
+            pid: pod.pid.into(),
+            ..api::NamespaceOption::default()
+        };
+        let context = api::LinuxContainerSecurityContext {
+            namespace_options: Some(options),
+            ..api::LinuxContainerSecurityContext::default()
+        };
+        let config = api::ContainerConfig {
+            metadata: Some(api::ContainerMetadata {
+                name: name.into(),
+                attempt,
+            }),
+            image: Some(api::ImageSpec {
+                image: image::NAME.into(),
+                ..api::ImageSpec::default()
+            }),
+            command: command.iter().map(|&word| word.to_owned()).collect(),
+            log_path: format!("{name}.{attempt}.log"),
+            labels: HashMap::new(),
+            linux: Some(api::LinuxContainerConfig {
+                security_context: Some(context),
+                ..api::LinuxContainerConfig::default()
+            }),
+            ..api::ContainerConfig::default()
+        };
+        let request = api::CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        let id = self
+            .runtime
+            .block_on(self.client.create_container(request))?
+            .into_inner()
+            .container_id;
+        let request = api::StartContainerRequest {
+            container_id: id.clone(),
+        };
+        self.runtime
+            .block_on(self.client.start_container(request))?;
+        Ok(id)
+    }
+
+    /// The status of a container.
+    pub fn status(&mut self, id: &str) -> anyhow::Result<api::ContainerStatus> {
+        let request = api::ContainerStatusRequest {
+            container_id: id.into(),
+            verbose: false,
+        };
+        let response = self
+            .runtime
+            .block_on(self.client.container_status(request))?;
+        response.into_inner().status.context("no status")
+    }
+
+    /// Runs a command in a container, as a probe does.
+    pub fn exec(
+        &mut self,
+        id: &str,
+        command: &[&str],
+        limit: Duration,
+    ) -> Result<Executed, tonic::Status> {
+        let request = api::ExecSyncRequest {
+            container_id: id.into(),
+            cmd: command.iter().map(|&word| word.to_owned()).collect(),
+            timeout: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+        };
+        let response = self
+            .runtime
+            .block_on(self.client.exec_sync(request))?
+            .into_inner();
+        Ok(Executed {
+            code: response.exit_code,
+            stdout: String::from_utf8_lossy(&response.stdout).into_owned(),
+        })
+    }
+
+    /// The memory that a container uses, in bytes.
+    pub fn memory(&mut self, id: &str) -> anyhow::Result<u64> {
+        let request = api::ContainerStatsRequest {
+            container_id: id.into(),
+        };
+        let stats = self
+            .runtime
+            .block_on(self.client.container_stats(request))?
+            .into_inner()
+            .stats;
+        let memory = stats.context("no stats")?.memory.context("no memory")?;
+        Ok(memory.working_set_bytes.context("no working set")?.value)
+    }
+
+    /// Stops a container: SIGTERM, and SIGKILL after `grace`.
+    pub fn stop(&mut self, id: &str, grace: Duration) -> anyhow::Result<()> {
+        let timeout = i64::try_from(grace.as_secs())?;
+        let request = api::StopContainerRequest {
+            container_id: id.into(),
+            timeout,
+        };
+        self.runtime.block_on(self.client.stop_container(request))?;
+        Ok(())
+    }
+
+    /// Removes a container.
+    pub fn remove(&mut self, id: &str) -> anyhow::Result<()> {
+        let request = api::RemoveContainerRequest {
+            container_id: id.into(),
+        };
+        self.runtime
+            .block_on(self.client.remove_container(request))?;
+        Ok(())
+    }
+
+    /// Stops and removes a pod with all its containers.
+    pub fn remove_pod(&mut self, pod: &Pod) -> anyhow::Result<()> {
+        let request = api::StopPodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        self.runtime
+            .block_on(self.client.stop_pod_sandbox(request))?;
+        let request = api::RemovePodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        self.runtime
+            .block_on(self.client.remove_pod_sandbox(request))?;
+        Ok(())
+    }
+
+    /// The log file of a container.
+    pub fn log(&self, name: &str, attempt: u32) -> String {
+        let path = Path::new(&self.logs).join(format!("{name}.{attempt}.log"));
+        std::fs::read_to_string(path).unwrap_or_default()
+    }
+}
+
+/// A pod that runs.
+#[derive(Debug)]
+pub struct Pod {
+    id: String,
+    config: api::PodSandboxConfig,
+    pid: api::NamespaceMode,
+}
