@@ -17,6 +17,7 @@ mod failures;
 mod hostile;
 mod kubernetes;
 mod model;
+mod regressions;
 mod streams;
 mod survival;
 
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         &hostile::TESTS,
         &kubernetes::TESTS,
         &model::TESTS,
+        &regressions::TESTS,
         &bootstrap::TESTS,
         &checkpoint::TESTS,
     ];
