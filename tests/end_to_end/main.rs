@@ -17,6 +17,7 @@ mod failures;
 mod hostile;
 mod kubernetes;
 mod model;
+mod mounts;
 mod regressions;
 mod streams;
 mod survival;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         &hostile::TESTS,
         &kubernetes::TESTS,
         &model::TESTS,
+        &mounts::TESTS,
         &regressions::TESTS,
         &bootstrap::TESTS,
         &checkpoint::TESTS,

@@ -7,8 +7,10 @@ use nix::mount::MsFlags;
 
 use super::{Mount, MountError, lowerdirs};
 
-/// mount(2) takes one page; containerd leaves the same margin for the kernel.
-const MAX_DATA: usize = 4096 - 512;
+/// mount(2) takes one page, with a final zero.
+const MAX_DATA: usize = 4096 - 1;
+/// Above this, overlays are shortened, as by containerd: the kernel adds to what we say.
+const SHORTEN_ABOVE: usize = 4096 - 512;
 
 /// The options of one mount, sorted out.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,7 +57,7 @@ impl Options {
             );
         }
         parsed.data = data.join(",");
-        if parsed.data.len() > MAX_DATA
+        if parsed.data.len() > SHORTEN_ABOVE
             && let Some((base, data)) = lowerdirs::shorten(&parsed.data)
         {
             parsed.base = Some(base);
@@ -185,7 +187,7 @@ mod tests {
             @r#"
         mount option "X-containerd.mkdir.path=/x" of ext4 on /r is not supported: it is for containerd's mount manager, which should have resolved it before Create
         mount option "loop" of ext4 on /r is not supported yet
-        the options of ext4 on /r are 5000 bytes long, mount takes 3584
+        the options of ext4 on /r are 5000 bytes long, mount takes 4095
         "#
         );
     }

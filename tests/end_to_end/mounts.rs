@@ -1,0 +1,196 @@
+//! The mounts of a request: what becomes the container's root, and what is refused.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use anyhow::ensure;
+use containerd_shim_protos::api;
+use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use xtask::sandbox::Sandbox;
+
+use crate::tests;
+
+pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+    a_read_only_bind_mount_is_the_root,
+    an_overlay_of_many_layers_is_the_root,
+    a_target_cannot_leave_the_root,
+    options_that_are_not_ours_are_refused_by_name,
+);
+
+/// A bundle whose files were moved away to be mounted by the request, and the directory where they are.
+fn without_files(sandbox: &Sandbox, id: &str, script: &str) -> anyhow::Result<(Bundle, PathBuf)> {
+    let bundle = Bundle::new(sandbox, id, &["sh", "-c", script])?;
+    let files = sandbox.directory().join(format!("{id}-files"));
+    fs::rename(bundle.path().join("rootfs"), &files)?;
+    for directory in ["proc", "dev", "sys", "etc"] {
+        fs::create_dir_all(files.join(directory))?;
+    }
+    Ok((bundle, files))
+}
+
+fn mount(kind: &str, source: &Path, target: &str, options: &[&str]) -> api::Mount {
+    api::Mount {
+        type_: kind.into(),
+        source: source.to_string_lossy().into_owned(),
+        target: target.into(),
+        options: options.iter().map(|&option| option.into()).collect(),
+        ..api::Mount::default()
+    }
+}
+
+fn create(shim: &Shim, id: &str, bundle: &Bundle, rootfs: &[api::Mount]) -> ttrpc::Result<u32> {
+    let request = api::CreateTaskRequest {
+        id: id.into(),
+        bundle: bundle.path().to_string_lossy().into_owned(),
+        rootfs: rootfs.to_vec(),
+        ..api::CreateTaskRequest::default()
+    };
+    shim.tasks
+        .create(shim.metadata(), &request)
+        .map(|response| response.pid)
+}
+
+fn run(shim: &Shim, id: &str, bundle: &Bundle, rootfs: &[api::Mount]) -> anyhow::Result<u32> {
+    create(shim, id, bundle, rootfs)?;
+    shim.start(id)?;
+    let code = shim.wait(id)?;
+    shim.delete(id)?;
+    Ok(code)
+}
+
+fn with_daemon(stage: &Stage) -> anyhow::Result<(Sandbox, Shim)> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    Ok((sandbox, shim))
+}
+
+fn a_read_only_bind_mount_is_the_root(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let (bundle, files) = without_files(&sandbox, "c", "echo x > /etc/x || exit 5")?;
+    bundle.edit(|spec| {
+        if let Some(read_only) = spec.pointer_mut("/root/readonly") {
+            *read_only = false.into();
+        }
+    })?;
+    let code = run(
+        &shim,
+        "c",
+        &bundle,
+        &[mount("bind", &files, "", &["rbind", "ro"])],
+    )?;
+    ensure!(
+        code == 5 && !files.join("etc/x").exists(),
+        "it was written to: {code}"
+    );
+    let code = run(
+        &shim,
+        "c",
+        &bundle,
+        &[mount("bind", &files, "", &["rbind", "rw"])],
+    )?;
+    ensure!(
+        code == 0 && files.join("etc/x").exists(),
+        "it was not written to: {code}"
+    );
+    before.wait_for_return(&sandbox)
+}
+
+fn an_overlay_of_many_layers_is_the_root(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let (bundle, files) = without_files(
+        &sandbox,
+        "c",
+        "for i in 0 50 99; do [ -e /layer$i ] || exit 6; done",
+    )?;
+    let layers: Vec<PathBuf> = (0..100)
+        .map(|number| {
+            sandbox
+                .directory()
+                .join(format!("snapshots/{number}/a-name-of-some-length/fs"))
+        })
+        .collect();
+    for (number, layer) in layers.iter().enumerate() {
+        fs::create_dir_all(layer)?;
+        fs::write(layer.join(format!("layer{number}")), "")?;
+    }
+    let all = layers
+        .iter()
+        .chain([&files])
+        .map(|layer| layer.to_string_lossy());
+    let lower = format!("lowerdir={}", all.collect::<Vec<_>>().join(":"));
+    ensure!(lower.len() > 4096, "that would fit");
+    let code = run(
+        &shim,
+        "c",
+        &bundle,
+        &[mount(
+            "overlay",
+            Path::new("overlay"),
+            "",
+            &["index=off", &lower],
+        )],
+    )?;
+    ensure!(code == 0, "{code}");
+    before.wait_for_return(&sandbox)
+}
+
+fn a_target_cannot_leave_the_root(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let (bundle, files) = without_files(&sandbox, "c", "[ -e /etc/inside ] || exit 7")?;
+    // Outside, this link leads to the machine's own /etc; inside, to the container's.
+    symlink("/../../../../etc", files.join("link"))?;
+    let inside = sandbox.directory().join("inside");
+    fs::create_dir(&inside)?;
+    fs::write(inside.join("inside"), "")?;
+    let rootfs = [
+        mount("bind", &files, "", &["rbind", "rw"]),
+        mount("bind", &inside, "link", &["bind", "ro"]),
+    ];
+    let code = run(&shim, "c", &bundle, &rootfs)?;
+    ensure!(code == 0, "{code}");
+    ensure!(
+        !Path::new("/etc/inside").exists(),
+        "the machine's /etc was mounted over"
+    );
+    before.wait_for_return(&sandbox)
+}
+
+fn options_that_are_not_ours_are_refused_by_name(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let (bundle, files) = without_files(&sandbox, "c", "true")?;
+    for option in ["X-containerd.mkdir.path=/x", "loop", "uidmap=0:1000:1"] {
+        // The one before it was mounted already, and is unmounted again.
+        let rootfs = [
+            mount("bind", &files, "", &["rbind", "rw"]),
+            mount("bind", &files, "etc", &["rbind", option]),
+        ];
+        let error = create(&shim, "c", &bundle, &rootfs)
+            .unwrap_err()
+            .to_string();
+        ensure!(
+            error.contains(option) && error.contains("is not supported"),
+            "{error}"
+        );
+        before.wait_for_return(&sandbox)?;
+    }
+    let missing = [mount(
+        "bind",
+        Path::new("/nonexistent/source"),
+        "",
+        &["rbind"],
+    )];
+    let error = create(&shim, "c", &bundle, &missing)
+        .unwrap_err()
+        .to_string();
+    ensure!(
+        error.contains("cannot mount bind /nonexistent/source"),
+        "{error}"
+    );
+    before.wait_for_return(&sandbox)
+}
