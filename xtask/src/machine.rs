@@ -98,16 +98,19 @@ fn install() -> anyhow::Result<()> {
 }
 
 fn apt(arguments: &[&str]) -> anyhow::Result<()> {
-    let output = Command::new("apt-get")
-        .args(arguments)
-        .env("DEBIAN_FRONTEND", "noninteractive")
+    let mut apt = Command::new("apt-get");
+    run(apt.args(arguments).env("DEBIAN_FRONTEND", "noninteractive"))
+}
+
+/// Runs a program that has nothing to say unless it fails.
+pub(crate) fn run(command: &mut Command) -> anyhow::Result<()> {
+    let output = command
         .stdin(Stdio::null())
         .output()
-        .context("cannot run apt-get")?;
+        .with_context(|| format!("cannot run {command:?}"))?;
     if !output.status.success() {
         bail!(
-            "apt-get {} failed:\n{}",
-            arguments.join(" "),
+            "{command:?} failed: {}",
             String::from_utf8_lossy(&output.stderr)
         );
     }
