@@ -15,13 +15,14 @@ use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 9] = tests!(EmbedshimOnly:
     start_prints_the_address_and_nothing_else,
     start_reads_the_message_of_containerd_2_3,
     many_launchers_start_one_daemon,
     the_daemon_has_nothing_of_containerds_environment,
     delete_of_an_unknown_container_is_quick_and_harmless,
     delete_kills_what_the_daemon_runs,
+    delete_works_with_a_daemon_that_lost_its_records,
     delete_works_without_a_daemon_and_without_its_files,
     info_and_version_are_answered_without_a_daemon,
 );
@@ -222,6 +223,23 @@ fn delete_kills_what_the_daemon_runs(stage: &Stage) -> anyhow::Result<()> {
         "{response:?}"
     );
     Ok(())
+}
+
+fn delete_works_with_a_daemon_that_lost_its_records(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let before = Footprint::of(&sandbox);
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let pid = i32::try_from(shim.create("c", bundle.path())?)?;
+    shim.start("c")?;
+    sandbox.end_daemon(Signal::SIGKILL)?;
+    fs::remove_dir_all(sandbox.state_dir().join("tasks"))?;
+    sandbox.start_daemon()?;
+    let response = delete(stage, &sandbox, &bundle, "c")?;
+    ensure!(response.exit_status == 137, "{response:?}");
+    until("the container is killed", || Ok(!is_alive(pid)))?;
+    before.wait_for_return(&sandbox)
 }
 
 fn delete_works_without_a_daemon_and_without_its_files(stage: &Stage) -> anyhow::Result<()> {

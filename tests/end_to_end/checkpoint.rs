@@ -15,8 +15,9 @@ use xtask::sandbox::{Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 3] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
     a_container_goes_on_from_its_checkpoint,
+    a_restore_that_cannot_be_watched_is_undone,
     a_task_that_is_to_be_restored_can_be_deleted,
     a_checkpoint_without_criu_is_refused_with_the_reason,
 );
@@ -43,6 +44,9 @@ fn with_daemon(stage: &Stage, criu: bool) -> anyhow::Result<Sandbox> {
         "PATH",
         &format!("{first}{}:{}", directory.display(), without.join(":")),
     );
+    let config = sandbox.directory().join("config.toml");
+    fs::write(&config, "[monitor]\ncapacity = 1\n")?;
+    sandbox.set_environment("EMBEDSHIM_CONFIG", &config.to_string_lossy());
     sandbox.start_daemon()?;
     Ok(sandbox)
 }
@@ -147,6 +151,36 @@ fn a_container_goes_on_from_its_checkpoint(stage: &Stage) -> anyhow::Result<()> 
         shim.wait("c")? == 137 && shim.delete("c")? == 137,
         "the code was lost"
     );
+    before.wait_for_return(&sandbox)
+}
+
+fn a_restore_that_cannot_be_watched_is_undone(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = with_daemon(stage, true)?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = counting(&sandbox, "c")?;
+    let image = sandbox.directory().join("image");
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    checkpoint(&shim, "c", &image, true)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "it did not end"
+    );
+    // The table has one place, and this is it.
+    let other = counting(&sandbox, "other")?;
+    shim.create("other", other.path())?;
+    let before = Footprint::of(&sandbox);
+    let request = api::CreateTaskRequest {
+        id: "c".into(),
+        bundle: bundle.path().to_string_lossy().into_owned(),
+        checkpoint: image.to_string_lossy().into_owned(),
+        ..api::CreateTaskRequest::default()
+    };
+    shim.tasks.create(shim.metadata(), &request)?;
+    let error = shim.start("c").unwrap_err().to_string();
+    ensure!(error.contains("table is full"), "{error}");
+    ensure!(shim.state("c")?.pid == 0, "a pid without a process");
+    shim.delete("c")?;
     before.wait_for_return(&sandbox)
 }
 

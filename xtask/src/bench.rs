@@ -9,7 +9,7 @@ use xtask::products::{self, Profile};
 use xtask::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
 use xtask::{image, machine};
 
-use crate::demo::pss;
+use crate::demo::{processes_named, pss};
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Clone, Debug)]
@@ -90,25 +90,8 @@ fn fill(sandbox: &Sandbox, containers: u32) -> anyhow::Result<()> {
 
 /// The sum over all Go shims of the sandbox.
 fn shims_pss(sandbox: &Sandbox) -> anyhow::Result<u64> {
-    let directory = sandbox.directory().to_string_lossy().into_owned();
-    let mut sum = 0;
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        else {
-            continue;
-        };
-        let line = String::from_utf8_lossy(
-            &std::fs::read(entry.path().join("cmdline")).unwrap_or_default(),
-        )
-        .into_owned();
-        if line.contains("containerd-shim-runc-v2") && line.contains(&directory) {
-            sum += pss(pid)?;
-        }
-    }
-    Ok(sum)
+    let shims = processes_named("containerd-shim-runc-v2", sandbox.directory())?;
+    shims.into_iter().map(pss).sum()
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {

@@ -205,7 +205,7 @@ fn report(finished: &Finished, code: i32) -> anyhow::Result<()> {
 }
 
 /// The processes of this name that belong to the sandbox.
-fn processes_named(name: &str, directory: &Path) -> anyhow::Result<Vec<i32>> {
+pub(crate) fn processes_named(name: &str, directory: &Path) -> anyhow::Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry

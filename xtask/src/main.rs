@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(options),
         Command::Tidy => tidy::run(),
     });
+    xtask::sandbox::clean_up_all();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -26,10 +26,16 @@ pub(crate) struct CleanupRequest {
     pub(crate) bundle: PathBuf,
 }
 
-/// Its answer: how the init ended, if the daemon knew the task.
+/// Its answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct CleanupResponse {
-    pub(crate) removed: Option<Removed>,
+#[serde(rename_all = "snake_case")]
+pub(crate) enum CleanupResponse {
+    /// How the init ended.
+    Removed(Removed),
+    /// The daemon has never heard of it, or not any more.
+    Unknown,
+    /// The id is somebody else's by now.
+    Replaced,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,14 +82,14 @@ impl LauncherService {
             .node
             .cleanup(&TaskKey { namespace, id }, &request.bundle)
             .await?;
-        let removed = match cleaned {
-            Cleaned::Unknown => None,
-            Cleaned::Removed { pid, exit } => Some(Removed {
+        Ok(match cleaned {
+            Cleaned::Unknown => CleanupResponse::Unknown,
+            Cleaned::Replaced => CleanupResponse::Replaced,
+            Cleaned::Removed { pid, exit } => CleanupResponse::Removed(Removed {
                 pid,
                 exit_status: exit.code,
                 exited_at: exit.at.duration_since(UNIX_EPOCH).unwrap_or_default(),
             }),
-        };
-        Ok(CleanupResponse { removed })
+        })
     }
 }

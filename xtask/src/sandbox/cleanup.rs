@@ -12,6 +12,9 @@ use nix::unistd::Pid;
 
 use super::{is_alive, until};
 
+/// Where all daemons pin.
+const PINS: &str = "/sys/fs/bpf/embedshim";
+
 static LIVE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 pub(super) fn register(directory: &Path) {
@@ -33,6 +36,8 @@ pub fn clean_up_all() {
     for directory in &live {
         clean_up(directory);
     }
+    // Only now, when no daemon of ours can be about to make its own directory in it.
+    let _ = fs::remove_dir(PINS);
 }
 
 /// Makes SIGINT and SIGTERM clean up before they end this process.
@@ -169,7 +174,7 @@ pub(super) fn pin_dir(directory: &Path) -> PathBuf {
         .to_string_lossy()
         .trim_start_matches('/')
         .replace('/', "-");
-    Path::new("/sys/fs/bpf/embedshim").join(name)
+    Path::new(PINS).join(name)
 }
 
 fn remove_pins(directory: &Path) {

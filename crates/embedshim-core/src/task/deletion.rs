@@ -154,7 +154,7 @@ pub(super) async fn cleanup(
         return Ok(Cleaned::Unknown);
     };
     if !is_bundle_of(&task, &bundle).await? {
-        return Ok(Cleaned::Unknown);
+        return Ok(Cleaned::Replaced);
     }
     task.silence();
     let _turn = task.init.turn().await?;
@@ -162,7 +162,7 @@ pub(super) async fn cleanup(
         .task_even_unfinished(&key)
         .is_none_or(|found| !Arc::ptr_eq(&found, &task))
     {
-        return Ok(Cleaned::Unknown);
+        return Ok(Cleaned::Replaced);
     }
     let exit = end_all(&task).await?;
     let pid = task.init.now().pid;

@@ -64,6 +64,12 @@ async fn restore(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<(), Error> {
     let plan = Plan::parse(&task.init.stdio)?;
     let restored = launch(shared, task, &plan).await;
     if restored.is_err() {
+        if let Some(identity) = task.init.identity() {
+            // Unwatched it has no owner: with one, its zombie would be waited for by nobody, for ever.
+            shared.disown(identity);
+            let _ = shared.monitor.unwatch(identity).await;
+        }
+        task.init.unmake();
         end_logger(&task.init).await;
         if let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await {
             warn!(id = %task.id(), %error, "cannot delete a container that was not restored");
@@ -110,8 +116,9 @@ async fn start_exec(
                 }
             }
             process.start_failed();
-            end_logger(process).await;
+            // First: the init's exit may wait for this, and a logger may take its 12 s.
             task.leave_exec(shared);
+            end_logger(process).await;
             Err(error)
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::{AbortHandle, JoinHandle};
+use tokio::time::timeout;
 
 use super::detached::{blocking, detached};
 use super::request::{
@@ -22,6 +23,10 @@ use crate::event::Event;
 use crate::exit::ExitMonitor;
 use crate::id::{ProcessKey, TaskKey};
 use crate::store::{Store, boot_id};
+
+/// How long a read may take to look into a cgroup: the threads for such work can be taken by mounts that hang, and
+/// containerd waits 2 s for an answer. Without the look, what is known answers.
+const READ_LIMIT: Duration = Duration::from_secs(1);
 
 /// How a [`Node`] works.
 #[derive(Clone, Debug)]
@@ -204,7 +209,7 @@ impl Node {
         let mut entries = Vec::new();
         if init.phase != Phase::Stopped
             && let Some(cgroup) = task.cgroup()
-            && let Ok(Ok(pids)) = blocking(move || cgroup.pids()).await
+            && let Ok(Ok(Ok(pids))) = timeout(READ_LIMIT, blocking(move || cgroup.pids())).await
         {
             let execs = task.all_execs();
             entries.extend(
@@ -231,7 +236,8 @@ impl Node {
     /// The cgroup's counters; of a stopped task, the last ones read.
     pub async fn stats(&self, key: &TaskKey) -> Result<Metrics, Error> {
         let task = self.shared.task(key)?;
-        match exits::current_metrics(&task).await {
+        let now = timeout(READ_LIMIT, exits::current_metrics(&task)).await;
+        match now.ok().flatten() {
             Some(metrics) if task.init.now().phase != Phase::Stopped => Ok(metrics),
             now => task.last_metrics().or(now).ok_or(Error::NoCgroup),
         }

@@ -151,6 +151,17 @@ impl TaskProcess {
         self.published.send_modify(|now| now.start_failed = true);
     }
 
+    /// It was made and is undone: the task is again one whose init does not exist.
+    pub(crate) fn unmake(&self) {
+        let mut live = self.live();
+        live.process = None;
+        live.identity = None;
+        live.streams = None;
+        live.early_exit = None;
+        drop(live);
+        self.published.send_modify(|now| now.pid = 0);
+    }
+
     /// Keeps the exit back if an operation is under way; gives it back if not.
     pub(crate) fn hold(&self, record: ExitRecord) -> Option<ExitRecord> {
         let mut live = self.live();

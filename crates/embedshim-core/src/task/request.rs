@@ -169,8 +169,10 @@ pub struct Deleted {
 /// What [`Node::cleanup`](super::Node::cleanup) found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cleaned {
-    /// There is no such task, or it has another bundle by now: nothing was done.
+    /// There is no such task. If its container exists all the same, its record was lost.
     Unknown,
+    /// The id has another bundle by now, or somebody else has just removed it: nothing was done.
+    Replaced,
     /// It was killed if it lived, and removed.
     Removed {
         /// The init.

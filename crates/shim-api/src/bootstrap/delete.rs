@@ -45,12 +45,13 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, Failure> {
         Err(_) => None,
     };
     let response = match answer {
-        // Not known, and so ended and removed before: this is the call after a normal deletion.
-        Some(CleanupResponse { removed: None }) => response(0, KILLED, SystemTime::now()),
-        Some(CleanupResponse {
-            removed: Some(removed),
-        }) => response(removed.pid, removed.exit_status, removed.exited_at()),
-        None => without_daemon(&namespace, &id, &bundle)?,
+        Some(CleanupResponse::Removed(removed)) => {
+            response(removed.pid, removed.exit_status, removed.exited_at())
+        }
+        Some(CleanupResponse::Replaced) => response(0, KILLED, SystemTime::now()),
+        // Mostly the call after a normal deletion, which finds nothing to do. But a daemon that lost its records does not
+        // know of a container that runs.
+        Some(CleanupResponse::Unknown) | None => without_daemon(&namespace, &id, &bundle)?,
     };
     response
         .write_to_bytes()
