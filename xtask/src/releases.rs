@@ -100,6 +100,10 @@ impl Unpacked {
     /// The directory with scripts that start these programs; what is not there yet is fetched.
     fn fetch(&self, packages: &[&str], programs: &[&str]) -> anyhow::Result<PathBuf> {
         let scripts = self.cache.join("bin");
+        // Tests run in parallel, and each may be the first to ask.
+        fs::create_dir_all(&self.cache)?;
+        let one_at_a_time = fs::File::create(self.cache.join("lock"))?;
+        one_at_a_time.lock()?;
         if !scripts.join("complete").exists() {
             println!(
                 "Fetching {} of Debian {} into {}",
@@ -156,6 +160,7 @@ impl Unpacked {
             ("Dir::Cache", self.cache.join("cache")),
             ("APT::Sandbox::User", "root".into()),
             ("Acquire::Languages", "none".into()),
+            ("Acquire::Retries", "3".into()),
         ];
         for (name, value) in options {
             apt.arg("-o").arg(format!("{name}={}", value.display()));
