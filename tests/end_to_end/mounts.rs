@@ -1,20 +1,24 @@
 //! The mounts of a request: what becomes the container's root, and what is refused.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::ensure;
 use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use serde_json::{Value, json};
 use xtask::sandbox::Sandbox;
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 6] = tests!(EmbedshimOnly:
     a_read_only_bind_mount_is_the_root,
     an_overlay_of_many_layers_is_the_root,
     a_target_cannot_leave_the_root,
+    a_file_behind_a_loop_device_is_the_root,
+    a_root_with_mapped_owners_belongs_to_the_containers_users,
     options_that_are_not_ours_are_refused_by_name,
 );
 
@@ -160,11 +164,77 @@ fn a_target_cannot_leave_the_root(stage: &Stage) -> anyhow::Result<()> {
     before.wait_for_return(&sandbox)
 }
 
+fn a_file_behind_a_loop_device_is_the_root(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let (bundle, files) = without_files(&sandbox, "c", "echo x > /etc/x || exit 5")?;
+    let image = sandbox.directory().join("image");
+    fs::File::create(&image)?.set_len(32 << 20)?;
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-d"])
+        .args([&files, &image])
+        .status()?;
+    ensure!(made.success(), "mkfs.ext4: {made}");
+    bundle.edit(|spec| {
+        if let Some(read_only) = spec.pointer_mut("/root/readonly") {
+            *read_only = false.into();
+        }
+    })?;
+    let code = run(&shim, "c", &bundle, &[mount("ext4", &image, "", &["loop"])])?;
+    ensure!(code == 0, "{code}");
+    let read_only = [mount("ext4", &image, "", &["loop", "ro"])];
+    let code = run(&shim, "c", &bundle, &read_only)?;
+    ensure!(code == 5, "it was written to: {code}");
+    before.wait_for_return(&sandbox)
+}
+
+/// What containerd 2.x does for pods with a user namespace: one snapshot on disk, other owners in each pod.
+fn a_root_with_mapped_owners_belongs_to_the_containers_users(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let script = "[ \"$(stat -c %u:%g /bin/busybox)\" = 0:0 ] || exit 3; echo x > /etc/x || exit 5; \
+        [ \"$(cat /proc/self/uid_map | tr -s ' ')\" = ' 0 100000 65536' ] || exit 6";
+    let (bundle, files) = without_files(&sandbox, "c", script)?;
+    let upper = sandbox.directory().join("upper");
+    let work = sandbox.directory().join("work");
+    for directory in [&upper, &work] {
+        fs::create_dir(directory)?;
+    }
+    chown(&upper, Some(100_000), Some(100_000))?;
+    bundle.edit(|spec| {
+        let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        if let Some(read_only) = spec.pointer_mut("/root/readonly") {
+            *read_only = false.into();
+        }
+        if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
+            linux.insert("uidMappings".into(), map.clone());
+            linux.insert("gidMappings".into(), map);
+            if let Some(Value::Array(namespaces)) = linux.get_mut("namespaces") {
+                namespaces.push(json!({"type": "user"}));
+            }
+        }
+    })?;
+    let maps = ["uidmap=0:100000:65536", "gidmap=0:100000:65536"];
+    let lower = format!("lowerdir={}", files.display());
+    let rest = format!("upperdir={},workdir={}", upper.display(), work.display());
+    let overlay = mount(
+        "overlay",
+        Path::new("overlay"),
+        "",
+        &[&lower, &rest, maps[0], maps[1]],
+    );
+    let code = run(&shim, "c", &bundle, &[overlay])?;
+    ensure!(code == 0, "in an overlay: {code}");
+    let owner = fs::metadata(upper.join("etc/x"))?.uid();
+    ensure!(owner == 100_000, "its file belongs to {owner}");
+    before.wait_for_return(&sandbox)
+}
+
 fn options_that_are_not_ours_are_refused_by_name(stage: &Stage) -> anyhow::Result<()> {
     let (sandbox, shim) = with_daemon(stage)?;
     let before = Footprint::of(&sandbox);
     let (bundle, files) = without_files(&sandbox, "c", "true")?;
-    for option in ["X-containerd.mkdir.path=/x", "loop", "uidmap=0:1000:1"] {
+    for option in ["X-containerd.mkdir.path=/x", "uidmap=0:1000:1"] {
         // The one before it was mounted already, and is unmounted again.
         let rootfs = [
             mount("bind", &files, "", &["rbind", "rw"]),

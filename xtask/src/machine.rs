@@ -17,7 +17,7 @@ struct Requirement {
     is_there: fn() -> bool,
 }
 
-const REQUIREMENTS: [Requirement; 7] = [
+const REQUIREMENTS: [Requirement; 10] = [
     Requirement {
         package: "clang",
         purpose: "compiles the BPF program",
@@ -47,6 +47,21 @@ const REQUIREMENTS: [Requirement; 7] = [
         package: "runc",
         purpose: "runs the containers",
         is_there: || on_path("runc"),
+    },
+    Requirement {
+        package: "e2fsprogs",
+        purpose: "makes the file system for loop mounts in tests",
+        is_there: || on_path("mkfs.ext4"),
+    },
+    Requirement {
+        package: "fuse-overlayfs",
+        purpose: "a file system in user space to mount in tests",
+        is_there: || on_path("fuse-overlayfs"),
+    },
+    Requirement {
+        package: "fuse3",
+        purpose: "its mount helper",
+        is_there: || on_path("mount.fuse3"),
     },
     Requirement {
         package: "busybox-static",

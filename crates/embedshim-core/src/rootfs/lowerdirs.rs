@@ -8,15 +8,15 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::chdir;
 
-const OPTION: &str = "lowerdir=";
+pub(super) const LOWERDIR: &str = "lowerdir=";
 
 /// The same mount data with shorter paths, and the directory in which it means the same. `None` if there is nothing to gain.
 pub(super) fn shorten(data: &str) -> Option<(PathBuf, String)> {
     let options: Vec<&str> = data.split(',').collect();
     let place = options
         .iter()
-        .position(|option| option.starts_with(OPTION))?;
-    let list = options.get(place)?.strip_prefix(OPTION)?;
+        .position(|option| option.starts_with(LOWERDIR))?;
+    let list = options.get(place)?.strip_prefix(LOWERDIR)?;
     // An escaped colon or comma belongs to a path: rare enough to leave it to the kernel as it is.
     if list.contains('\\') {
         return None;
@@ -30,7 +30,7 @@ pub(super) fn shorten(data: &str) -> Option<(PathBuf, String)> {
         .iter()
         .map(|directory| directory.strip_prefix(&base).ok()?.to_str());
     let list = relative.collect::<Option<Vec<&str>>>()?.join(":");
-    let shorter = format!("{OPTION}{list}");
+    let shorter = format!("{LOWERDIR}{list}");
     let options = options.iter().enumerate().map(|(number, option)| {
         if number == place {
             shorter.as_str()
@@ -53,25 +53,36 @@ fn common_parent(directories: &[&Path]) -> Option<PathBuf> {
     Some(common.to_owned())
 }
 
-/// Runs `call` with `directory` as its working directory, which no other thread notices: its own has a working directory of
-/// its own (`CLONE_FS`) and ends afterwards.
+/// The lower directories, and all other options. `None` if there are none, or their paths are escaped.
+pub(super) fn split(data: &str) -> Option<(Vec<&Path>, Vec<&str>)> {
+    let (lower, rest): (Vec<&str>, Vec<&str>) = data
+        .split(',')
+        .partition(|option| option.starts_with(LOWERDIR));
+    let list = lower.first()?.strip_prefix(LOWERDIR)?;
+    (!list.contains('\\')).then(|| (list.split(':').map(Path::new).collect(), rest))
+}
+
+/// Runs `call` with `directory` as its working directory, which no other thread notices.
 pub(super) fn inside(
     directory: &Path,
     call: impl FnOnce() -> Result<(), Errno> + Send,
 ) -> Result<(), Errno> {
-    let work = || {
+    let done = on_own_thread(|| {
         unshare(CloneFlags::CLONE_FS)?;
         chdir(directory)?;
-        call()
-    };
+        Ok(call()?)
+    });
+    done.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+}
+
+/// Runs `call` on a thread that ends afterwards, with whatever it unshared.
+pub(super) fn on_own_thread<T: Send>(call: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("mount".into())
-            .spawn_scoped(scope, work);
-        let thread = thread.map_err(|error: io::Error| {
-            error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw)
-        })?;
-        thread.join().unwrap_or(Err(Errno::EIO))
+            .spawn_scoped(scope, call)?
+            .join()
+            .unwrap_or_else(|_| Err(Errno::EIO.into()))
     })
 }
 

@@ -1,6 +1,9 @@
 //! Root filesystems: mounting what containerd asks for and unmounting it without a trace.
 //! Owns containerd's option language; never decides what is mounted. All functions block on the file system.
 
+mod helper;
+mod idmap;
+mod loop_device;
 mod lowerdirs;
 mod mountinfo;
 mod options;
@@ -17,6 +20,7 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
+use loop_device::LoopDevice;
 pub(crate) use mountinfo::{MountPoint, read_mountinfo};
 use options::Options;
 
@@ -43,7 +47,7 @@ pub struct Mount {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MountError {
-    /// An option of containerd's that is not ours to interpret, or not yet.
+    /// An option of containerd's that is not ours to interpret, or that does not fit.
     #[error("mount option {option:?} of {kind} on {target} is not supported{why}", target = .target.display())]
     Unsupported {
         /// The option.
@@ -139,59 +143,66 @@ fn make_rootfs(rootfs: &Path) -> Result<(), MountError> {
 
 fn mount_one(mount: &Mount, rootfs: &Path) -> Result<PathBuf, MountError> {
     let target = target_below(rootfs, &mount.target)?;
-    let options = Options::parse(mount, &target.shown)?;
-    let refused = |source: Errno| MountError::Mount {
+    let refused = |source: io::Error| MountError::Mount {
         kind: mount.kind.clone(),
         from: mount.source.clone(),
         target: target.shown.clone(),
-        source: source.into(),
+        source,
     };
-    let call = |flags: MsFlags, data: Option<&str>| {
-        nix::mount::mount(
-            Some(mount.source.as_str()),
-            &target.path,
-            Some(mount.kind.as_str()),
-            flags,
-            data,
-        )
-    };
-    let data = (!options.data.is_empty()).then_some(options.data.as_str());
-    match &options.base {
-        None => call(options.flags, data),
-        Some(base) => lowerdirs::inside(base, || call(options.flags, data)),
+    if let Some((program, name)) = helper::of(&mount.kind) {
+        helper::mount(program, name, mount, &target.shown).map_err(refused)?;
+        return Ok(target.shown);
     }
-    .map_err(refused)?;
-    let finish = || -> Result<(), Errno> {
-        // A bind mount takes its source's flags; only a second call can make it read-only.
-        if options.flags.contains(MsFlags::MS_BIND) && options.needs_remount() {
-            let flags = options.flags | MsFlags::MS_REMOUNT;
-            nix::mount::mount(
-                None::<&str>,
-                &target.shown,
-                None::<&str>,
-                flags,
-                None::<&str>,
-            )?;
-        }
-        for &propagation in &options.propagation {
-            nix::mount::mount(
-                None::<&str>,
-                &target.shown,
-                None::<&str>,
-                propagation,
-                None::<&str>,
-            )?;
-        }
-        Ok(())
-    };
-    if let Err(errno) = finish() {
-        let _ = umount2(
-            &target.shown,
-            MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH,
-        );
-        return Err(refused(errno));
+    let options = Options::parse(mount, &target.shown)?;
+    attach(mount, &options, &target).map_err(refused)?;
+    if let Err(errno) = finish(&options, &target.shown) {
+        let flags = MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH;
+        // Why it could not be finished is what matters.
+        let _ = umount2(&target.shown, flags);
+        return Err(refused(errno.into()));
     }
     Ok(target.shown)
+}
+
+fn attach(mount: &Mount, options: &Options, target: &Target) -> io::Result<()> {
+    if let Some(map) = &options.idmap {
+        let detached = if mount.kind == "overlay" {
+            idmap::overlay(options.flags, &options.data, map, &target.shown)?
+        } else {
+            let recursive = options.flags.contains(MsFlags::MS_REC);
+            idmap::bind(Path::new(&mount.source), recursive, map)?
+        };
+        return idmap::attach(&detached, &target.path);
+    }
+    let device = options
+        .is_loop
+        .then(|| LoopDevice::of(&mount.source, options.flags.contains(MsFlags::MS_RDONLY)))
+        .transpose()?;
+    let source = device
+        .as_ref()
+        .map_or(Path::new(&mount.source), |device| &device.path);
+    let data = (!options.data.is_empty()).then_some(options.data.as_str());
+    let call = || {
+        let kind = Some(mount.kind.as_str());
+        nix::mount::mount(Some(source), &target.path, kind, options.flags, data)
+    };
+    Ok(match &options.base {
+        None => call(),
+        Some(base) => lowerdirs::inside(base, call),
+    }?)
+}
+
+/// What takes calls of its own once something is mounted.
+fn finish(options: &Options, target: &Path) -> Result<(), Errno> {
+    let change = |flags| nix::mount::mount(None::<&str>, target, None::<&str>, flags, None::<&str>);
+    // A bind mount takes its source's flags; only a second call can make it read-only.
+    if options.flags.contains(MsFlags::MS_BIND) && options.needs_remount() {
+        change(options.flags | MsFlags::MS_REMOUNT)?;
+    }
+    options
+        .propagation
+        .iter()
+        .try_for_each(|&propagation| change(propagation))
 }
 
 /// A mount point: the path to mount on, and the path to show and to unmount.
@@ -268,140 +279,4 @@ fn unmount(target: &Path) -> Result<(), MountError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs;
-
-    /// Unmounts whatever a failed test leaves.
-    struct Mounted(PathBuf);
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = unmount_recursive(&self.0);
-        }
-    }
-
-    fn below(dir: &Path) -> usize {
-        read_mountinfo()
-            .unwrap()
-            .iter()
-            .filter(|mount| mount.path.starts_with(dir))
-            .count()
-    }
-
-    fn mount(kind: &str, source: &Path, options: &[&str]) -> Mount {
-        Mount {
-            kind: kind.into(),
-            source: source.display().to_string(),
-            target: String::new(),
-            options: options.iter().map(|&o| o.into()).collect(),
-        }
-    }
-
-    #[test]
-    fn a_read_only_bind_is_read_only_and_leaves_no_trace() {
-        let dir = tempfile::tempdir().unwrap();
-        let guard = Mounted(dir.path().to_owned());
-        let (source, rootfs) = (dir.path().join("a b"), dir.path().join("rootfs"));
-        fs::create_dir(&source).unwrap();
-        fs::write(source.join("f"), "x").unwrap();
-        mount_all(
-            &[mount("bind", &source, &["rbind", "ro", "rprivate"])],
-            &rootfs,
-        )
-        .unwrap();
-        assert_eq!(fs::read_to_string(rootfs.join("f")).unwrap(), "x");
-        assert_eq!(
-            fs::write(rootfs.join("f"), "y").unwrap_err().kind(),
-            io::ErrorKind::ReadOnlyFilesystem
-        );
-        unmount_recursive(&rootfs).unwrap();
-        assert_eq!(below(dir.path()), 0);
-        unmount_recursive(&rootfs).unwrap();
-        drop(guard);
-    }
-
-    #[test]
-    fn an_overlay_of_more_layers_than_fit_a_page_is_mounted() {
-        let dir = tempfile::tempdir().unwrap();
-        let _guard = Mounted(dir.path().to_owned());
-        let tmp = dir.path().join("tmp");
-        mount_all(&[mount("tmpfs", Path::new("tmpfs"), &["size=1m"])], &tmp).unwrap();
-        let layers: Vec<PathBuf> = (0..120)
-            .map(|number| tmp.join(format!("snapshots-with-long-names/{number}/fs")))
-            .collect();
-        for (number, layer) in layers.iter().enumerate() {
-            fs::create_dir_all(layer).unwrap();
-            fs::write(layer.join(format!("file{number}")), "x").unwrap();
-        }
-        let list = layers
-            .iter()
-            .map(|layer| layer.display().to_string())
-            .collect::<Vec<_>>()
-            .join(":");
-        assert!(list.len() > 5000);
-        let rootfs = dir.path().join("rootfs");
-        mount_all(
-            &[mount(
-                "overlay",
-                Path::new("overlay"),
-                &[&format!("lowerdir={list}")],
-            )],
-            &rootfs,
-        )
-        .unwrap();
-        assert_eq!(fs::read_dir(&rootfs).unwrap().count(), 120);
-    }
-
-    #[test]
-    fn overlay_and_stacked_mounts_are_undone_latest_first() {
-        let dir = tempfile::tempdir().unwrap();
-        let _guard = Mounted(dir.path().to_owned());
-        let tmp = dir.path().join("tmp");
-        mount_all(&[mount("tmpfs", Path::new("tmpfs"), &["size=1m"])], &tmp).unwrap();
-        for name in ["lower", "upper", "work"] {
-            fs::create_dir(tmp.join(name)).unwrap();
-        }
-        fs::write(tmp.join("lower/f"), "low").unwrap();
-        let options =
-            ["lower", "upper", "work"].map(|n| format!("{n}dir={}", tmp.join(n).display()));
-        let options: Vec<&str> = options.iter().map(String::as_str).collect();
-        let rootfs = tmp.join("rootfs");
-        let over = mount("overlay", Path::new("overlay"), &options);
-        mount_all(&[over, mount("tmpfs", Path::new("tmpfs"), &[])], &rootfs).unwrap();
-        assert_eq!(below(&rootfs), 2);
-        unmount_recursive(&tmp).unwrap();
-        assert_eq!(below(dir.path()), 0);
-    }
-
-    #[test]
-    fn what_a_failed_call_mounted_is_unmounted() {
-        let dir = tempfile::tempdir().unwrap();
-        let _guard = Mounted(dir.path().to_owned());
-        let rootfs = dir.path().join("rootfs");
-        let bad = mount("nonexistentfs", Path::new("x"), &[]);
-        let error =
-            mount_all(&[mount("tmpfs", Path::new("tmpfs"), &[]), bad], &rootfs).unwrap_err();
-        assert!(error.to_string().contains("nonexistentfs"), "{error}");
-        assert_eq!(below(dir.path()), 0);
-    }
-
-    #[test]
-    fn a_symlink_in_a_target_cannot_leave_the_rootfs() {
-        let dir = tempfile::tempdir().unwrap();
-        let _guard = Mounted(dir.path().to_owned());
-        let (rootfs, outside) = (dir.path().join("rootfs"), dir.path().join("outside"));
-        fs::create_dir_all(rootfs.join("etc")).unwrap();
-        fs::create_dir(&outside).unwrap();
-        std::os::unix::fs::symlink(&outside, rootfs.join("evil")).unwrap();
-        std::os::unix::fs::symlink("/etc", rootfs.join("inside")).unwrap();
-        let mut tmpfs = mount("tmpfs", Path::new("tmpfs"), &[]);
-        tmpfs.target = "evil".into();
-        mount_all(&[tmpfs.clone()], &rootfs).unwrap_err();
-        tmpfs.target = "../../outside".into();
-        mount_all(&[tmpfs.clone()], &rootfs).unwrap_err();
-        assert_eq!(below(dir.path()), 0);
-        tmpfs.target = "inside".into();
-        mount_all(&[tmpfs], &rootfs).unwrap();
-        assert_eq!(below(&rootfs.join("etc")), 1);
-    }
-}
+mod tests;

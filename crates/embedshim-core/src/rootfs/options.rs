@@ -5,12 +5,19 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::MsFlags;
 
+use super::idmap::IdMap;
 use super::{Mount, MountError, lowerdirs};
 
 /// mount(2) takes one page, with a final zero.
 const MAX_DATA: usize = 4096 - 1;
 /// Above this, overlays are shortened, as by containerd: the kernel adds to what we say.
 const SHORTEN_ABOVE: usize = 4096 - 512;
+
+const MOUNT_MANAGERS: &str = "X-containerd.";
+const NOT_RESOLVED: &str =
+    ": it is for containerd's mount manager, which should have resolved it before Create";
+const NOT_MAPPABLE: &str = ": only bind mounts and overlays can have other owners";
+const NO_MAP: &str = ": both are needed, each as container:host:size";
 
 /// The options of one mount, sorted out.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,6 +27,10 @@ pub(super) struct Options {
     pub(super) data: String,
     /// Where paths in the data begin that are relative.
     pub(super) base: Option<PathBuf>,
+    /// The source is a file to be put behind a block device.
+    pub(super) is_loop: bool,
+    /// Other owners for the files.
+    pub(super) idmap: Option<IdMap>,
 }
 
 impl Options {
@@ -29,18 +40,28 @@ impl Options {
             propagation: Vec::new(),
             data: String::new(),
             base: None,
+            is_loop: false,
+            idmap: None,
+        };
+        let unsupported = |option: &str, why| MountError::Unsupported {
+            option: option.to_owned(),
+            kind: mount.kind.clone(),
+            target: target.to_owned(),
+            why,
         };
         let mut data = Vec::new();
+        let (mut users, mut groups) = (None, None);
         for option in &mount.options {
-            if let Some(why) = refusal(option) {
-                return Err(MountError::Unsupported {
-                    option: option.clone(),
-                    kind: mount.kind.clone(),
-                    target: target.to_owned(),
-                    why,
-                });
+            if option.starts_with(MOUNT_MANAGERS) {
+                return Err(unsupported(option, NOT_RESOLVED));
             }
-            if let Some((clear, flag)) = flag(option) {
+            if option == "loop" {
+                parsed.is_loop = true;
+            } else if let Some(ranges) = option.strip_prefix("uidmap=") {
+                users = Some(ranges);
+            } else if let Some(ranges) = option.strip_prefix("gidmap=") {
+                groups = Some(ranges);
+            } else if let Some((clear, flag)) = flag(option) {
                 parsed.flags.set(flag, !clear);
             } else if let Some(propagation) = propagation(option) {
                 parsed.propagation.push(propagation);
@@ -56,7 +77,24 @@ impl Options {
                 parsed.flags.contains(MsFlags::MS_REC) || mount.kind == "rbind",
             );
         }
+        if users.is_some() || groups.is_some() {
+            let map = IdMap::parse(users.unwrap_or_default(), groups.unwrap_or_default());
+            let option = format!(
+                "uidmap={},gidmap={}",
+                users.unwrap_or_default(),
+                groups.unwrap_or_default()
+            );
+            let is_overlay = mount.kind == "overlay";
+            if !is_overlay && !parsed.flags.contains(MsFlags::MS_BIND) {
+                return Err(unsupported(&option, NOT_MAPPABLE));
+            }
+            parsed.idmap = Some(map.ok_or_else(|| unsupported(&option, NO_MAP))?);
+        }
         parsed.data = data.join(",");
+        // The layers of a mapped overlay get names of their own.
+        if parsed.idmap.is_some() {
+            return Ok(parsed);
+        }
         if parsed.data.len() > SHORTEN_ABOVE
             && let Some((base, data)) = lowerdirs::shorten(&parsed.data)
         {
@@ -81,16 +119,6 @@ impl Options {
             .difference(MsFlags::MS_BIND | MsFlags::MS_REC)
             .is_empty()
     }
-}
-
-fn refusal(option: &str) -> Option<&'static str> {
-    if option.starts_with("X-containerd.") {
-        return Some(
-            ": it is for containerd's mount manager, which should have resolved it before Create",
-        );
-    }
-    let later = option == "loop" || option.starts_with("uidmap=") || option.starts_with("gidmap=");
-    later.then_some(" yet")
 }
 
 /// The flag, and whether the word clears it.
@@ -183,10 +211,16 @@ mod tests {
     fn what_is_not_ours_is_refused_by_name() {
         let refused = |option: &str| parse("ext4", &[option]).unwrap_err().to_string();
         insta::assert_snapshot!(
-            [refused("X-containerd.mkdir.path=/x"), refused("loop"), refused(&"x".repeat(5000))].join("\n"),
+            [
+                "X-containerd.mkdir.path=/x",
+                "uidmap=0:0:1",
+                &"x".repeat(5000),
+            ]
+            .map(refused)
+            .join("\n"),
             @r#"
         mount option "X-containerd.mkdir.path=/x" of ext4 on /r is not supported: it is for containerd's mount manager, which should have resolved it before Create
-        mount option "loop" of ext4 on /r is not supported yet
+        mount option "uidmap=0:0:1,gidmap=" of ext4 on /r is not supported: only bind mounts and overlays can have other owners
         the options of ext4 on /r are 5000 bytes long, mount takes 4095
         "#
         );
