@@ -15,7 +15,8 @@ use xtask::sandbox::{Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+    a_checkpoint_of_ctrs_is_restored_by_ctr,
     a_container_goes_on_from_its_checkpoint,
     a_restore_that_cannot_be_watched_is_undone,
     a_task_that_is_to_be_restored_can_be_deleted,
@@ -94,6 +95,41 @@ fn checkpoint(shim: &Shim, id: &str, image: &Path, exit: bool) -> ttrpc::Result<
         ..api::CheckpointTaskRequest::default()
     };
     shim.tasks.checkpoint(shim.metadata(), &request).map(drop)
+}
+
+/// All the way through containerd: it keeps the image in its content store and unpacks it again.
+fn a_checkpoint_of_ctrs_is_restored_by_ctr(stage: &Stage) -> anyhow::Result<()> {
+    let mut sandbox = with_daemon(stage, true)?;
+    sandbox.start_containerd()?;
+    sandbox.import(stage.archive())?;
+    let script = "i=0; while :; do i=$((i+1)); echo $i >> /count; busybox usleep 20000; done";
+    let command = ["sh", "-c", script];
+    sandbox.detached(&["--net-host", "--null-io"], "c", &command)?;
+    let counted = |id: &str| {
+        let text = fs::read_to_string(sandbox.bundle(id).join("rootfs/count")).unwrap_or_default();
+        text.lines().count()
+    };
+    until("it counts", || Ok(counted("c") > 5))?;
+    let save = [
+        "container",
+        "checkpoint",
+        "--task",
+        "--rw",
+        "--image",
+        "c",
+        "saved:1",
+    ];
+    sandbox.ctr_ok(&save)?;
+    let at_least = counted("c");
+    sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "c"])?;
+    sandbox.wait_for_status("c", "STOPPED")?;
+    sandbox.delete_task("c")?;
+    sandbox.ctr_ok(&["container", "restore", "--live", "again", "saved:1"])?;
+    until("it goes on", || Ok(counted("again") > at_least + 5))?;
+    sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "again"])?;
+    sandbox.wait_for_status("again", "STOPPED")?;
+    ensure!(sandbox.delete_task("again")? == 137, "the code was lost");
+    Ok(())
 }
 
 fn a_container_goes_on_from_its_checkpoint(stage: &Stage) -> anyhow::Result<()> {

@@ -3,19 +3,22 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Cri, Footprint, Stage, Test};
+use embedshim_tests::{Cri, Footprint, Namespaces, Stage, Test};
 use k8s_cri::v1::{ContainerState, NamespaceMode};
 use nix::sys::signal::Signal;
 use xtask::sandbox::{Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     a_pods_life_with_our_own_runtime_type,
     a_pods_life_with_runc_v2s_type_and_our_path,
     a_probe_that_takes_too_long_is_ended,
     containers_of_a_pod_can_share_its_pid_namespace,
     pods_outlive_containerd_and_the_daemon,
+    a_pod_has_a_network_and_its_usage_is_known,
+    kubectl_exec_has_its_streams_and_its_status,
+    kubectl_attach_can_come_back,
 );
 
 const LONG: Duration = Duration::from_secs(20);
@@ -50,9 +53,9 @@ fn ready(cri: &Cri, name: &str, attempt: u32) -> anyhow::Result<()> {
 
 fn life(stage: &Stage, handler: &str) -> anyhow::Result<()> {
     let (sandbox, mut cri) = with_cri(stage)?;
-    let first = cri.run_pod("first", handler, NamespaceMode::Container)?;
+    let first = cri.run_pod("first", handler, Namespaces::SIMPLE)?;
     let before = Footprint::of(&sandbox);
-    let pod = cri.run_pod("pod", handler, NamespaceMode::Container)?;
+    let pod = cri.run_pod("pod", handler, Namespaces::SIMPLE)?;
     let id = cri.run_container(&pod, "c", 0, &["guest", "until-term", "33"])?;
     ready(&cri, "c", 0)?;
     ensure!(
@@ -98,7 +101,7 @@ fn a_pods_life_with_runc_v2s_type_and_our_path(stage: &Stage) -> anyhow::Result<
 
 fn a_probe_that_takes_too_long_is_ended(stage: &Stage) -> anyhow::Result<()> {
     let (_sandbox, mut cri) = with_cri(stage)?;
-    let pod = cri.run_pod("pod", "embed", NamespaceMode::Container)?;
+    let pod = cri.run_pod("pod", "embed", Namespaces::SIMPLE)?;
     let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
     let error = cri
         .exec(&id, &["sleep", "997"], Duration::from_secs(1))
@@ -123,7 +126,11 @@ fn a_probe_that_takes_too_long_is_ended(stage: &Stage) -> anyhow::Result<()> {
 
 fn containers_of_a_pod_can_share_its_pid_namespace(stage: &Stage) -> anyhow::Result<()> {
     let (_sandbox, mut cri) = with_cri(stage)?;
-    let pod = cri.run_pod("pod", "embed", NamespaceMode::Pod)?;
+    let shared = Namespaces {
+        pid: NamespaceMode::Pod,
+        ..Namespaces::SIMPLE
+    };
+    let pod = cri.run_pod("pod", "embed", shared)?;
     let id = cri.run_container(
         &pod,
         "c",
@@ -156,7 +163,7 @@ fn containers_of_a_pod_can_share_its_pid_namespace(stage: &Stage) -> anyhow::Res
 
 fn pods_outlive_containerd_and_the_daemon(stage: &Stage) -> anyhow::Result<()> {
     let (mut sandbox, mut cri) = with_cri(stage)?;
-    let pod = cri.run_pod("pod", "embed", NamespaceMode::Container)?;
+    let pod = cri.run_pod("pod", "embed", Namespaces::SIMPLE)?;
     let running = cri.run_container(&pod, "running", 0, &["sleep", "1000"])?;
     let nine = cri.run_container(
         &pod,
@@ -191,5 +198,83 @@ fn pods_outlive_containerd_and_the_daemon(stage: &Stage) -> anyhow::Result<()> {
         cri.exec(&running, &["true"], LONG)?.code == 0,
         "no probe after the restart"
     );
+    cri.remove_pod(&pod)
+}
+
+fn a_pod_has_a_network_and_its_usage_is_known(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, mut cri) = with_cri(stage)?;
+    let first = cri.run_pod("first", "embed", Namespaces::SIMPLE)?;
+    let before = Footprint::of(&sandbox);
+    let own_network = Namespaces {
+        network: NamespaceMode::Pod,
+        ..Namespaces::SIMPLE
+    };
+    let pod = cri.run_pod("pod", "embed", own_network)?;
+    let address = cri.address(&pod)?;
+    ensure!(address.starts_with("192.0.2."), "{address}");
+    let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
+    let seen = cri.exec(&id, &["busybox", "ip", "-4", "addr", "show", "eth0"], LONG)?;
+    ensure!(
+        seen.stdout.contains(&format!("inet {address}/")),
+        "{seen:?}"
+    );
+    let usage = cri.pod_usage(&pod)?;
+    let memory = usage.memory.and_then(|memory| memory.working_set_bytes);
+    ensure!(memory.is_some_and(|bytes| bytes.value > 0), "{memory:?}");
+    let network = usage.network.and_then(|network| network.default_interface);
+    ensure!(
+        network.as_ref().is_some_and(|eth| eth.name == "eth0"),
+        "{network:?}"
+    );
+    let processes = usage.process.and_then(|process| process.process_count);
+    ensure!(
+        processes.is_some_and(|count| count.value == 1),
+        "{processes:?}"
+    );
+    let [container] = usage.containers.as_slice() else {
+        anyhow::bail!("one container, not {:?}", usage.containers);
+    };
+    ensure!(container.cpu.is_some(), "{container:?}");
+    cri.remove_pod(&pod)?;
+    before.wait_for_return(&sandbox)?;
+    cri.remove_pod(&first)
+}
+
+fn kubectl_exec_has_its_streams_and_its_status(stage: &Stage) -> anyhow::Result<()> {
+    let (_sandbox, mut cri) = with_cri(stage)?;
+    let pod = cri.run_pod("pod", "embed", Namespaces::SIMPLE)?;
+    let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
+    let mut plain = cri.exec_streaming(&id, &["sh"], false)?;
+    plain.write("echo out; echo complaint >&2; exit 5\n")?;
+    let status = plain.finish()?;
+    let streams = (plain.stdout.as_str(), plain.stderr.as_str());
+    ensure!(streams == ("out\n", "complaint\n"), "{streams:?}");
+    ensure!(status.contains(r#""message":"5""#), "{status}");
+    let mut terminal = cri.exec_streaming(&id, &["sh"], true)?;
+    terminal.resize(101, 33)?;
+    terminal.write(
+        "until [ \"$(stty size)\" = '33 101' ]; do sleep 0.02; done; echo re''sized; exit 3\n",
+    )?;
+    terminal.wait_for("resized")?;
+    let status = terminal.finish()?;
+    ensure!(status.contains(r#""message":"3""#), "{status}");
+    cri.remove_pod(&pod)
+}
+
+fn kubectl_attach_can_come_back(stage: &Stage) -> anyhow::Result<()> {
+    let (_sandbox, mut cri) = with_cri(stage)?;
+    let pod = cri.run_pod("pod", "embed", Namespaces::SIMPLE)?;
+    let script =
+        "while read line; do echo \"got $line\"; [ \"$line\" != end ] || exit 6; done; exit 7";
+    let id = cri.run_interactive(&pod, "c", &["sh", "-c", script])?;
+    for line in ["first", "second"] {
+        let mut attached = cri.attach(&id)?;
+        attached.write(&format!("{line}\n"))?;
+        attached.wait_for(&format!("got {line}"))?;
+    }
+    let mut last = cri.attach(&id)?;
+    last.write("end\n")?;
+    let end = ended(&mut cri, &id)?;
+    ensure!(end.0 == 6, "{end:?}");
     cri.remove_pod(&pod)
 }

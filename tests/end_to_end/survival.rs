@@ -4,6 +4,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use xtask::releases::Release;
 use xtask::sandbox::{Sandbox, is_alive, until};
 
 use crate::tests;
@@ -220,24 +221,32 @@ fn closed_input_stays_closed_for_the_next_daemon(stage: &Stage) -> anyhow::Resul
     Ok(())
 }
 
+/// From the oldest by way of the middle to the one under test; each finds what the one before it has started, and an exit that
+/// happened in between.
 fn containers_outlive_the_upgrade_of_containerd(stage: &Stage) -> anyhow::Result<()> {
     let mut sandbox = stage.bare_sandbox()?;
     sandbox.use_programs(None);
     sandbox.start_containerd()?;
     sandbox.import(stage.archive())?;
     let pid = sandbox.detached(&[], "running", &["sleep", "1000"])?;
-    let nine = until_term(&sandbox, "nine", "9")?;
-    sandbox.stop_containerd()?;
-    end(nine, Signal::SIGTERM)?;
-    sandbox.use_programs(stage.programs());
-    sandbox.start_containerd()?;
-    let task = sandbox.task("running")?;
-    ensure!(
-        (task.pid, task.status.as_str()) == (pid, "RUNNING"),
-        "{task:?}"
-    );
-    ensure!(sandbox.delete_task("nine")? == 9, "the code was lost");
-    sandbox.ctr_ok(&["task", "exec", "--exec-id", "e", "running", "true"])?;
+    let mut steps = vec![Release::Trixie.programs()?, stage.programs()];
+    steps.dedup();
+    for (number, programs) in steps.into_iter().enumerate() {
+        let nine = format!("nine-{number}");
+        let of_nine = until_term(&sandbox, &nine, "9")?;
+        sandbox.stop_containerd()?;
+        end(of_nine, Signal::SIGTERM)?;
+        sandbox.use_programs(programs);
+        sandbox.start_containerd()?;
+        let task = sandbox.task("running")?;
+        ensure!(
+            (task.pid, task.status.as_str()) == (pid, "RUNNING"),
+            "{task:?}"
+        );
+        ensure!(sandbox.delete_task(&nine)? == 9, "the code was lost");
+        let exec = format!("e-{number}");
+        sandbox.ctr_ok(&["task", "exec", "--exec-id", &exec, "running", "true"])?;
+    }
     sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "running"])?;
     sandbox.wait_for_status("running", "STOPPED")?;
     ensure!(sandbox.delete_task("running")? == 137, "the code was lost");

@@ -1,6 +1,5 @@
 //! [`Cri`]: containerd as kubelet speaks to it. Blocking, since tests are.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,6 +10,8 @@ use tokio::runtime::{Builder, Runtime};
 use tonic::transport::{Channel, Endpoint};
 use xtask::image;
 use xtask::sandbox::{PATIENCE, Sandbox};
+
+use crate::streaming::Streaming;
 
 /// A connection to the CRI of a sandbox's containerd.
 #[derive(Debug)]
@@ -53,13 +54,8 @@ impl Cri {
         })
     }
 
-    /// The configuration of a pod on the host's network, which needs no CNI.
-    fn pod(&self, name: &str, pid: api::NamespaceMode) -> api::PodSandboxConfig {
-        let options = api::NamespaceOption {
-            network: api::NamespaceMode::Node.into(),
-            pid: pid.into(),
-            ..api::NamespaceOption::default()
-        };
+    fn pod(&self, name: &str, namespaces: Namespaces) -> api::PodSandboxConfig {
+        let options = namespaces.option();
         let context = api::LinuxSandboxSecurityContext {
             namespace_options: Some(options),
             ..api::LinuxSandboxSecurityContext::default()
@@ -86,9 +82,9 @@ impl Cri {
         &mut self,
         name: &str,
         handler: &str,
-        pid: api::NamespaceMode,
+        namespaces: Namespaces,
     ) -> anyhow::Result<Pod> {
-        let config = self.pod(name, pid);
+        let config = self.pod(name, namespaces);
         let request = api::RunPodSandboxRequest {
             config: Some(config.clone()),
             runtime_handler: handler.into(),
@@ -99,7 +95,7 @@ impl Cri {
         Ok(Pod {
             id: response.into_inner().pod_sandbox_id,
             config,
-            pid,
+            namespaces,
         })
     }
 
@@ -111,13 +107,29 @@ impl Cri {
         attempt: u32,
         command: &[&str],
     ) -> anyhow::Result<String> {
-        let options = api::NamespaceOption {
-            network: api::NamespaceMode::Node.into(),
-            pid: pod.pid.into(),
-            ..api::NamespaceOption::default()
-        };
+        self.start(pod, name, attempt, command, false)
+    }
+
+    /// The same with a standard input, to attach to.
+    pub fn run_interactive(
+        &mut self,
+        pod: &Pod,
+        name: &str,
+        command: &[&str],
+    ) -> anyhow::Result<String> {
+        self.start(pod, name, 0, command, true)
+    }
+
+    fn start(
+        &mut self,
+        pod: &Pod,
+        name: &str,
+        attempt: u32,
+        command: &[&str],
+        stdin: bool,
+    ) -> anyhow::Result<String> {
         let context = api::LinuxContainerSecurityContext {
-            namespace_options: Some(options),
+            namespace_options: Some(pod.namespaces.option()),
             ..api::LinuxContainerSecurityContext::default()
         };
         let config = api::ContainerConfig {
@@ -131,7 +143,7 @@ impl Cri {
             }),
             command: command.iter().map(|&word| word.to_owned()).collect(),
             log_path: format!("{name}.{attempt}.log"),
-            labels: HashMap::new(),
+            stdin,
             linux: Some(api::LinuxContainerConfig {
                 security_context: Some(context),
                 ..api::LinuxContainerConfig::default()
@@ -204,6 +216,63 @@ impl Cri {
         Ok(memory.working_set_bytes.context("no working set")?.value)
     }
 
+    /// What a pod uses, as `kubectl top` and the eviction manager see it.
+    pub fn pod_usage(&mut self, pod: &Pod) -> anyhow::Result<api::LinuxPodSandboxStats> {
+        let request = api::PodSandboxStatsRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        let response = self
+            .runtime
+            .block_on(self.client.pod_sandbox_stats(request))?;
+        let stats = response.into_inner().stats.context("no stats")?;
+        stats.linux.context("no stats of Linux")
+    }
+
+    /// The address of a pod with a network of its own.
+    pub fn address(&mut self, pod: &Pod) -> anyhow::Result<String> {
+        let request = api::PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: false,
+        };
+        let response = self
+            .runtime
+            .block_on(self.client.pod_sandbox_status(request))?;
+        let status = response.into_inner().status.context("no status")?;
+        Ok(status.network.context("no network")?.ip)
+    }
+
+    /// `kubectl exec`: a command with its streams.
+    pub fn exec_streaming(
+        &mut self,
+        id: &str,
+        command: &[&str],
+        tty: bool,
+    ) -> anyhow::Result<Streaming> {
+        let request = api::ExecRequest {
+            container_id: id.into(),
+            cmd: command.iter().map(|&word| word.to_owned()).collect(),
+            tty,
+            stdin: true,
+            stdout: true,
+            stderr: !tty,
+        };
+        let response = self.runtime.block_on(self.client.exec(request))?;
+        Streaming::open(&response.into_inner().url)
+    }
+
+    /// `kubectl attach`: the streams of a container's init.
+    pub fn attach(&mut self, id: &str) -> anyhow::Result<Streaming> {
+        let request = api::AttachRequest {
+            container_id: id.into(),
+            stdin: true,
+            tty: false,
+            stdout: true,
+            stderr: true,
+        };
+        let response = self.runtime.block_on(self.client.attach(request))?;
+        Streaming::open(&response.into_inner().url)
+    }
+
     /// Stops a container: SIGTERM, and SIGKILL after `grace`.
     pub fn stop(&mut self, id: &str, grace: Duration) -> anyhow::Result<()> {
         let timeout = i64::try_from(grace.as_secs())?;
@@ -252,5 +321,30 @@ impl Cri {
 pub struct Pod {
     id: String,
     config: api::PodSandboxConfig,
-    pid: api::NamespaceMode,
+    namespaces: Namespaces,
+}
+
+/// Which namespaces a pod has of its own, and its containers.
+#[derive(Clone, Copy, Debug)]
+pub struct Namespaces {
+    /// The host's network, which needs no CNI, or one of the pod's.
+    pub network: api::NamespaceMode,
+    /// One for each container, or one for all.
+    pub pid: api::NamespaceMode,
+}
+
+impl Namespaces {
+    /// The host's network, and every container alone with its processes.
+    pub const SIMPLE: Self = Self {
+        network: api::NamespaceMode::Node,
+        pid: api::NamespaceMode::Container,
+    };
+
+    fn option(self) -> api::NamespaceOption {
+        api::NamespaceOption {
+            network: self.network.into(),
+            pid: self.pid.into(),
+            ..api::NamespaceOption::default()
+        }
+    }
 }

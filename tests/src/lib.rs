@@ -6,9 +6,11 @@ mod footprint;
 mod listener;
 mod shim;
 mod stage;
+mod streaming;
 
-pub use cri::{Cri, Executed, Pod};
+pub use cri::{Cri, Executed, Namespaces, Pod};
 pub use footprint::Footprint;
 pub use listener::{Heard, Listener};
 pub use shim::{Bundle, Shim};
 pub use stage::{Scope, Stage, Test};
+pub use streaming::Streaming;

@@ -7,6 +7,8 @@ use anyhow::{Context, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 
+/// Where Debian puts the programs that make networks for pods.
+pub const CNI_PLUGINS: &str = "/usr/lib/cni";
 const BPFFS: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
@@ -17,7 +19,7 @@ struct Requirement {
     is_there: fn() -> bool,
 }
 
-const REQUIREMENTS: [Requirement; 10] = [
+const REQUIREMENTS: [Requirement; 11] = [
     Requirement {
         package: "clang",
         purpose: "compiles the BPF program",
@@ -52,6 +54,11 @@ const REQUIREMENTS: [Requirement; 10] = [
         package: "e2fsprogs",
         purpose: "makes the file system for loop mounts in tests",
         is_there: || on_path("mkfs.ext4"),
+    },
+    Requirement {
+        package: "containernetworking-plugins",
+        purpose: "networks for pods in tests",
+        is_there: || Path::new(CNI_PLUGINS).join("ptp").exists(),
     },
     Requirement {
         package: "fuse-overlayfs",

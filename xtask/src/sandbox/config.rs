@@ -7,10 +7,13 @@ use anyhow::ensure;
 
 use super::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
 use crate::image;
+use crate::machine::CNI_PLUGINS;
 
 /// Plugins that need what is not there, or write where they must not.
 const NEVER: &str = r#""io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs""#;
+/// Of the range for documentation: nobody's.
+const SUBNET: &str = "192.0.2.0/24";
 const CRI: &str = r#""io.containerd.grpc.v1.cri", "#;
 
 impl Sandbox {
@@ -38,7 +41,11 @@ impl Sandbox {
   sandbox_image = "{image}"
   restrict_oom_score_adj = true
   disable_apparmor = true
+  netns_mounts_under_state_dir = true
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
   [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{CNI_PLUGINS}"
     conf_dir = "{directory}/cni"
   [plugins."io.containerd.grpc.v1.cri".containerd]
     default_runtime_name = "embed"
@@ -53,7 +60,21 @@ impl Sandbox {
 
     /// Configures the CRI for the next start of containerd.
     pub fn enable_cri(&mut self) -> anyhow::Result<()> {
+        let directory = self.directory.join("cni");
+        fs::create_dir_all(&directory)?;
+        fs::write(directory.join("ptp.conflist"), self.network())?;
         self.write_config(true)
+    }
+
+    /// A network that has nothing in common with others: a pair of interfaces for each pod, which goes away with it.
+    fn network(&self) -> String {
+        let addresses = self.directory.join("addresses");
+        format!(
+            r#"{{"cniVersion": "0.4.0", "name": "{name}", "plugins": [{{"type": "ptp",
+              "ipam": {{"type": "host-local", "subnet": "{SUBNET}", "dataDir": "{addresses}"}}}}]}}"#,
+            name = self.namespace,
+            addresses = addresses.display(),
+        )
     }
 
     /// Puts the image where kubelet's containers look for it.

@@ -129,7 +129,11 @@ impl Sandbox {
             .create(true)
             .append(true)
             .open(self.containerd_log())?;
-        let usual = std::env::var("PATH").unwrap_or_default();
+        let set = self.environment.iter().find(|(name, _)| name == "PATH");
+        let usual = set.map_or_else(
+            || std::env::var("PATH").unwrap_or_default(),
+            |(_, path)| path.clone(),
+        );
         let first = self
             .programs
             .as_ref()
@@ -139,9 +143,9 @@ impl Sandbox {
         command
             .arg("--config")
             .arg(self.directory.join("containerd.toml"))
-            .env("PATH", path)
             .env("EMBEDSHIM_STATE_DIR", self.state_dir())
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .env("PATH", path)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
