@@ -44,15 +44,9 @@ fn mount(kind: &str, source: &Path, target: &str, options: &[&str]) -> api::Moun
 }
 
 fn create(shim: &Shim, id: &str, bundle: &Bundle, rootfs: &[api::Mount]) -> ttrpc::Result<u32> {
-    let request = api::CreateTaskRequest {
-        id: id.into(),
-        bundle: bundle.path().to_string_lossy().into_owned(),
-        rootfs: rootfs.to_vec(),
-        ..api::CreateTaskRequest::default()
-    };
-    shim.tasks
-        .create(shim.metadata(), &request)
-        .map(|response| response.pid)
+    shim.create_with(id, bundle.path(), |request| {
+        request.rootfs = rootfs.to_vec()
+    })
 }
 
 fn run(shim: &Shim, id: &str, bundle: &Bundle, rootfs: &[api::Mount]) -> anyhow::Result<u32> {

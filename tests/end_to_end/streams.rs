@@ -1,12 +1,16 @@
-//! Where output goes other than to a client's fifos: loggers and files.
+//! Where output goes: loggers, files, and fifos whose readers come and go.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
 
 use crate::tests;
@@ -17,7 +21,9 @@ pub(crate) const TESTS: [Test; 4] = tests!(AnyRuntime:
     a_log_file_is_made_with_its_directories,
     a_logger_that_is_not_there_is_named,
 );
-pub(crate) const OURS: [Test; 3] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 5] = tests!(EmbedshimOnly:
+    a_reader_that_goes_and_comes_back_under_load_loses_nothing,
+    a_fifo_that_nobody_reads_holds_up_only_the_container,
     a_logger_goes_on_while_the_daemon_is_replaced,
     a_terminals_output_goes_to_a_logger_too,
     a_logger_that_does_not_end_is_killed,
@@ -166,7 +172,10 @@ fn a_terminals_output_goes_to_a_logger_too(stage: &Stage) -> anyhow::Result<()> 
     })?;
     let shim = Shim::connect(&sandbox)?;
     let before = Footprint::of(&sandbox);
-    shim.create_on_terminal("c", bundle.path(), &uri)?;
+    shim.create_with("c", bundle.path(), |request| {
+        request.stdout = uri;
+        request.terminal = true;
+    })?;
     shim.start("c")?;
     ensure!(shim.wait("c")? == 2 && shim.delete("c")? == 2, "not 2");
     wait_for_text(&sandbox.directory().join("c.out"), "on a terminal\r\n")?;
@@ -189,4 +198,77 @@ fn a_logger_that_does_not_end_is_killed(stage: &Stage) -> anyhow::Result<()> {
     let pid: i32 = fs::read_to_string(&file)?.trim().parse()?;
     sandbox.delete_task("c")?;
     until("it is killed", || Ok(!xtask::sandbox::is_alive(pid)))
+}
+
+/// 300 kB, four times what a pipe holds, read by many that come and go: as containerd does when it is restarted.
+fn a_reader_that_goes_and_comes_back_under_load_loses_nothing(stage: &Stage) -> anyhow::Result<()> {
+    const LINES: usize = 60_000;
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let script = format!("seq {LINES}; exit 4");
+    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", &script])?;
+    let fifo = sandbox.directory().join("stdout");
+    mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let shim = Shim::connect(&sandbox)?;
+    let before = Footprint::of(&sandbox);
+    shim.create_with("c", bundle.path(), |request| {
+        request.stdout = fifo.to_string_lossy().into_owned();
+    })?;
+    shim.start("c")?;
+    let mut text = Vec::new();
+    let mut readers = 0;
+    let expected: usize = (1..=LINES).map(|number| number.to_string().len() + 1).sum();
+    until("everything is read", || {
+        let mut reader = File::options()
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(&fifo)?;
+        let mut piece = vec![0; 16 << 10];
+        match reader.read(&mut piece) {
+            Ok(length) => text.extend_from_slice(&piece[..length]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.into()),
+        }
+        readers += 1;
+        Ok(text.len() >= expected)
+    })?;
+    ensure!(readers > 10, "only {readers} readers");
+    ensure!(
+        shim.wait("c")? == 4 && shim.delete("c")? == 4,
+        "the code was lost"
+    );
+    let text = String::from_utf8(text)?;
+    let in_order = text
+        .lines()
+        .eq((1..=LINES).map(|number| number.to_string()));
+    ensure!(in_order, "lines are missing");
+    before.wait_for_return(&sandbox)
+}
+
+/// Opening waits for no reader (containerd's issue 4068); who writes more than a pipe holds waits, and can be killed.
+fn a_fifo_that_nobody_reads_holds_up_only_the_container(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let fifo = sandbox.directory().join("stdout");
+    mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let shim = Shim::connect(&sandbox)?;
+    let before = Footprint::of(&sandbox);
+    let mut codes = Vec::new();
+    for (id, script) in [
+        ("little", "echo little; exit 3"),
+        ("much", "seq 60000; exit 4"),
+    ] {
+        let bundle = Bundle::new(&sandbox, id, &["sh", "-c", script])?;
+        shim.create_with(id, bundle.path(), |request| {
+            request.stdout = fifo.to_string_lossy().into_owned();
+        })?;
+        shim.start(id)?;
+        if id == "much" {
+            shim.kill(id, Signal::SIGKILL)?;
+        }
+        codes.push(shim.wait(id)?);
+        shim.delete(id)?;
+    }
+    ensure!(codes == [3, 137], "{codes:?}");
+    before.wait_for_return(&sandbox)
 }

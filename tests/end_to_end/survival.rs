@@ -208,7 +208,9 @@ fn closed_input_stays_closed_for_the_next_daemon(stage: &Stage) -> anyhow::Resul
     let stdin = sandbox.directory().join("stdin");
     nix::unistd::mkfifo(&stdin, nix::sys::stat::Mode::S_IRWXU)?;
     let shim = Shim::connect(&sandbox)?;
-    shim.create_with_stdin("c", bundle.path(), &stdin)?;
+    shim.create_with("c", bundle.path(), |request| {
+        request.stdin = stdin.to_string_lossy().into_owned();
+    })?;
     shim.start("c")?;
     std::fs::write(&stdin, "input")?;
     shim.close_stdin("c")?;

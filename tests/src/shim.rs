@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, ensure};
 use containerd_shim_protos::TaskClient;
 use containerd_shim_protos::api;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use ttrpc::context::{self, Context as Metadata};
 use xtask::sandbox::Sandbox;
@@ -48,38 +49,22 @@ impl Shim {
 
     /// Creates a task from a bundle.
     pub fn create(&self, id: &str, bundle: &Path) -> ttrpc::Result<u32> {
-        let request = api::CreateTaskRequest {
-            id: id.into(),
-            bundle: bundle.to_string_lossy().into_owned(),
-            ..api::CreateTaskRequest::default()
-        };
-        self.tasks
-            .create(self.metadata(), &request)
-            .map(|response| response.pid)
+        self.create_with(id, bundle, |_| {})
     }
 
-    /// Creates a task whose input is a fifo.
-    pub fn create_with_stdin(&self, id: &str, bundle: &Path, stdin: &Path) -> ttrpc::Result<u32> {
-        let request = api::CreateTaskRequest {
+    /// Creates a task with something more in the request: streams, mounts, options.
+    pub fn create_with(
+        &self,
+        id: &str,
+        bundle: &Path,
+        more: impl FnOnce(&mut api::CreateTaskRequest),
+    ) -> ttrpc::Result<u32> {
+        let mut request = api::CreateTaskRequest {
             id: id.into(),
             bundle: bundle.to_string_lossy().into_owned(),
-            stdin: stdin.to_string_lossy().into_owned(),
             ..api::CreateTaskRequest::default()
         };
-        self.tasks
-            .create(self.metadata(), &request)
-            .map(|response| response.pid)
-    }
-
-    /// Creates a task on a terminal whose output goes to `stdout`.
-    pub fn create_on_terminal(&self, id: &str, bundle: &Path, stdout: &str) -> ttrpc::Result<u32> {
-        let request = api::CreateTaskRequest {
-            id: id.into(),
-            bundle: bundle.to_string_lossy().into_owned(),
-            stdout: stdout.into(),
-            terminal: true,
-            ..api::CreateTaskRequest::default()
-        };
+        more(&mut request);
         self.tasks
             .create(self.metadata(), &request)
             .map(|response| response.pid)
@@ -104,6 +89,16 @@ impl Shim {
         self.tasks
             .start(self.metadata(), &request)
             .map(|response| response.pid)
+    }
+
+    /// Sends a signal to its init.
+    pub fn kill(&self, id: &str, signal: Signal) -> ttrpc::Result<()> {
+        let request = api::KillRequest {
+            id: id.into(),
+            signal: (signal as i32).unsigned_abs(),
+            ..api::KillRequest::default()
+        };
+        self.tasks.kill(self.metadata(), &request).map(drop)
     }
 
     /// Its state.

@@ -43,19 +43,16 @@ impl IdMap {
 
 /// The lines of `/proc/PID/uid_map`.
 fn lines(ranges: &str) -> Option<String> {
-    let mut lines = String::new();
-    for range in ranges.split(',') {
-        let numbers: Vec<u32> = range
-            .split(':')
-            .map(str::parse)
-            .collect::<Result<_, _>>()
-            .ok()?;
-        let [inside, outside, size] = numbers.as_slice() else {
-            return None;
-        };
-        lines += &format!("{inside} {outside} {size}\n");
-    }
-    Some(lines)
+    ranges.split(',').map(line).collect()
+}
+
+fn line(range: &str) -> Option<String> {
+    let numbers = range.split(':').map(|number| number.parse().ok());
+    let numbers: Vec<u32> = numbers.collect::<Option<_>>()?;
+    let [inside, outside, size] = numbers.as_slice() else {
+        return None;
+    };
+    Some(format!("{inside} {outside} {size}\n"))
 }
 
 /// A detached mount, to be attached with [`attach`].
