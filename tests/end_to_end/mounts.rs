@@ -45,7 +45,7 @@ fn mount(kind: &str, source: &Path, target: &str, options: &[&str]) -> api::Moun
 
 fn create(shim: &Shim, id: &str, bundle: &Bundle, rootfs: &[api::Mount]) -> ttrpc::Result<u32> {
     shim.create_with(id, bundle.path(), |request| {
-        request.rootfs = rootfs.to_vec()
+        request.rootfs = rootfs.to_vec();
     })
 }
 

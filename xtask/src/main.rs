@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod fuzz;
 mod suite;
 mod tidy;
 
@@ -29,6 +30,8 @@ enum Command {
     Test(suite::Options),
     /// Compare with io.containerd.runc.v2: latency of `ctr run`, memory
     Bench(bench::Options),
+    /// Fuzz everything that reads from outside: frames, requests, options, files
+    Fuzz(fuzz::Options),
     /// Check what lints can't: dependencies between crates, module headers, where unsafe is
     Tidy,
 }
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Command::Demo => demo::run(),
         Command::Test(options) => suite::run(options),
         Command::Bench(options) => bench::run(options),
+        Command::Fuzz(options) => fuzz::run(options),
         Command::Tidy => tidy::run(),
     });
     xtask::sandbox::clean_up_all();

@@ -21,6 +21,8 @@ pub mod spec;
 pub mod stdio;
 pub mod task;
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod store;
 mod sys;
 

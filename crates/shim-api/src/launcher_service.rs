@@ -47,8 +47,9 @@ pub(crate) struct Removed {
 }
 
 impl Removed {
+    /// Of a time that is none, the epoch.
     pub(crate) fn exited_at(&self) -> SystemTime {
-        UNIX_EPOCH + self.exited_at
+        UNIX_EPOCH.checked_add(self.exited_at).unwrap_or(UNIX_EPOCH)
     }
 }
 

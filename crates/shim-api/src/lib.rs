@@ -10,6 +10,9 @@ pub mod services;
 pub mod socket;
 pub mod status;
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
+
 mod any;
 mod launcher_service;
 mod metrics;

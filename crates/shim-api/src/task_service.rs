@@ -352,7 +352,7 @@ fn invalid_id(error: embedshim_core::id::InvalidId) -> Status {
     status::of(&error.into())
 }
 
-fn mount(mount: api::Mount) -> Mount {
+pub(crate) fn mount(mount: api::Mount) -> Mount {
     Mount {
         kind: mount.type_,
         source: mount.source,

@@ -109,6 +109,11 @@ pub enum MountError {
     MountInfo(#[source] io::Error),
 }
 
+#[cfg(fuzzing)]
+pub(crate) fn options_are_understood(mount: &Mount, target: &Path) -> bool {
+    Options::parse(mount, target).is_ok()
+}
+
 /// Mounts all of `mounts` in order on (or below) `rootfs`, which is made if it is missing. On failure, what this call
 /// mounted is unmounted again.
 pub fn mount_all(mounts: &[Mount], rootfs: &Path) -> Result<(), MountError> {

@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use embedshim_core::task::RuntimeOptions;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
@@ -17,9 +18,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// Returns the message for standard output; `stdin` has the runtime's options as an `Any`, or nothing.
 pub(super) fn run(stdin: &[u8]) -> Result<Vec<u8>, Failure> {
-    let asked = Any::parse_from_bytes(stdin)
-        .map_err(|error| Failure::Usage(format!("options on standard input: {error}")))?;
-    let runtime = options::decode(Some(&asked)).map_err(|status| Failure::Usage(status.message))?;
+    let (asked, runtime) = options_of(stdin)?;
     let version = RuntimeVersion {
         version: env!("CARGO_PKG_VERSION").into(),
         ..RuntimeVersion::default()
@@ -37,6 +36,13 @@ pub(super) fn run(stdin: &[u8]) -> Result<Vec<u8>, Failure> {
     };
     info.write_to_bytes()
         .map_err(|error| Failure::Streams(error.into()))
+}
+
+pub(super) fn options_of(stdin: &[u8]) -> Result<(Any, RuntimeOptions), Failure> {
+    let asked = Any::parse_from_bytes(stdin)
+        .map_err(|error| Failure::Usage(format!("options on standard input: {error}")))?;
+    let runtime = options::decode(Some(&asked)).map_err(|status| Failure::Usage(status.message))?;
+    Ok((asked, runtime))
 }
 
 /// `runc features`; a runtime without that command has none to tell.

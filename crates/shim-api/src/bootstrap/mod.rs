@@ -73,6 +73,14 @@ fn answer(flags: &Flags) -> Result<Vec<u8>, Failure> {
     }
 }
 
+#[cfg(fuzzing)]
+pub(crate) fn understands(arguments: impl Iterator<Item = OsString>, stdin: &[u8]) -> bool {
+    Flags::parse(arguments).is_ok_and(|flags| match flags.action {
+        Action::Info => info::options_of(stdin).is_ok(),
+        _ => start::parameters(&flags, stdin).is_some(),
+    })
+}
+
 fn stdin() -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     io::stdin().lock().take(MAX_STDIN).read_to_end(&mut bytes)?;

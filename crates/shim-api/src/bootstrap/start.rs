@@ -53,7 +53,7 @@ fn events_address(flags: &Flags, stdin: &[u8]) -> String {
 
 /// The message of containerd 2.3 and later. An older one sends its options, which parse as this message too, but then the
 /// names in it are not ours.
-fn parameters(flags: &Flags, stdin: &[u8]) -> Option<BootstrapParams> {
+pub(super) fn parameters(flags: &Flags, stdin: &[u8]) -> Option<BootstrapParams> {
     let parameters = BootstrapParams::parse_from_bytes(stdin).ok()?;
     let is_ours = parameters.instance_id == flags.id && parameters.namespace == flags.namespace;
     is_ours.then_some(parameters)

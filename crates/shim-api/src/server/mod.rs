@@ -101,6 +101,11 @@ impl<H: Handler> Server<H> {
     }
 }
 
+#[cfg(fuzzing)]
+pub(crate) async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> io::Result<()> {
+    connection::run(stream, handler).await
+}
+
 /// Only our own user may speak to us, as with Go's shims (`UnixSocketRequireSameUser`).
 fn check_peer(stream: &UnixStream) -> io::Result<()> {
     let peer = stream.peer_cred()?.uid();
