@@ -91,7 +91,8 @@ fn checkpoint(shim: &Shim, id: &str, image: &Path, exit: bool) -> ttrpc::Result<
     let request = api::CheckpointTaskRequest {
         id: id.into(),
         path: image.to_string_lossy().into_owned(),
-        options: MessageField::some(options),
+        // None at all is allowed, too (containerd 18d7e84f9).
+        options: MessageField(exit.then(|| Box::new(options))),
         ..api::CheckpointTaskRequest::default()
     };
     shim.tasks.checkpoint(shim.metadata(), &request).map(drop)

@@ -3,27 +3,32 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Footprint, Heard, Listener, Shim, Stage, Test};
+use nix::sys::signal::Signal;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use shim_api::bundle::BundleNote;
-use xtask::sandbox::{Sandbox, until};
+use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 10] = tests!(EmbedshimOnly:
+    nr_4_no_exec_is_started_after_the_inits_exit,
     nr_5_the_inits_exit_is_not_delayed_by_a_stream_of_execs,
     nr_6_an_init_that_dies_during_create_is_an_error_and_leaves_nothing,
     nr_7_a_long_create_blocks_nobody,
     nr_11_a_failed_exec_on_a_terminal_leaks_nothing,
     nr_15_of_execs_with_the_same_id_one_wins,
     nr_18_a_missing_command_is_an_error_and_no_exit,
+    nr_21_what_was_started_and_never_created_is_gone_after_a_restart,
+    nr_24_a_shutdown_ends_neither_the_daemon_nor_a_task,
     the_streams_belong_to_io_gid,
 );
 
@@ -111,15 +116,6 @@ fn delete_exec(shim: &Shim, id: &str, exec: &str) -> ttrpc::Result<u32> {
         .map(|response| response.exit_status)
 }
 
-fn kill(shim: &Shim, id: &str) -> ttrpc::Result<()> {
-    let request = api::KillRequest {
-        id: id.into(),
-        signal: 9,
-        ..api::KillRequest::default()
-    };
-    shim.tasks.kill(shim.metadata(), &request).map(drop)
-}
-
 fn exits(listener: &Listener) -> Vec<Heard> {
     listener
         .heard()
@@ -152,7 +148,7 @@ fn nr_5_the_inits_exit_is_not_delayed_by_a_stream_of_execs(stage: &Stage) -> any
         }
         let end = || -> anyhow::Result<()> {
             until("execs run", || Ok(exits(&listener).len() > 8))?;
-            kill(&shim, "c")?;
+            shim.kill("c", Signal::SIGKILL)?;
             ensure!(shim.wait("c")? == 137, "not 137");
             let is_told = || exits(&listener).iter().any(|exit| exit.exec.is_none());
             until("the init's exit is told", || Ok(is_told()))
@@ -306,7 +302,7 @@ fn nr_18_a_missing_command_is_an_error_and_no_exit(stage: &Stage) -> anyhow::Res
     let error = start_exec(&shim, "c", "e").unwrap_err().to_string();
     ensure!(error.contains("executable file not found"), "{error}");
     delete_exec(&shim, "c", "e")?;
-    kill(&shim, "c")?;
+    shim.kill("c", Signal::SIGKILL)?;
     shim.wait("c")?;
     shim.delete("c")?;
     until("all is told", || {
@@ -354,5 +350,91 @@ fn the_streams_belong_to_io_gid(stage: &Stage) -> anyhow::Result<()> {
     // runc's init gives its streams to the container's user afterwards, which is root here; the group stays.
     let group = fs::metadata(&stdout)?.gid();
     ensure!(group == 2345, "group {group}");
+    Ok(())
+}
+
+fn nr_4_no_exec_is_started_after_the_inits_exit(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    add_exec(&shim, "c", "e", false, &["true"])?;
+    shim.kill("c", Signal::SIGKILL)?;
+    shim.wait("c")?;
+    let error = start_exec(&shim, "c", "e").unwrap_err().to_string();
+    ensure!(
+        error.contains("container c init process is not running"),
+        "{error}"
+    );
+    ensure!(delete_exec(&shim, "c", "e")? == 0, "it has a status");
+    ensure!(shim.delete("c")? == 137, "the code was lost");
+    before.wait_for_return(&sandbox)
+}
+
+/// containerd killed between the launcher's `start` and Create.
+fn nr_21_what_was_started_and_never_created_is_gone_after_a_restart(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let mut sandbox = stage.sandbox()?;
+    let pid = sandbox.detached(&[], "running", &["sleep", "1000"])?;
+    sandbox.kill_containerd()?;
+    let ghost = sandbox.bundle("ghost");
+    let work = sandbox
+        .directory()
+        .join("root/io.containerd.runtime.v2.task")
+        .join(sandbox.namespace())
+        .join("ghost");
+    fs::create_dir_all(&ghost)?;
+    fs::create_dir_all(&work)?;
+    std::os::unix::fs::symlink(&work, ghost.join("work"))?;
+    fs::copy(
+        sandbox.bundle("running").join("config.json"),
+        ghost.join("config.json"),
+    )?;
+    let mut launcher = Command::new(stage.binary("containerd-shim-embed-v1"));
+    launcher
+        .args(["-namespace", sandbox.namespace(), "-address"])
+        .arg(sandbox.directory().join("c.sock"))
+        .args(["-id", "ghost", "start"])
+        .env("EMBEDSHIM_STATE_DIR", sandbox.state_dir())
+        .current_dir(&ghost);
+    let finished = Running::capture(&mut launcher)?.finish(PATIENCE)?;
+    ensure!(finished.code == Some(0), "{finished:?}");
+    sandbox.start_containerd()?;
+    until("the ghost is gone", || Ok(!ghost.exists()))?;
+    let task = sandbox.task("running")?;
+    ensure!(
+        (task.pid, task.status.as_str()) == (pid, "RUNNING"),
+        "{task:?}"
+    );
+    Ok(())
+}
+
+fn nr_24_a_shutdown_ends_neither_the_daemon_nor_a_task(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    let daemon = sandbox.daemon_pid();
+    for now in [false, true] {
+        let request = api::ShutdownRequest {
+            id: "c".into(),
+            now,
+            ..api::ShutdownRequest::default()
+        };
+        shim.tasks.shutdown(shim.metadata(), &request)?;
+    }
+    ensure!(
+        shim.state("c")?.status() == api::Status::RUNNING,
+        "it does not run"
+    );
+    ensure!(
+        sandbox.daemon_pid() == daemon,
+        "that is not the same daemon"
+    );
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(shim.wait("c")? == 137, "the code was lost");
+    shim.delete("c")?;
     Ok(())
 }

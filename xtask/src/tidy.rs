@@ -39,6 +39,8 @@ const ARROWS: [(&str, &[&str]); 8] = [
 ];
 /// What every checkout must have.
 const DOCUMENTS: [&str; 4] = ["README.md", "ARCHITECTURE.md", "LICENSE", "deny.toml"];
+/// Names tests, which must exist.
+const CONTRACT: &str = "docs/contract.md";
 /// Names that say nothing.
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "common", "helpers", "misc", "manager"];
 /// Beyond this, a file has more than one subject.
@@ -54,10 +56,18 @@ pub(crate) fn run() -> anyhow::Result<()> {
         }
     }
     justified_dependencies(&mut violations)?;
+    let mut all = String::new();
     for file in sources(&workspace())? {
         let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
         let shown = file.strip_prefix(workspace()).unwrap_or(&file).to_owned();
         source(&shown, &text, &mut violations);
+        all.push_str(&text);
+    }
+    let contract = fs::read_to_string(workspace().join(CONTRACT))?;
+    for test in promised_tests(&contract) {
+        if !all.contains(&format!("fn {test}(")) {
+            violations.push(format!("{CONTRACT}: there is no test {test}"));
+        }
     }
     if violations.is_empty() {
         println!("tidy");
@@ -131,6 +141,16 @@ fn justified_dependencies(violations: &mut Vec<String>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The tests that the regression list names, in backquotes in the last column.
+fn promised_tests(contract: &str) -> impl Iterator<Item = &str> {
+    let list = contract.split("## The regression list").nth(1);
+    let cells = list
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.split(" | ").nth(2));
+    cells.flat_map(|cell| cell.split('`').skip(1).step_by(2))
+}
+
 fn sources(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(root)? {
@@ -184,6 +204,13 @@ fn has_unsafe(line: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn promised_tests_are_those_of_the_last_column() {
+        let text =
+            "`no` |\n## The regression list\n| 1 | `x` | `a`, `b` (c) |\n| 2 | y | a Go matter |\n";
+        assert_eq!(promised_tests(text).collect::<Vec<_>>(), ["a", "b"]);
+    }
 
     #[test]
     fn violations_are_found() {
