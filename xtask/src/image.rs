@@ -100,12 +100,21 @@ fn fill(rootfs: &Path) -> anyhow::Result<()> {
     for applet in APPLETS {
         symlink("busybox", bin.join(applet))?;
     }
-    let source = workspace().join("tests/guest/guest.c");
+    compile("tests/guest/guest.c", &bin.join("guest"))
+}
+
+/// Compiles the program whose processes end in every way there is, for the conformance suite.
+pub fn compile_shapes(program: &Path) -> anyhow::Result<()> {
+    compile("tests/conformance/shapes.c", program)
+}
+
+/// A static program, which runs in any image and guest.
+fn compile(source: &str, program: &Path) -> anyhow::Result<()> {
     let mut compiler = Command::new("cc");
     compiler
         .args(["-O1", "-Wall", "-Werror", "-static", "-pthread", "-o"])
-        .arg(bin.join("guest"))
-        .arg(source);
+        .arg(program)
+        .arg(workspace().join(source));
     run(&mut compiler)
 }
 

@@ -1,5 +1,6 @@
 //! A process that cannot be confused with another: [`Process`] is a pidfd plus [`ProcessIdentity`].
-//! Owns pid-reuse safety; knows nothing of containers.
+//! Owns pid-reuse safety; knows nothing of containers. Where the kernel has no pidfds (before 5.3, or behind a seccomp filter) the
+//! identity alone is compared, right before and after each use of the number.
 
 use std::fmt;
 use std::fs;
@@ -55,35 +56,35 @@ pub enum OpenError {
 /// A process held by its pidfd: while this value lives, its number is never mistaken for another's.
 pub struct Process {
     identity: ProcessIdentity,
-    pidfd: OwnedFd,
+    pidfd: Option<OwnedFd>,
 }
 
 impl Process {
-    /// Opens the process with this number, living or zombie (Linux 5.3).
+    /// Opens the process with this number, living or zombie. Without a pidfd where the kernel has none (before Linux 5.3).
     pub fn open(pid: i32) -> Result<Self, OpenError> {
         let kernel = |call| move |source| OpenError::Kernel { call, pid, source };
         if pid <= 0 {
             return Err(OpenError::Gone { pid });
         }
-        let pidfd: OwnedFd = match PidFd::from_pid(pid) {
-            Err(e) if e.raw_os_error() == Some(Errno::ESRCH as i32) => {
-                return Err(OpenError::Gone { pid });
-            }
-            other => other.map_err(kernel("pidfd_open"))?.into(),
+        let pidfd: Option<OwnedFd> = match PidFd::from_pid(pid) {
+            Ok(pidfd) => Some(pidfd.into()),
+            Err(error) if is(&error, Errno::ESRCH) => return Err(OpenError::Gone { pid }),
+            // EPERM is a seccomp filter's answer: the call itself needs no right.
+            Err(error) if is(&error, Errno::ENOSYS) || is(&error, Errno::EPERM) => None,
+            Err(source) => return Err(kernel("pidfd_open")(source)),
         };
         let start_ticks = match read_start_ticks(pid) {
-            Err(e)
-                if matches!(e.kind(), io::ErrorKind::NotFound)
-                    || e.raw_os_error() == Some(Errno::ESRCH as i32) =>
-            {
-                return Err(OpenError::Gone { pid });
-            }
+            Err(error) if is_gone(&error) => return Err(OpenError::Gone { pid }),
             other => other.map_err(kernel("reading /proc/PID/stat"))?,
+        };
+        let inode = match &pidfd {
+            Some(pidfd) => pidfs_inode(pidfd.as_fd()).map_err(kernel("fstatfs"))?,
+            None => None,
         };
         let identity = ProcessIdentity {
             pid,
             start_ticks,
-            inode: pidfs_inode(pidfd.as_fd()).map_err(kernel("fstatfs"))?,
+            inode,
         };
         let process = Self { identity, pidfd };
         // The stat file was read by number. Only if the pidfd's process is unreaped even now was it its own.
@@ -91,6 +92,31 @@ impl Process {
             return Err(OpenError::Gone { pid });
         }
         Ok(process)
+    }
+
+    /// The process that `identity` names, by a pidfd that somebody has kept of it, reaped or not. A pidfd of another process counts
+    /// as gone.
+    pub fn from_pidfd(identity: ProcessIdentity, pidfd: OwnedFd) -> Result<Self, OpenError> {
+        let pid = identity.pid;
+        let kernel = |call| move |source| OpenError::Kernel { call, pid, source };
+        let inode = pidfs_inode(pidfd.as_fd()).map_err(kernel("fstatfs"))?;
+        let process = Self {
+            identity,
+            pidfd: Some(pidfd),
+        };
+        let is_same = match (identity.inode, inode) {
+            (Some(known), Some(found)) => known == found,
+            // Without pidfs a reaped process cannot be compared any more; the name it was kept under has to do.
+            _ => {
+                process.is_reaped().map_err(kernel("pidfd_send_signal"))?
+                    || read_start_ticks(pid).is_ok_and(|ticks| ticks == identity.start_ticks)
+            }
+        };
+        if is_same {
+            Ok(process)
+        } else {
+            Err(OpenError::Gone { pid })
+        }
     }
 
     /// Opens the very process that `identity` names; another one with its number counts as gone.
@@ -108,14 +134,17 @@ impl Process {
         self.identity
     }
 
-    /// The pidfd; readable once the whole thread group has ended.
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+    /// The pidfd, if the kernel has them; readable once the whole thread group has ended.
+    pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().map(AsFd::as_fd)
     }
 
     /// Whether the whole thread group has ended, reaped or not.
     pub fn has_ended(&self) -> io::Result<bool> {
-        let mut fds = [PollFd::new(self.pidfd(), PollFlags::POLLIN)];
+        let Some(pidfd) = self.pidfd() else {
+            return self.has_ended_by_stat();
+        };
+        let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
         loop {
             match poll(&mut fds, PollTimeout::ZERO) {
                 Err(Errno::EINTR) => {}
@@ -124,17 +153,38 @@ impl Process {
         }
     }
 
+    /// A main thread that ended first is a zombie while others go on: only one that is its group's last thread is the end.
+    fn has_ended_by_stat(&self) -> io::Result<bool> {
+        const THREADS: usize = 20;
+        let stat = match fs::read(format!("/proc/{}/stat", self.identity.pid)) {
+            Err(error) if is_gone(&error) => return Ok(true),
+            other => other?,
+        };
+        if parse_stat_field(&stat, START_TIME) != Some(self.identity.start_ticks) {
+            return Ok(true);
+        }
+        let is_zombie = matches!(stat_state(&stat), Some(b'Z' | b'X'));
+        Ok(is_zombie && parse_stat_field(&stat, THREADS).is_none_or(|threads| threads <= 1))
+    }
+
     /// Sends a signal. `ESRCH` if it is reaped already.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
+        let Some(pidfd) = &self.pidfd else {
+            let pid = self.identity.pid;
+            if !read_start_ticks(pid).is_ok_and(|ticks| ticks == self.identity.start_ticks) {
+                return Err(Errno::ESRCH.into());
+            }
+            return crate::sys::kill(pid, signal);
+        };
         // A duplicate, since `PidFd` caches the exit status in a way that cannot be shared by threads.
-        PidFd::from(self.pidfd.try_clone()?).send_signal(signal)
+        PidFd::from(pidfd.try_clone()?).send_signal(signal)
     }
 
     fn is_reaped(&self) -> io::Result<bool> {
         match self.signal(0) {
-            Err(e) if e.raw_os_error() == Some(Errno::ESRCH as i32) => Ok(true),
+            Err(error) if is(&error, Errno::ESRCH) => Ok(true),
             // A process we may not signal is a process nonetheless.
-            Err(e) if e.raw_os_error() == Some(Errno::EPERM as i32) => Ok(false),
+            Err(error) if is(&error, Errno::EPERM) => Ok(false),
             other => other.map(|()| false),
         }
     }
@@ -148,10 +198,13 @@ impl fmt::Debug for Process {
     }
 }
 
-impl AsFd for Process {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd()
-    }
+fn is(error: &io::Error, errno: Errno) -> bool {
+    error.raw_os_error() == Some(errno as i32)
+}
+
+/// What `/proc/PID` answers when there is no such process, or none any more.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || is(error, Errno::ESRCH)
 }
 
 fn pidfs_inode(pidfd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
@@ -162,9 +215,11 @@ fn pidfs_inode(pidfd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
     Ok(Some(nix::sys::stat::fstat(pidfd)?.st_ino))
 }
 
-/// Field 22 of `/proc/PID/stat`.
+/// The field of `/proc/PID/stat` with the start time.
+const START_TIME: usize = 22;
+
 fn read_start_ticks(pid: i32) -> io::Result<u64> {
-    parse_stat_field(&fs::read(format!("/proc/{pid}/stat"))?, 22)
+    parse_stat_field(&fs::read(format!("/proc/{pid}/stat"))?, START_TIME)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no start time"))
 }
 
@@ -179,6 +234,12 @@ pub fn parse_stat_field(stat: &[u8], field: usize) -> Option<u64> {
         .nth(field.checked_sub(3)?)?
         .parse()
         .ok()
+}
+
+/// The state, which is the third field and no number.
+fn stat_state(stat: &[u8]) -> Option<u8> {
+    let close = stat.iter().rposition(|&byte| byte == b')')?;
+    stat.get(close + 2).copied()
 }
 
 #[cfg(test)]
@@ -209,6 +270,48 @@ mod tests {
             Process::reopen(process.identity()),
             Err(OpenError::Gone { .. })
         ));
+    }
+
+    #[test]
+    fn without_pidfds_the_stat_file_tells() {
+        let mut child = Command::new("true").spawn().unwrap();
+        let opened = Process::open(i32::try_from(child.id()).unwrap()).unwrap();
+        let process = Process {
+            identity: opened.identity(),
+            pidfd: None,
+        };
+        while !opened.has_ended().unwrap() {
+            std::thread::yield_now();
+        }
+        assert!(process.has_ended().unwrap());
+        process.signal(0).unwrap();
+        child.wait().unwrap();
+        assert!(process.has_ended().unwrap());
+        assert!(process.signal(0).is_err());
+        let me = Process {
+            identity: Process::open(i32::try_from(std::process::id()).unwrap())
+                .unwrap()
+                .identity(),
+            pidfd: None,
+        };
+        assert!(!me.has_ended().unwrap());
+    }
+
+    #[test]
+    fn a_kept_pidfd_is_its_processs_for_ever() {
+        let mut children = [(); 2].map(|()| Command::new("true").spawn().unwrap());
+        let [one, other] = children
+            .each_ref()
+            .map(|child| Process::open(i32::try_from(child.id()).unwrap()).unwrap());
+        let keep = |process: &Process| process.pidfd().unwrap().try_clone_to_owned().unwrap();
+        for child in &mut children {
+            child.wait().unwrap();
+        }
+        assert!(Process::from_pidfd(one.identity(), keep(&one)).is_ok());
+        if one.identity().inode.is_some() {
+            let wrong = Process::from_pidfd(one.identity(), keep(&other));
+            assert!(matches!(wrong, Err(OpenError::Gone { .. })));
+        }
     }
 
     #[test]

@@ -36,6 +36,15 @@ pub(crate) fn set_window_size(terminal: BorrowedFd<'_>, width: u16, height: u16)
     }
 }
 
+/// Sends any signal, or none with 0. nix knows no real-time signals.
+pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: plain numbers; no memory is touched.
+    if unsafe { libc::kill(pid, signal) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// The first of our zombies, not reaped. nix's `waitid` fails on one that a real-time signal has killed.
 pub(crate) fn peek_zombie() -> io::Result<Option<i32>> {
     wait(libc::P_ALL, 0, libc::WNOWAIT)

@@ -42,7 +42,7 @@ pub(crate) fn open(
             )?)
         }
         Backend::Pidfd => Arc::new(readiness()?),
-        Backend::Ptrace => Arc::new(PtraceMonitor::open()?),
+        Backend::Ptrace => Arc::new(PtraceMonitor::open(Arc::new(readiness()?))?),
         other => anyhow::bail!("the {other} exit monitor is not built in"),
     })
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use aya::maps::MapError;
 use embedshim_core::exit::{
-    Adopted, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees, Survives,
+    Adopted, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees, Known, Survives,
     WatchError, Watched,
 };
 use embedshim_core::process::{Process, ProcessIdentity};
@@ -205,10 +205,10 @@ impl ExitMonitor for BpfMonitor {
         }
     }
 
-    async fn adopt(&self, known: &[ProcessIdentity]) -> Result<Vec<Adopted>, WatchError> {
+    async fn adopt(&self, known: Vec<Known>) -> Result<Vec<Adopted>, WatchError> {
         {
             let mut state = self.state();
-            let numbers: HashSet<u32> = known.iter().map(|&identity| number(identity)).collect();
+            let numbers: HashSet<u32> = known.iter().map(|known| number(known.identity)).collect();
             let present = state
                 .maps()
                 .tracked()
@@ -217,7 +217,7 @@ impl ExitMonitor for BpfMonitor {
             for number in present.collect::<HashSet<_>>().difference(&numbers) {
                 state.maps().forget(*number);
             }
-            for &identity in known {
+            for identity in known.iter().map(|known| known.identity) {
                 // Where the pins were lost it is tracked only from here on; where not, this writes what is there.
                 if let Err(error) = state.track(identity) {
                     warn!(pid = identity.pid, %error, "its exit is known by other means only");

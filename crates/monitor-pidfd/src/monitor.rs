@@ -6,12 +6,13 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use embedshim_core::clock::BootTime;
 use embedshim_core::exit::{
-    Adopted, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees, UnknownReason,
-    WatchError, Watched,
+    Adopted, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees, Known,
+    UnknownReason, WatchError, Watched,
 };
 use embedshim_core::process::{OpenError, Process, ProcessIdentity};
 use nix::errno::Errno;
@@ -22,6 +23,8 @@ use crate::{probe, status, sys};
 
 /// How many exits are taken from the kernel at once.
 const BATCH: usize = 256;
+/// How often processes are looked at where the kernel has no pidfds.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Learns of exits by pidfds.
 pub struct PidfdMonitor {
@@ -30,6 +33,8 @@ pub struct PidfdMonitor {
     ready: AsyncFd<File>,
     watches: Mutex<Watches>,
     guarantees: Guarantees,
+    /// The kernel has no pidfds: somebody has to go and look.
+    by_looking: bool,
 }
 
 #[derive(Default)]
@@ -57,6 +62,7 @@ impl PidfdMonitor {
             ready,
             watches: Mutex::default(),
             guarantees: probe::guarantees(),
+            by_looking: !probe::has_pidfds(),
         })
     }
 
@@ -68,14 +74,16 @@ impl PidfdMonitor {
         }
         watches.last += 1;
         let token = watches.last;
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
-        self.epoll
-            .add(process.pidfd(), event)
-            .map_err(|errno| WatchError::Kernel {
-                call: "epoll_ctl",
-                pid: identity.pid,
-                source: errno.into(),
-            })?;
+        if let Some(pidfd) = process.pidfd() {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
+            self.epoll
+                .add(pidfd, event)
+                .map_err(|errno| WatchError::Kernel {
+                    call: "epoll_ctl",
+                    pid: identity.pid,
+                    source: errno.into(),
+                })?;
+        }
         watches.tokens.insert(identity, token);
         watches.processes.insert(token, Arc::clone(process));
         Ok(())
@@ -86,8 +94,10 @@ impl PidfdMonitor {
         let mut watches = self.watches();
         let process = watches.processes.remove(&token)?;
         watches.tokens.remove(&process.identity());
-        // The descriptor is the process's, still open: the kernel has nothing to complain of.
-        let _ = self.epoll.delete(process.pidfd());
+        if let Some(pidfd) = process.pidfd() {
+            // The descriptor is the process's, still open: the kernel has nothing to complain of.
+            let _ = self.epoll.delete(pidfd);
+        }
         Some(process)
     }
 
@@ -115,6 +125,22 @@ impl PidfdMonitor {
             .filter_map(|event| self.disarm(event.data()));
         into.extend(ended.map(|process| record(&process)));
         Ok(count)
+    }
+
+    /// Takes the exits of processes that have no pidfd.
+    fn take_by_looking(&self, into: &mut Vec<ExitRecord>) {
+        let without: Vec<(u64, Arc<Process>)> = self
+            .watches()
+            .processes
+            .iter()
+            .filter(|(_, process)| process.pidfd().is_none())
+            .map(|(&token, process)| (token, Arc::clone(process)))
+            .collect();
+        let ended = without
+            .into_iter()
+            .filter(|(_, process)| process.has_ended().unwrap_or(false))
+            .filter_map(|(token, _)| self.disarm(token));
+        into.extend(ended.map(|process| record(&process)));
     }
 
     fn watches(&self) -> MutexGuard<'_, Watches> {
@@ -159,10 +185,11 @@ impl ExitMonitor for PidfdMonitor {
         Ok(taken.map_or(Watched::Armed, |process| Watched::Ended(record(&process))))
     }
 
-    async fn adopt(&self, known: &[ProcessIdentity]) -> Result<Vec<Adopted>, WatchError> {
+    async fn adopt(&self, known: Vec<Known>) -> Result<Vec<Adopted>, WatchError> {
         let mut adopted = Vec::with_capacity(known.len());
-        for &identity in known {
-            adopted.push(match Process::reopen(identity).map(Arc::new) {
+        for known in known {
+            let identity = known.identity;
+            adopted.push(match known.open().map(Arc::new) {
                 Ok(process) => match self.watch(Arc::clone(&process)).await? {
                     Watched::Armed => Adopted::Armed(process),
                     Watched::Ended(record) => Adopted::Ended(record),
@@ -193,15 +220,20 @@ impl ExitMonitor for PidfdMonitor {
     async fn next_exits(&self, into: &mut Vec<ExitRecord>) -> Result<(), WatchError> {
         let before = into.len();
         loop {
-            let mut ready = self
-                .ready
-                .readable()
-                .await
-                .map_err(|source| WatchError::Kernel {
-                    call: "waiting for epoll",
-                    pid: 0,
-                    source,
-                })?;
+            if self.by_looking {
+                self.take_by_looking(into);
+                if into.len() > before {
+                    return Ok(());
+                }
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            let failed = |source| WatchError::Kernel {
+                call: "waiting for epoll",
+                pid: 0,
+                source,
+            };
+            let mut ready = self.ready.readable().await.map_err(failed)?;
             // No await from here on: an exit is taken from the kernel and given to the caller in one step.
             if self.take_ready(into)? == 0 {
                 ready.clear_ready();

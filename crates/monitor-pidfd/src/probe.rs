@@ -5,55 +5,57 @@ use std::io;
 use embedshim_core::exit::{Availability, Backend, Feature, Guarantees, Survives};
 use embedshim_core::process::{OpenError, Process};
 
-use crate::sys;
+use crate::status;
+use crate::sys::{self, Target};
 
 /// The code of the child that is used for trying; unlikely to come from anywhere else.
 const CODE: u8 = 42;
 
 type Tried = Result<(), (String, Option<String>)>;
 
-/// Tries everything this backend needs.
+/// Tries everything this backend needs. It runs everywhere; what is missing makes it slower or less certain.
 pub fn probe() -> Availability {
-    let open = open_self();
     let child = try_child();
-    let inode = match &open {
+    let missing = |why: &str, since: &str| Err((why.to_owned(), Some(newer(since))));
+    let opened: Tried = match open_self() {
+        Ok(process) if process.pidfd().is_some() => Ok(()),
+        Ok(_) => missing("the kernel has no pidfds", "5.3"),
+        Err(error) => missing(&error.to_string(), "5.3"),
+    };
+    let waited: Tried = match &child {
+        Ok(child) if child.by_pidfd => Ok(()),
+        Ok(_) => missing("children are waited for by number", "5.4"),
+        Err(error) => missing(&error.to_string(), "5.4"),
+    };
+    let inode: Tried = match open_self() {
         Ok(process) if process.identity().inode.is_some() => Ok(()),
-        _ => Err(("pidfds of this kernel share one inode".to_owned(), None)),
+        _ => missing("pidfds share one inode, or are none", "6.9"),
     };
-    let newer = |since: &str| Some(format!("run Linux {since} or newer"));
-    let failed = |error: String, since: &str| (error, newer(since));
-    let opened: Tried = open
-        .as_ref()
-        .map(|_| ())
-        .map_err(|error| failed(error.to_string(), "5.3"));
-    let waited: Tried = child
-        .as_ref()
-        .map(|_| ())
-        .map_err(|error| failed(error.to_string(), "5.4"));
     let kept: Tried = match &child {
-        Ok(Some(_)) => Ok(()),
-        Ok(None) => Err(failed(
-            "the kernel forgets a process that is reaped".into(),
-            "6.15",
-        )),
-        Err(error) => Err(failed(error.to_string(), "6.15")),
+        Ok(child) if child.is_kept => Ok(()),
+        Ok(_) => missing("the kernel forgets a process that is reaped", "6.15"),
+        Err(error) => missing(&error.to_string(), "6.15"),
     };
-    let verdict = match (&opened, &waited) {
-        (Err((why, _)), _) => Err(format!("pidfd_open: {why}")),
-        (_, Err((why, _))) => Err(format!("waitid(P_PIDFD): {why}")),
-        (Ok(()), Ok(())) => Ok(guarantees_if(kept.is_ok())),
+    let verdict = match &child {
+        Ok(child) => Ok(guarantees_if(child.is_kept)),
+        Err(error) => Err(format!("not even a child can be waited for: {error}")),
     };
-    let remedies = match &kept {
-        Err((_, Some(remedy))) => vec![format!(
-            "{remedy}, for the status of processes that are not our children"
-        )],
-        _ => Vec::new(),
+    let improve = |tried: &Tried, what| {
+        let (_, remedy) = tried.as_ref().err()?;
+        Some(format!("{}, {what}", remedy.as_ref()?))
     };
+    let remedies = [
+        improve(&opened, "to see ends at once and not by looking"),
+        improve(
+            &kept,
+            "for the status of processes that are not our children",
+        ),
+    ];
     let features = vec![
         Feature::tried(
             "pidfd_open",
             "5.3",
-            "to see that a process has ended",
+            "to see at once that a process has ended",
             opened,
         ),
         Feature::tried(
@@ -79,13 +81,22 @@ pub fn probe() -> Availability {
         backend: Backend::Pidfd,
         features,
         verdict,
-        remedies,
+        remedies: remedies.into_iter().flatten().collect(),
     }
+}
+
+fn newer(since: &str) -> String {
+    format!("run Linux {since} or newer")
 }
 
 /// What the monitor promises on this kernel.
 pub(crate) fn guarantees() -> Guarantees {
-    guarantees_if(matches!(try_child(), Ok(Some(_))))
+    guarantees_if(try_child().is_ok_and(|child| child.is_kept))
+}
+
+/// Whether there are pidfds at all.
+pub(crate) fn has_pidfds() -> bool {
+    open_self().is_ok_and(|process| process.pidfd().is_some())
 }
 
 fn guarantees_if(kept_by_the_kernel: bool) -> Guarantees {
@@ -104,21 +115,40 @@ fn open_self() -> Result<Process, OpenError> {
     Process::open(i32::try_from(std::process::id()).unwrap_or(0))
 }
 
-/// Reaps a child by pidfd, then asks the kernel what it remembers of it.
-fn try_child() -> io::Result<Option<i32>> {
+/// What was learned of a child that ended at once.
+struct Child {
+    /// It could be waited for by its pidfd.
+    by_pidfd: bool,
+    /// The kernel knows its status after it was reaped.
+    is_kept: bool,
+}
+
+/// Reaps a child, then asks the kernel what it remembers of it.
+fn try_child() -> io::Result<Child> {
     let pid = sys::fork_and_exit(CODE)?;
     let process = Process::open(pid).map_err(io::Error::other)?;
     while !process.has_ended()? {
         std::thread::yield_now();
     }
     let expected = i32::from(CODE) << 8;
-    match sys::reap(process.pidfd())? {
-        Some(status) if status == expected => {}
-        other => {
-            return Err(io::Error::other(format!(
-                "a child that ended with {CODE} showed {other:?}"
-            )));
-        }
+    let by_pidfd = match process.pidfd() {
+        Some(pidfd) => sys::reap(Target::Pidfd(pidfd)).ok().flatten(),
+        None => None,
+    };
+    let status = match by_pidfd {
+        None => status::reap(&process)?,
+        known => known,
+    };
+    if status != Some(expected) {
+        let text = format!("a child that ended with {CODE} showed {status:?}");
+        return Err(io::Error::other(text));
     }
-    Ok(sys::exit_info(process.pidfd())?.filter(|&status| status == expected))
+    let kept = match process.pidfd() {
+        Some(pidfd) => sys::exit_info(pidfd)?,
+        None => None,
+    };
+    Ok(Child {
+        by_pidfd: by_pidfd.is_some(),
+        is_kept: kept == Some(expected),
+    })
 }

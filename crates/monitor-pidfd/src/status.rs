@@ -1,12 +1,13 @@
 //! How an ended process ended, asked of everybody who may know, in the order of their authority.
 
 use std::fs;
+use std::io;
 
 use embedshim_core::exit::{Evidence, ExitStatus, UnknownReason};
 use embedshim_core::process::{Process, parse_stat_field};
 use tracing::debug;
 
-use crate::sys;
+use crate::sys::{self, Target};
 
 /// Fields of `/proc/PID/stat` (proc(5)).
 const START_TIME: usize = 22;
@@ -16,7 +17,7 @@ const EXIT_CODE: usize = 52;
 pub(crate) fn of_ended(process: &Process) -> (ExitStatus, Evidence) {
     let known = |raw, evidence| (ExitStatus::from_wait_status(raw), evidence);
     // Our child: this also reaps it.
-    if let Some(raw) = logged("waitid", process, sys::reap(process.pidfd())) {
+    if let Some(raw) = logged("waitid", process, reap(process)) {
         return known(raw, Evidence::Wait);
     }
     if let Some(raw) = exit_info(process) {
@@ -37,9 +38,28 @@ pub(crate) fn of_ended(process: &Process) -> (ExitStatus, Evidence) {
     )
 }
 
+/// Reaps our child. By its number before Linux 5.4: that is its own as long as it is not reaped.
+pub(crate) fn reap(process: &Process) -> io::Result<Option<i32>> {
+    if let Some(pidfd) = process.pidfd() {
+        match sys::reap(Target::Pidfd(pidfd)) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            other => return other,
+        }
+    }
+    let identity = process.identity();
+    let stat = match fs::read(format!("/proc/{}/stat", identity.pid)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    if parse_stat_field(&stat, START_TIME) != Some(identity.start_ticks) {
+        return Ok(None);
+    }
+    sys::reap(Target::Number(identity.pid))
+}
+
 /// What the kernel keeps for the pidfds of a reaped process, since 6.15.
 fn exit_info(process: &Process) -> Option<i32> {
-    logged("PIDFD_GET_INFO", process, sys::exit_info(process.pidfd()))
+    logged("PIDFD_GET_INFO", process, sys::exit_info(process.pidfd()?))
 }
 
 /// What a zombie that is somebody else's child still shows.
@@ -54,11 +74,7 @@ fn of_zombie(process: &Process) -> Option<i32> {
     process.signal(0).ok().map(|()| raw)
 }
 
-fn logged(
-    call: &'static str,
-    process: &Process,
-    result: std::io::Result<Option<i32>>,
-) -> Option<i32> {
+fn logged(call: &'static str, process: &Process, result: io::Result<Option<i32>>) -> Option<i32> {
     result.unwrap_or_else(|error| {
         debug!(call, pid = process.identity().pid, %error, "does not tell the exit status");
         None

@@ -59,23 +59,30 @@ pub(crate) fn exit_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     }
 }
 
-/// Reaps our child and gives its wait status; `None` if it is not our child. `waitid` by pidfd is of Linux 5.4.
+/// Whom to reap.
+#[derive(Clone, Copy)]
+pub(crate) enum Target<'a> {
+    /// Since Linux 5.4; before, EINVAL.
+    Pidfd(BorrowedFd<'a>),
+    /// One that is known to be unreaped, or somebody else might be meant.
+    Number(i32),
+}
+
+/// Reaps our child and gives its wait status; `None` if it is not our child.
 ///
 /// Not nix's: that fails on a process killed by a real-time signal.
-pub(crate) fn reap(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
-    let id = libc::id_t::try_from(pidfd.as_raw_fd()).map_err(io::Error::other)?;
+pub(crate) fn reap(target: Target<'_>) -> io::Result<Option<i32>> {
+    let (kind, id) = match target {
+        Target::Pidfd(pidfd) => (libc::P_PIDFD, pidfd.as_raw_fd()),
+        Target::Number(pid) => (libc::P_PID, pid),
+    };
+    let id = libc::id_t::try_from(id).map_err(io::Error::other)?;
     loop {
         // SAFETY: siginfo_t is plain data for which all zeros are valid.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        // SAFETY: waitid writes one siginfo_t, which lives through the call; the descriptor is borrowed.
-        let result = unsafe {
-            libc::waitid(
-                libc::P_PIDFD,
-                id,
-                &raw mut info,
-                libc::WEXITED | libc::WNOHANG,
-            )
-        };
+        // SAFETY: waitid writes one siginfo_t, which lives through the call; a descriptor is borrowed and so open.
+        let result =
+            unsafe { libc::waitid(kind, id, &raw mut info, libc::WEXITED | libc::WNOHANG) };
         if result == 0 {
             return Ok(wait_status(&info));
         }

@@ -199,7 +199,7 @@ async fn a_process_that_is_gone_when_adopted_is_unknown_and_not_invented() {
     child.wait().unwrap();
     let mut living = sleeper();
     let adopted = monitor
-        .adopt(&[gone, open(living.id()).identity()])
+        .adopt(vec![gone.into(), open(living.id()).identity().into()])
         .await
         .unwrap();
     let [Adopted::Ended(record), Adopted::Armed(_)] = &adopted[..] else {

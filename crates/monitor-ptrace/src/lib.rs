@@ -1,89 +1,17 @@
-//! The ptrace fallback: not built yet. It says so through the types of the trait, so that probing and selection already
-//! know its place: the last resort, for kernels where neither BPF nor pidfds tell an exit status.
+//! Exits by ptrace, the last resort: one tracer thread seizes processes that are not our children, where neither BPF nor pidfds tell
+//! how those end. Decorates the monitor that tells *that* a process is dead.
+//!
+//! It has a price: a traced process cannot be debugged by anybody else, each of its signals and new threads takes two context
+//! switches more, and nothing is known of an exit while no tracer runs. Our own children are never traced: `waitid` tells.
+//!
+//! Linux 3.4; CAP_SYS_PTRACE; yama's `ptrace_scope` below 3.
 
-use std::sync::Arc;
+#![allow(clippy::doc_markdown, reason = "capability names are words here")]
 
-use async_trait::async_trait;
-use embedshim_core::exit::{
-    Adopted, Availability, Backend, ExitMonitor, ExitRecord, Guarantees, Survives, WatchError,
-    Watched,
-};
-use embedshim_core::process::{Process, ProcessIdentity};
+mod monitor;
+mod probe;
+mod sys;
+mod tracer;
 
-const WHY: &str = "it is not supported yet; use bpf or pidfd";
-
-/// Would learn of exits as a tracer. It cannot be made: [`open`](Self::open) always refuses.
-#[derive(Debug)]
-pub struct PtraceMonitor {
-    never: std::convert::Infallible,
-}
-
-/// What this backend can do here: nothing yet.
-pub fn probe() -> Availability {
-    Availability {
-        backend: Backend::Ptrace,
-        features: Vec::new(),
-        verdict: Err(WHY.into()),
-        remedies: Vec::new(),
-    }
-}
-
-impl PtraceMonitor {
-    /// Always [`WatchError::Unsupported`].
-    pub fn open() -> Result<Self, WatchError> {
-        Err(WatchError::Unsupported {
-            backend: Backend::Ptrace,
-            why: WHY.into(),
-        })
-    }
-}
-
-#[async_trait]
-impl ExitMonitor for PtraceMonitor {
-    fn backend(&self) -> Backend {
-        Backend::Ptrace
-    }
-
-    fn guarantees(&self) -> Guarantees {
-        Guarantees {
-            survives: Survives::Nothing,
-            exact_for_others: true,
-            exact_time: false,
-        }
-    }
-
-    async fn watch(&self, _process: Arc<Process>) -> Result<Watched, WatchError> {
-        match self.never {}
-    }
-
-    async fn adopt(&self, _known: &[ProcessIdentity]) -> Result<Vec<Adopted>, WatchError> {
-        match self.never {}
-    }
-
-    async fn next_exits(&self, _into: &mut Vec<ExitRecord>) -> Result<(), WatchError> {
-        match self.never {}
-    }
-
-    async fn confirm(&self, _process: ProcessIdentity) -> Result<(), WatchError> {
-        match self.never {}
-    }
-
-    async fn unwatch(&self, _process: ProcessIdentity) -> Result<(), WatchError> {
-        match self.never {}
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn it_refuses_in_words() {
-        let refused = PtraceMonitor::open().unwrap_err().to_string();
-        assert_eq!(
-            refused,
-            "the ptrace exit monitor cannot run here: it is not supported yet; use bpf or pidfd"
-        );
-        assert!(probe().verdict.is_err());
-    }
-}
+pub use monitor::PtraceMonitor;
+pub use probe::probe;

@@ -8,7 +8,9 @@ mod record;
 mod selection;
 mod status;
 
-pub use monitor::{Adopted, Backend, ExitMonitor, Guarantees, Survives, WatchError, Watched};
+pub use monitor::{
+    Adopted, Backend, ExitMonitor, Guarantees, Known, Survives, WatchError, Watched,
+};
 pub use probe::{Availability, Feature, FeatureState};
 pub use record::{Evidence, ExitRecord};
 pub use selection::{Choice, NoBackend, Policy, Rejected, choose};

@@ -3,13 +3,14 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use super::ExitRecord;
-use crate::process::{Process, ProcessIdentity};
+use crate::process::{OpenError, Process, ProcessIdentity};
 
 /// Learns how watched processes end, without being their parent.
 ///
@@ -31,7 +32,7 @@ pub trait ExitMonitor: fmt::Debug + Send + Sync + 'static {
     async fn watch(&self, process: Arc<Process>) -> Result<Watched, WatchError>;
 
     /// After a restart: takes over the watches of a predecessor. Answers in the order of `known`.
-    async fn adopt(&self, known: &[ProcessIdentity]) -> Result<Vec<Adopted>, WatchError>;
+    async fn adopt(&self, known: Vec<Known>) -> Result<Vec<Adopted>, WatchError>;
 
     /// Waits for the next exits and appends them to `into`. Cancel-safe. An exit that is not
     /// [confirmed](Self::confirm) is reported again by the next instance's [`adopt`](Self::adopt).
@@ -51,6 +52,34 @@ pub enum Watched {
     Armed,
     /// It is already over.
     Ended(ExitRecord),
+}
+
+/// A process that a predecessor has watched.
+#[derive(Debug)]
+pub struct Known {
+    /// Which one.
+    pub identity: ProcessIdentity,
+    /// Its pidfd, if somebody has kept it: since Linux 6.15 that is enough to learn its status, even if it is reaped.
+    pub pidfd: Option<OwnedFd>,
+}
+
+impl From<ProcessIdentity> for Known {
+    fn from(identity: ProcessIdentity) -> Self {
+        Self {
+            identity,
+            pidfd: None,
+        }
+    }
+}
+
+impl Known {
+    /// The process, by the pidfd that was kept or by its number.
+    pub fn open(self) -> Result<Process, OpenError> {
+        match self.pidfd {
+            Some(pidfd) => Process::from_pidfd(self.identity, pidfd),
+            None => Process::reopen(self.identity),
+        }
+    }
 }
 
 /// What [`ExitMonitor::adopt`] found for one process.

@@ -42,7 +42,7 @@ pub(super) async fn restore(shared: &Arc<Shared>) -> Result<(), Error> {
         };
         let alive = believed_alive(&task);
         if same_boot {
-            of_this_boot.extend(alive.iter().map(|believed| believed.identity));
+            of_this_boot.extend(alive.iter().map(|believed| believed.identity.into()));
             believed.extend(alive);
         } else {
             warn!(
@@ -54,7 +54,7 @@ pub(super) async fn restore(shared: &Arc<Shared>) -> Result<(), Error> {
             }
         }
     }
-    let found = shared.monitor.adopt(&of_this_boot).await?;
+    let found = shared.monitor.adopt(of_this_boot).await?;
     info!(processes = found.len(), "took over");
     for (believed, found) in believed.into_iter().zip(found) {
         shared.own(believed.identity, &believed.task, &believed.process);

@@ -1,0 +1,125 @@
+//! Many at once: nobody is forgotten, nobody is told twice, and strangers cost nothing.
+
+use std::collections::HashMap;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use embedshim_core::exit::{ExitMonitor, ExitStatus, WatchError, Watched};
+
+use crate::backends::{Kind, Place, next};
+use crate::subject::{Family, program};
+use crate::{Check, checks};
+
+pub(crate) fn checks() -> Vec<Check> {
+    let all = checks!(|_| true;
+        thousands_of_ends_at_once_are_each_told_once,
+        all_threads_that_end_at_once_are_one_end,
+        strangers_do_not_disturb,
+    );
+    let full = checks!(Kind::is_bpf; a_full_table_refuses_in_words_and_keeps_working);
+    all.into_iter().chain(full).collect()
+}
+
+/// On an emulated machine a tenth is enough.
+fn scaled(count: usize) -> usize {
+    if std::env::var_os("EMBEDSHIM_TEST_SLOW").is_some() {
+        count / 10
+    } else {
+        count
+    }
+}
+
+async fn watch_all(monitor: &Arc<dyn ExitMonitor>, family: &Family) {
+    for member in &family.members {
+        let armed = monitor.watch(Arc::clone(member)).await.unwrap();
+        assert_eq!(armed, Watched::Armed);
+    }
+}
+
+/// Lets all go, and compares what is told with what their parent says.
+async fn end_all(monitor: &Arc<dyn ExitMonitor>, family: &mut Family) {
+    family.let_go();
+    let count = family.members.len();
+    let mut told = HashMap::new();
+    for record in next(monitor, count).await {
+        let again = told.insert(record.process, record.status);
+        assert_eq!(again, None, "told twice");
+        monitor.confirm(record.process).await.unwrap();
+    }
+    let exact = monitor.guarantees().exact_for_others;
+    let verdicts = family.verdicts();
+    for (member, verdict) in family.members.iter().zip(verdicts) {
+        let status = told[&member.identity()];
+        if exact || status.is_known() {
+            assert_eq!(status, verdict);
+        }
+    }
+}
+
+async fn thousands_of_ends_at_once_are_each_told_once(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    let mut family = Family::new("parent", scaled(5000), &["exit", "#"]);
+    watch_all(&monitor, &family).await;
+    end_all(&monitor, &mut family).await;
+}
+
+/// Two of the last threads can be at the tracepoint at the same time (below Linux 6.16); the status must be the last one's.
+async fn all_threads_that_end_at_once_are_one_end(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    for _ in 0..scaled(40) {
+        let mut family = Family::new("parent", 50, &["all-at-once"]);
+        watch_all(&monitor, &family).await;
+        end_all(&monitor, &mut family).await;
+    }
+}
+
+/// Thousands of processes a second that nobody watches come and go meanwhile.
+async fn strangers_do_not_disturb(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    let mut storm = Command::new(program())
+        .args(["storm", "600"])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut rounds = 0;
+    while storm.try_wait().unwrap().is_none() {
+        let mut family = Family::new("parent", 4, &["exit", "#"]);
+        watch_all(&monitor, &family).await;
+        end_all(&monitor, &mut family).await;
+        rounds += 1;
+    }
+    assert!(rounds > 0, "the storm was over at once");
+}
+
+async fn a_full_table_refuses_in_words_and_keeps_working(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open_with(kind, 2);
+    let mut family = Family::new("parent", 3, &["exit", "1"]);
+    for member in &family.members[..2] {
+        monitor.watch(Arc::clone(member)).await.unwrap();
+        // Again is not another one.
+        monitor.watch(Arc::clone(member)).await.unwrap();
+    }
+    let refused = monitor.watch(Arc::clone(&family.members[2])).await;
+    let refused = refused.unwrap_err();
+    assert!(
+        matches!(refused, WatchError::TableFull { capacity: 2 }),
+        "{refused}"
+    );
+    monitor.unwatch(family.identity()).await.unwrap();
+    monitor.watch(Arc::clone(&family.members[2])).await.unwrap();
+    family.let_go();
+    let told: Vec<_> = next(&monitor, 2).await;
+    assert!(
+        told.iter()
+            .all(|record| record.process != family.identity())
+    );
+    assert!(
+        told.iter()
+            .all(|record| record.status == ExitStatus::Exited(1))
+    );
+    family.verdicts();
+}

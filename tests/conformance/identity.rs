@@ -1,0 +1,89 @@
+//! Numbers are used again: a process is never taken for another.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use embedshim_core::exit::{Adopted, ExitStatus, Watched};
+
+use crate::backends::{Kind, Place, next};
+use crate::subject::Family;
+use crate::{Check, checks};
+
+pub(crate) fn checks() -> [Check; 3] {
+    checks!(|_| true;
+        a_number_that_is_used_again_is_another_process,
+        a_number_with_another_start_time_is_another_process,
+        an_unwatched_process_is_never_told,
+    )
+}
+
+/// The kernel gives the same number out again at once (`clone3` with `set_tid`); both ends are told, each with its own status.
+async fn a_number_that_is_used_again_is_another_process(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    let mut family = Family::of_one(&["exit", "3"]);
+    let first = Arc::clone(family.first());
+    monitor.watch(Arc::clone(&first)).await.unwrap();
+    // A start time has a hundredth of a second.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let verdict = family.end(None);
+    let Some(second) = family.reuse(4) else {
+        return;
+    };
+    assert_eq!(first.identity().pid, second.identity().pid);
+    assert_ne!(first.identity(), second.identity());
+    // Not confirmed: the first one's record must not become the second's.
+    let armed = monitor.watch(Arc::clone(&second)).await.unwrap();
+    assert_eq!(armed, Watched::Armed);
+    let record = next(&monitor, 1).await.remove(0);
+    verdict.check(&record, monitor.guarantees(), "the first");
+    family.let_go();
+    let record = next(&monitor, 1).await.remove(0);
+    assert_eq!(record.process, second.identity());
+    if monitor.guarantees().exact_for_others || record.status.is_known() {
+        assert_eq!(record.status, ExitStatus::Exited(4));
+    }
+    monitor.confirm(first.identity()).await.unwrap();
+    monitor.confirm(second.identity()).await.unwrap();
+}
+
+async fn a_number_with_another_start_time_is_another_process(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    let mut family = Family::of_one(&["exit", "5"]);
+    // What would be left of a process whose number was free again.
+    let mut imposter = family.identity();
+    imposter.start_ticks += 1;
+    for _ in 0..2 {
+        let adopted = monitor.adopt(vec![imposter.into()]).await.unwrap();
+        assert!(
+            matches!(&adopted[0], Adopted::Ended(record) if !record.status.is_known()),
+            "{adopted:?}"
+        );
+        family.let_go();
+        while !family.first().has_ended().unwrap() {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+async fn an_unwatched_process_is_never_told(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    let mut family = Family::new("parent", 2, &["exit", "2"]);
+    let [watched, unwatched] = [0, 1].map(|number: usize| family.members[number].identity());
+    for member in &family.members {
+        monitor.watch(Arc::clone(member)).await.unwrap();
+    }
+    monitor.unwatch(unwatched).await.unwrap();
+    monitor.unwatch(unwatched).await.unwrap();
+    family.let_go();
+    // It goes on undisturbed, and its parent is told of its end.
+    assert_eq!(family.verdicts(), [ExitStatus::Exited(2); 2]);
+    let told = next(&monitor, 1).await;
+    assert_eq!(told[0].process, watched);
+    let mut more = Vec::new();
+    let silence = monitor.next_exits(&mut more);
+    let silence = tokio::time::timeout(Duration::from_millis(50), silence).await;
+    assert!(silence.is_err() && more.is_empty(), "{more:?}");
+}

@@ -1,0 +1,183 @@
+//! How a process can end, and that each is known exactly.
+
+use std::sync::Arc;
+
+use embedshim_core::exit::{ExitStatus, Watched};
+use embedshim_core::process::Process;
+
+use crate::backends::{Kind, Place, next};
+use crate::subject::{Family, program};
+use crate::{Check, checks, old_kernels};
+
+/// Every shape of `shapes.c`, with the signal its parent sends once it has begun to end, if any.
+const SHAPES: [(&[&str], Option<i32>); 25] = [
+    (&["exit", "0"], None),
+    (&["exit", "7"], None),
+    (&["exit", "255"], None),
+    (&["raise", "15"], None),
+    (&["raise", "9"], None),
+    (&["raise", "34"], None),
+    (&["abort"], None),
+    (&["group-exit-by-thread"], None),
+    (&["leader-first"], None),
+    (&["leader-first-others-return"], None),
+    (&["leader-exits-5-others-live"], None),
+    (&["thread-exec"], None),
+    (&["leader-gone-thread-exec"], None),
+    (&["leader-gone-then-signal"], Some(9)),
+    (&["leader-gone-then-signal"], Some(15)),
+    (&["thread-aborts"], None),
+    (&["64-threads"], None),
+    (&["all-at-once"], None),
+    (&["vfork-child"], None),
+    (&["ignored-term-exec"], None),
+    (&["stopped-and-continued"], None),
+    (&["handled-term"], None),
+    (&["exec-chain"], None),
+    (&["waits"], Some(9)),
+    (&["waits"], Some(34)),
+];
+/// Shapes for the first process of a pid namespace, which no signal of its own ends.
+const OF_INITS: [(&[&str], Option<i32>); 6] = [
+    (&["exit", "7"], None),
+    (&["leader-first"], None),
+    (&["thread-exec"], None),
+    (&["leader-gone-thread-exec"], None),
+    (&["all-at-once"], None),
+    (&["waits"], Some(9)),
+];
+const ROUNDS: usize = 3;
+
+pub(crate) fn checks() -> [Check; 5] {
+    checks!(|_| true;
+        every_shape_of_an_exit_is_what_the_parent_sees,
+        a_process_in_a_pid_namespace_of_its_own_is_known_by_our_number,
+        an_exit_before_or_during_the_watch_is_told_once,
+        our_own_children_are_exact_and_reaped,
+        a_process_that_is_traced_by_another_is_right_or_refused,
+    )
+}
+
+async fn play(kind: Kind, role: &str, shapes: &[(&[&str], Option<i32>)]) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    for round in 0..ROUNDS {
+        for (shape, signal) in shapes {
+            let mut family = Family::new(role, 1, shape);
+            let armed = monitor.watch(Arc::clone(family.first())).await.unwrap();
+            assert_eq!(armed, Watched::Armed);
+            let verdict = family.end(*signal);
+            let record = next(&monitor, 1).await.remove(0);
+            let what = format!("{role} {shape:?}, round {round}");
+            verdict.check(&record, monitor.guarantees(), &what);
+            monitor.confirm(record.process).await.unwrap();
+        }
+    }
+}
+
+async fn every_shape_of_an_exit_is_what_the_parent_sees(kind: Kind) {
+    play(kind, "parent", &SHAPES).await;
+}
+
+async fn a_process_in_a_pid_namespace_of_its_own_is_known_by_our_number(kind: Kind) {
+    play(kind, "nested", &OF_INITS).await;
+}
+
+/// The end comes at any moment around the watch: it is told by the watch itself or afterwards, never twice, never not.
+async fn an_exit_before_or_during_the_watch_is_told_once(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    for round in 0..150 {
+        let mut family = Family::of_one(&["exit", "6"]);
+        let process = Arc::clone(family.first());
+        family.let_go();
+        for _ in 0..(round % 30) * 20 {
+            std::hint::spin_loop();
+        }
+        if round % 10 == 0 {
+            while !process.has_ended().unwrap() {
+                tokio::task::yield_now().await;
+            }
+        }
+        let record = match monitor.watch(Arc::clone(&process)).await.unwrap() {
+            Watched::Ended(record) => record,
+            Watched::Armed => next(&monitor, 1).await.remove(0),
+        };
+        assert_eq!(record.process, process.identity());
+        // It may have ended before anybody looked; what is known must be right.
+        if record.status.is_known() {
+            assert_eq!(record.status, ExitStatus::Exited(6));
+        }
+        assert_eq!(family.verdicts(), [ExitStatus::Exited(6)]);
+        monitor.confirm(record.process).await.unwrap();
+        assert!(
+            told_nothing_more(&monitor).await,
+            "round {round}: told twice"
+        );
+    }
+}
+
+async fn told_nothing_more(monitor: &Arc<dyn embedshim_core::exit::ExitMonitor>) -> bool {
+    let mut records = Vec::new();
+    let more = monitor.next_exits(&mut records);
+    let more = tokio::time::timeout(std::time::Duration::from_millis(2), more).await;
+    more.is_err() && records.is_empty()
+}
+
+/// Whatever the kernel: a child's status is exact, and nobody else has to reap it.
+async fn our_own_children_are_exact_and_reaped(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    for signal in [9, 15, 34] {
+        #[expect(clippy::zombie_processes, reason = "it is the monitor that reaps")]
+        let child = std::process::Command::new(program())
+            .arg("waits")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = Arc::new(Process::open(i32::try_from(child.id()).unwrap()).unwrap());
+        monitor.watch(Arc::clone(&process)).await.unwrap();
+        process.signal(i32::from(signal)).unwrap();
+        let record = next(&monitor, 1).await.remove(0);
+        let expected = ExitStatus::Signaled {
+            signal,
+            core_dumped: false,
+        };
+        assert_eq!(record.status, expected);
+        monitor.confirm(record.process).await.unwrap();
+        assert!(process.signal(0).is_err(), "it was not reaped");
+    }
+}
+
+async fn a_process_that_is_traced_by_another_is_right_or_refused(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    let mut family = Family::of_one(&["handled-term"]);
+    let mut tracer = std::process::Command::new(program())
+        .args(["trace", &family.identity().pid.to_string()])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let output = tracer.stdout.take().unwrap();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(output), &mut line).unwrap();
+    if line.is_empty() && old_kernels::is_old() {
+        assert!(!tracer.wait().unwrap().success());
+        return;
+    }
+    assert!(!line.is_empty(), "it is not traced");
+    match monitor.watch(Arc::clone(family.first())).await {
+        Ok(_) => {
+            let verdict = family.end(None);
+            let record = next(&monitor, 1).await.remove(0);
+            verdict.check(&record, monitor.guarantees(), "traced");
+        }
+        Err(refused) => {
+            let text = refused.to_string();
+            assert!(kind == Kind::Ptrace, "{text}");
+            assert!(text.contains("already traced by"), "{text}");
+            assert_eq!(family.end(None).status, ExitStatus::Exited(20));
+        }
+    }
+    assert!(tracer.wait().unwrap().success());
+}
