@@ -19,9 +19,11 @@ mod kubernetes;
 mod model;
 mod mounts;
 mod regressions;
+mod smoke;
 mod streams;
 mod survival;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 
@@ -66,15 +68,19 @@ fn main() -> ExitCode {
         &model::TESTS,
         &mounts::TESTS,
         &regressions::TESTS,
+        &smoke::TESTS,
+        &smoke::UNIFIED,
         &bootstrap::TESTS,
         &checkpoint::TESTS,
     ];
     let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
     let is_other = std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").is_some();
+    let is_unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
     let fits = |test: &&Test| match test.scope {
         Scope::AnyRuntime => true,
         Scope::EmbedshimOnly => runtime == EMBEDSHIM,
         Scope::OtherContainerd => is_other && runtime == EMBEDSHIM,
+        Scope::UnifiedCgroups => is_unified && runtime == EMBEDSHIM,
     };
     let is_root = nix::unistd::geteuid().is_root();
     let stage: Arc<OnceLock<Result<Stage, String>>> = Arc::default();

@@ -26,7 +26,9 @@ impl Footprint {
             .filter_map(|line| line.split(' ').nth(4))
             .filter(|target| target.starts_with(&prefix));
         traces.extend(targets.map(|target| format!("mount {target}")));
-        for hierarchy in entries(Path::new("/sys/fs/cgroup")) {
+        let root = Path::new("/sys/fs/cgroup");
+        // Of version 1 each has its directory; version 2, where it is alone, is the root itself.
+        for hierarchy in entries(root).into_iter().chain([root.to_owned()]) {
             let cgroups = entries(&hierarchy.join(sandbox.namespace()))
                 .into_iter()
                 .filter(|path| path.is_dir());

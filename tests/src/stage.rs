@@ -1,6 +1,7 @@
 //! [`Stage`]: what a test gets, and [`Test`]: what it is. Owns the built binaries and the image, made once for all.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use xtask::image;
 use xtask::products::{self, Profile};
@@ -10,10 +11,10 @@ use xtask::sandbox::{EMBEDSHIM, Sandbox};
 #[derive(Debug)]
 pub struct Stage {
     binaries: PathBuf,
-    archive: PathBuf,
+    archive: OnceLock<PathBuf>,
     runtime: String,
     programs: Option<PathBuf>,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 /// For which runtimes a test is right.
@@ -23,6 +24,8 @@ pub enum Scope {
     AnyRuntime,
     /// Ours: it tests what only we promise.
     EmbedshimOnly,
+    /// Ours, on a machine whose cgroups are version 2 and nothing else.
+    UnifiedCgroups,
     /// Another containerd than the installed one: it tests the way from one to the other.
     OtherContainerd,
 }
@@ -46,14 +49,13 @@ impl Stage {
             None => products::build(Profile::Dev)?,
         };
         let directory = tempfile::tempdir()?;
-        let archive = image::build(directory.path())?;
         let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
         Ok(Self {
             binaries,
-            archive,
+            archive: OnceLock::new(),
             runtime,
             programs: std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").map(PathBuf::from),
-            _directory: directory,
+            directory,
         })
     }
 
@@ -69,7 +71,7 @@ impl Stage {
             sandbox.set_environment(name, value);
         }
         sandbox.start_containerd()?;
-        sandbox.import(&self.archive)?;
+        sandbox.import(self.archive())?;
         Ok(sandbox)
     }
 
@@ -85,9 +87,17 @@ impl Stage {
         self.programs.clone()
     }
 
-    /// The image's archive.
+    /// The image's archive, made when it is first asked for.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be made.
+    #[expect(clippy::panic, reason = "a test without its image has failed")]
     pub fn archive(&self) -> &Path {
-        &self.archive
+        self.archive.get_or_init(|| {
+            image::build(self.directory.path())
+                .unwrap_or_else(|error| panic!("no image: {error:#}"))
+        })
     }
 
     /// Where our binaries are.

@@ -77,17 +77,42 @@ const REQUIREMENTS: [Requirement; 11] = [
     },
 ];
 
+/// What guests need beyond that.
+const FOR_GUESTS: [Requirement; 3] = [
+    Requirement {
+        package: "qemu-system-x86",
+        purpose: "boots other kernels",
+        is_there: || on_path("qemu-system-x86_64"),
+    },
+    Requirement {
+        package: "cpio",
+        purpose: "packs what they boot into",
+        is_there: || on_path("cpio"),
+    },
+    Requirement {
+        package: "crun",
+        purpose: "the other OCI runtime, on pure cgroup v2",
+        is_there: || on_path("crun"),
+    },
+];
+
 /// Installs what is missing and mounts bpffs.
 pub fn prepare() -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("containers, BPF and mounts need root; run this as root");
     }
-    install()?;
+    install(&REQUIREMENTS)?;
     mount_bpffs()
 }
 
-fn install() -> anyhow::Result<()> {
-    let missing: Vec<&Requirement> = REQUIREMENTS
+/// The same, and what guests need.
+pub fn prepare_for_guests() -> anyhow::Result<()> {
+    prepare()?;
+    install(&FOR_GUESTS)
+}
+
+fn install(requirements: &[Requirement]) -> anyhow::Result<()> {
+    let missing: Vec<&Requirement> = requirements
         .iter()
         .filter(|requirement| !(requirement.is_there)())
         .collect();

@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod fuzz;
+mod matrix;
 mod suite;
 mod tidy;
 
@@ -28,6 +29,8 @@ enum Command {
     Demo,
     /// Run every test
     Test(suite::Options),
+    /// Boot other kernels in QEMU and run the exit monitors' suite and whole containers there
+    TestMatrix(matrix::Options),
     /// Compare with io.containerd.runc.v2: latency of `ctr run`, memory
     Bench(bench::Options),
     /// Fuzz everything that reads from outside: frames, requests, options, files
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Command::Setup => xtask::machine::prepare(),
         Command::Demo => demo::run(),
         Command::Test(options) => suite::run(options),
+        Command::TestMatrix(options) => matrix::run(options),
         Command::Bench(options) => bench::run(options),
         Command::Fuzz(options) => fuzz::run(options),
         Command::Tidy => tidy::run(),

@@ -49,8 +49,8 @@ impl Release {
         let Some(suite) = self.suite() else {
             return Ok(None);
         };
-        let unpacked = Unpacked::new("containerd", suite);
-        unpacked.fetch(&CONTAINERD, &CONTAINERD_PROGRAMS).map(Some)
+        let packages = Suite::new("containerd", suite);
+        packages.fetch(&CONTAINERD, &CONTAINERD_PROGRAMS).map(Some)
     }
 
     /// Its version, such as 1.7.24.
@@ -78,23 +78,96 @@ impl Release {
 
 /// The directory with a CRIU that knows today's kernels; Debian 12's does not know 6.18.
 pub fn criu() -> anyhow::Result<PathBuf> {
-    Unpacked::new("criu", "sid").fetch(&["criu"], &["usr/sbin/criu"])
+    Suite::new("criu", "sid").fetch(&["criu"], &["usr/sbin/criu"])
 }
 
-/// Packages of another release, unpacked beside the system.
-struct Unpacked {
+/// Packages of another release, beside the system.
+#[derive(Debug)]
+pub struct Suite {
     suite: &'static str,
     cache: PathBuf,
 }
 
-impl Unpacked {
-    fn new(what: &str, suite: &'static str) -> Self {
+impl Suite {
+    /// The release, with a cache for `what` is wanted of it.
+    pub fn new(what: &str, suite: &'static str) -> Self {
         Self {
             suite,
             cache: workspace()
                 .join("target/debian")
                 .join(format!("{what}-{suite}")),
         }
+    }
+
+    /// The release's name.
+    pub fn name(&self) -> &str {
+        self.suite
+    }
+
+    /// The cache.
+    pub fn directory(&self) -> &Path {
+        &self.cache
+    }
+
+    /// The names of its packages that begin so.
+    pub fn package_names(&self, prefix: &str) -> anyhow::Result<Vec<String>> {
+        if !self.cache.join("sources.list").exists() {
+            self.update()?;
+        }
+        let mut apt = Command::new("apt-cache");
+        let output = apt
+            .args(self.options())
+            .args(["pkgnames", prefix])
+            .output()
+            .context("cannot run apt-cache")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
+    /// Fetches one package alone, verified by apt, and returns the directory that it is unpacked in.
+    pub fn download_and_unpack(&self, package: &str) -> anyhow::Result<PathBuf> {
+        let directory = self.cache.join("unpacked");
+        let _ = fs::remove_dir_all(&directory);
+        fs::create_dir_all(&directory)?;
+        let mut apt = Command::new("apt-get");
+        apt.args(self.options())
+            .args(["--quiet", "download", package]);
+        run(apt.current_dir(&directory))?;
+        for file in fs::read_dir(&directory)?.flatten() {
+            run(Command::new("dpkg-deb")
+                .arg("--extract")
+                .arg(file.path())
+                .arg(&directory))?;
+        }
+        Ok(directory)
+    }
+
+    fn update(&self) -> anyhow::Result<()> {
+        for directory in ["state/lists/partial", "cache/archives/partial", "root"] {
+            fs::create_dir_all(self.cache.join(directory))?;
+        }
+        let sources = format!("deb [signed-by={KEYRING}] {MIRROR} {} main\n", self.suite);
+        fs::write(self.cache.join("sources.list"), sources)?;
+        self.apt(&["update"]).inspect_err(|_| {
+            // The next one is to try again.
+            let _ = fs::remove_file(self.cache.join("sources.list"));
+        })
+    }
+
+    /// apt with its lists, its cache and its idea of what is installed (nothing) below the cache.
+    fn options(&self) -> Vec<String> {
+        let options = [
+            ("Dir::Etc::sourcelist", self.cache.join("sources.list")),
+            ("Dir::Etc::sourceparts", "/dev/null".into()),
+            ("Dir::State", self.cache.join("state")),
+            ("Dir::State::status", "/dev/null".into()),
+            ("Dir::Cache", self.cache.join("cache")),
+            ("APT::Sandbox::User", "root".into()),
+            ("Acquire::Languages", "none".into()),
+            ("Acquire::Retries", "3".into()),
+        ];
+        let arguments = options.map(|(name, value)| format!("--option={name}={}", value.display()));
+        arguments.to_vec()
     }
 
     /// The directory with scripts that start these programs; what is not there yet is fetched.
@@ -121,12 +194,7 @@ impl Unpacked {
 
     /// Fetches the packages with all they depend on, and unpacks them.
     fn download(&self, packages: &[&str]) -> anyhow::Result<()> {
-        for directory in ["state/lists/partial", "cache/archives/partial", "root"] {
-            fs::create_dir_all(self.cache.join(directory))?;
-        }
-        let sources = format!("deb [signed-by={KEYRING}] {MIRROR} {} main\n", self.suite);
-        fs::write(self.cache.join("sources.list"), sources)?;
-        self.apt(&["update"])?;
+        self.update()?;
         let install = [
             "install",
             "--yes",
@@ -149,23 +217,9 @@ impl Unpacked {
         Ok(())
     }
 
-    /// apt with its lists, its cache and its idea of what is installed (nothing) below the cache.
     fn apt(&self, arguments: &[&str]) -> anyhow::Result<()> {
         let mut apt = Command::new("apt-get");
-        let options = [
-            ("Dir::Etc::sourcelist", self.cache.join("sources.list")),
-            ("Dir::Etc::sourceparts", "/dev/null".into()),
-            ("Dir::State", self.cache.join("state")),
-            ("Dir::State::status", "/dev/null".into()),
-            ("Dir::Cache", self.cache.join("cache")),
-            ("APT::Sandbox::User", "root".into()),
-            ("Acquire::Languages", "none".into()),
-            ("Acquire::Retries", "3".into()),
-        ];
-        for (name, value) in options {
-            apt.arg("-o").arg(format!("{name}={}", value.display()));
-        }
-        run(apt.arg("--quiet").args(arguments))
+        run(apt.args(self.options()).arg("--quiet").args(arguments))
     }
 
     /// Scripts that start each program by the loader it was linked for.

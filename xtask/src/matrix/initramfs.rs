@@ -1,0 +1,173 @@
+//! What a guest is made of: busybox, the test programs with the libraries they are linked to, runc and crun, and an init that runs
+//! them and says on the console how it went. No disk, no network, no modules.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use xtask::image;
+use xtask::machine::find_on_path;
+use xtask::products::{cargo, workspace};
+
+/// The first program. It leaves the initial root, from which runc's `pivot_root(2)` is refused.
+const INIT: &str = "#!/bin/busybox sh
+/bin/busybox mkdir -p /new /proc /sys
+/bin/busybox mount -t tmpfs -o size=80% tmpfs /new
+for entry in bin etc lib lib64 sbin tests usr; do /bin/busybox cp -a /$entry /new/; done
+/bin/busybox mkdir -p /new/proc /new/sys /new/dev /new/run /new/tmp
+exec /bin/busybox switch_root /new /sbin/begin
+";
+/// The second one. What it prints is read by `report`.
+const BEGIN: &str = "#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/ RUST_BACKTRACE=0 EMBEDSHIM_TEST_SLOW=1
+export EMBEDSHIM_TEST_SHAPES=/tests/shapes EMBEDSHIM_TEST_BINARIES=/tests
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /run
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t bpf bpf /sys/fs/bpf
+ifconfig lo up
+ulimit -n 65536
+filter=$(sed -n 's/.*embedshim.filter=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
+echo \"=== kernel $(uname -r)\"
+echo '=== begin probe'
+/tests/embedshimd probe --json
+echo \"=== end probe $?\"
+for suite in conformance end_to_end; do
+  case $suite in end_to_end) only=smoke:: ;; *) only=$filter ;; esac
+  echo \"=== begin $suite\"
+  /tests/$suite --color never $only
+  echo \"=== end $suite $?\"
+done
+echo '=== all done'
+poweroff -f
+";
+
+/// Builds it and returns its path.
+pub(super) fn build(binaries: &Path) -> anyhow::Result<PathBuf> {
+    let directory = workspace().join("target/matrix");
+    let root = directory.join("root");
+    let _ = fs::remove_dir_all(&root);
+    for part in [
+        "bin", "etc", "lib", "lib64", "sbin", "tests", "usr/bin", "usr/sbin",
+    ] {
+        fs::create_dir_all(root.join(part))?;
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).context("busybox-static is needed")?;
+    write_program(&root.join("init"), INIT)?;
+    write_program(&root.join("sbin/begin"), BEGIN)?;
+    let mut programs = test_programs()?;
+    for binary in ["embedshimd", "containerd-shim-embed-v1"] {
+        programs.push((binary.into(), binaries.join(binary)));
+    }
+    let mut libraries = BTreeSet::new();
+    for (name, program) in &programs {
+        strip(program, &root.join("tests").join(name))?;
+        libraries.extend(libraries_of(program)?);
+    }
+    image::compile_shapes(&root.join("tests/shapes"))?;
+    for runtime in ["runc", "crun"] {
+        let program = find_on_path(runtime).with_context(|| format!("{runtime} is needed"))?;
+        let program = fs::canonicalize(program)?;
+        fs::copy(&program, root.join("usr/bin").join(runtime))?;
+        libraries.extend(libraries_of(&program)?);
+    }
+    for library in libraries {
+        let target = root.join(library.strip_prefix("/").unwrap_or(&library));
+        fs::create_dir_all(target.parent().unwrap_or(&root))?;
+        fs::copy(&library, target).with_context(|| library.display().to_string())?;
+    }
+    symlink("/proc/self/mounts", root.join("etc/mtab"))?;
+    pack(&root, &directory.join("initramfs.cpio"))
+}
+
+fn write_program(path: &Path, text: &str) -> anyhow::Result<()> {
+    fs::write(path, text)?;
+    Ok(fs::set_permissions(
+        path,
+        fs::Permissions::from_mode(0o755),
+    )?)
+}
+
+/// The test programs, by the names of their suites.
+fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let mut cargo = cargo();
+    cargo.args([
+        "test",
+        "--quiet",
+        "--package",
+        "embedshim-tests",
+        "--no-run",
+    ]);
+    cargo.args([
+        "--test",
+        "conformance",
+        "--test",
+        "end_to_end",
+        "--message-format=json",
+    ]);
+    let mut child = cargo
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let output = child.stdout.take().context("no output of cargo")?;
+    let mut programs = Vec::new();
+    for line in BufReader::new(output).lines() {
+        let Ok(message) = serde_json::from_str::<Value>(&line?) else {
+            continue;
+        };
+        let name = message.pointer("/target/name").and_then(Value::as_str);
+        let program = message.get("executable").and_then(Value::as_str);
+        if let (Some(name), Some(program)) = (name, program) {
+            programs.push((name.to_owned(), program.into()));
+        }
+    }
+    ensure!(child.wait()?.success(), "the tests do not build");
+    ensure!(programs.len() == 2, "two test programs, not {programs:?}");
+    Ok(programs)
+}
+
+fn strip(program: &Path, target: &Path) -> anyhow::Result<()> {
+    let status = Command::new("strip")
+        .arg("-o")
+        .arg(target)
+        .arg(program)
+        .status();
+    ensure!(
+        status.context("binutils are needed")?.success(),
+        "strip {}",
+        program.display()
+    );
+    Ok(())
+}
+
+/// Everything that the loader would load, and the loader.
+fn libraries_of(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let output = Command::new("ldd")
+        .arg(program)
+        .output()
+        .context("cannot run ldd")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let paths = text.split_whitespace().filter(|word| word.starts_with('/'));
+    Ok(paths.map(PathBuf::from).collect())
+}
+
+fn pack(root: &Path, target: &Path) -> anyhow::Result<PathBuf> {
+    let script = "cd \"$1\" && find . | cpio --quiet --create --format=newc > \"$2\"";
+    let status = Command::new("sh")
+        .args(["-c", script, "sh"])
+        .args([root, target])
+        .status()?;
+    ensure!(status.success(), "cpio: {status}");
+    Ok(target.to_owned())
+}
