@@ -13,7 +13,7 @@ use embedshim_core::exit::{
     Known, UnknownReason, WatchError, Watched,
 };
 use embedshim_core::process::{Process, ProcessIdentity};
-use monitor_bpf::{BpfConfig, BpfMonitor};
+use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
 
@@ -32,6 +32,11 @@ pub(crate) enum Kind {
     BpfAlone,
     /// Without pins.
     BpfUnpinned,
+    /// The same as before Linux 5.8, without a boot clock.
+    BpfOldClock,
+    /// Loaded by libbpf.
+    #[cfg(feature = "libbpf")]
+    LibbpfAlone,
     Ptrace,
 }
 
@@ -42,17 +47,23 @@ impl fmt::Display for Kind {
             Self::Bpf => "bpf",
             Self::BpfAlone => "bpf-alone",
             Self::BpfUnpinned => "bpf-unpinned",
+            Self::BpfOldClock => "bpf-old-clock",
+            #[cfg(feature = "libbpf")]
+            Self::LibbpfAlone => "libbpf-alone",
             Self::Ptrace => "ptrace",
         })
     }
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: &[Self] = &[
         Self::Pidfd,
         Self::Bpf,
         Self::BpfAlone,
         Self::BpfUnpinned,
+        Self::BpfOldClock,
+        #[cfg(feature = "libbpf")]
+        Self::LibbpfAlone,
         Self::Ptrace,
     ];
 
@@ -66,22 +77,39 @@ impl Kind {
                 .map(|feature| format!("{:?}", feature.state)),
             Err(why) => Some(why),
         };
-        let bpf = || monitor_bpf::probe(&monitor_bpf::pin_dir_for(Path::new("/test")));
+        let bpf = || {
+            let pin_dir = monitor_bpf::pin_dir_for(Path::new("/test"));
+            monitor_bpf::probe(&pin_dir, &self.loading())
+        };
         match self {
             Self::Pidfd => monitor_pidfd::probe().verdict.err(),
-            Self::Bpf | Self::BpfAlone => pinned(bpf()),
             Self::BpfUnpinned => bpf().verdict.err(),
-            Self::Ptrace => monitor_ptrace::probe().verdict.err(),
+            _ if self.is_bpf() => pinned(bpf()),
+            _ => monitor_ptrace::probe().verdict.err(),
+        }
+    }
+
+    /// How its program is loaded.
+    pub(crate) fn loading(self) -> Loading {
+        Loading {
+            #[cfg(feature = "libbpf")]
+            loader: if self == Self::LibbpfAlone {
+                monitor_bpf::Loader::Libbpf
+            } else {
+                monitor_bpf::Loader::Aya
+            },
+            without_boot_clock: self == Self::BpfOldClock,
+            ..Loading::default()
         }
     }
 
     /// Its records outlive the process that has it.
     pub(crate) fn is_pinned(self) -> bool {
-        matches!(self, Self::Bpf | Self::BpfAlone)
+        self.is_bpf() && self != Self::BpfUnpinned
     }
 
     pub(crate) fn is_bpf(self) -> bool {
-        self.is_pinned() || self == Self::BpfUnpinned
+        !matches!(self, Self::Pidfd | Self::Ptrace)
     }
 }
 
@@ -110,17 +138,26 @@ impl Place {
         let ignorant = || Arc::new(Ignorant(PidfdMonitor::new().expect("a pidfd monitor")));
         match kind {
             Kind::Pidfd => pidfd(),
-            Kind::Bpf => self.bpf(capacity, pidfd()),
-            Kind::BpfAlone => self.bpf(capacity, ignorant()),
-            Kind::BpfUnpinned => Arc::new(BpfMonitor::open_unpinned(capacity, ignorant()).unwrap()),
+            Kind::Bpf => self.bpf(kind, capacity, pidfd()),
+            Kind::BpfUnpinned => {
+                let loading = kind.loading();
+                Arc::new(BpfMonitor::open_unpinned(capacity, &loading, ignorant()).unwrap())
+            }
             Kind::Ptrace => Arc::new(PtraceMonitor::open(pidfd()).unwrap()),
+            _ => self.bpf(kind, capacity, ignorant()),
         }
     }
 
-    fn bpf(&self, capacity: u32, readiness: Arc<dyn ExitMonitor>) -> Arc<dyn ExitMonitor> {
+    fn bpf(
+        &self,
+        kind: Kind,
+        capacity: u32,
+        readiness: Arc<dyn ExitMonitor>,
+    ) -> Arc<dyn ExitMonitor> {
         let config = BpfConfig {
             pin_dir: self.0.clone(),
             capacity,
+            loading: kind.loading(),
         };
         Arc::new(BpfMonitor::open(&config, readiness).unwrap_or_else(|error| panic!("{error:?}")))
     }

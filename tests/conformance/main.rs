@@ -55,7 +55,7 @@ fn main() -> ExitCode {
     ]
     .concat();
     let mut trials = old_kernels::trials();
-    for kind in Kind::ALL {
+    for &kind in Kind::ALL {
         let missing = kind.why_not();
         for check in &checks {
             if (check.applies)(kind) {

@@ -4,20 +4,30 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use embedshim_core::exit::{Availability, Backend, Choice, ExitMonitor, NoBackend, choose};
-use monitor_bpf::{BpfConfig, BpfMonitor};
+use embedshim_core::exit::{
+    Availability, Backend, Choice, ExitMonitor, NoBackend, Survives, choose,
+};
+use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
 
 use crate::config::Config;
 
 /// What each backend could do here, cheapest first.
-pub(crate) fn candidates(state_dir: &Path) -> Vec<Availability> {
+pub(crate) fn candidates(state_dir: &Path, config: &Config) -> Vec<Availability> {
     vec![
         monitor_pidfd::probe(),
-        monitor_bpf::probe(&monitor_bpf::pin_dir_for(state_dir)),
+        monitor_bpf::probe(&monitor_bpf::pin_dir_for(state_dir), &loading(config)),
         monitor_ptrace::probe(),
     ]
+}
+
+fn loading(config: &Config) -> Loading {
+    Loading {
+        loader: config.monitor.loader.loader(),
+        btf: config.monitor.btf.clone(),
+        ..Loading::default()
+    }
 }
 
 /// The choice among `candidates` that the configuration allows.
@@ -34,13 +44,20 @@ pub(crate) fn open(
     let capacity = config.monitor.capacity;
     let readiness = || PidfdMonitor::new().context("cannot set up the pidfd exit monitor");
     Ok(match choice.backend {
-        Backend::Bpf => {
-            let pin_dir = monitor_bpf::pin_dir_for(state_dir);
-            Arc::new(BpfMonitor::open(
-                &BpfConfig { pin_dir, capacity },
-                Arc::new(readiness()?),
-            )?)
+        Backend::Bpf if choice.guarantees.survives == Survives::Everything => {
+            let config = BpfConfig {
+                pin_dir: monitor_bpf::pin_dir_for(state_dir),
+                capacity,
+                loading: loading(config),
+            };
+            Arc::new(BpfMonitor::open(&config, Arc::new(readiness()?))?)
         }
+        // What probing has found cannot be pinned records for as long as we live.
+        Backend::Bpf => Arc::new(BpfMonitor::open_unpinned(
+            capacity,
+            &loading(config),
+            Arc::new(readiness()?),
+        )?),
         Backend::Pidfd => Arc::new(readiness()?),
         Backend::Ptrace => Arc::new(PtraceMonitor::open(Arc::new(readiness()?))?),
         other => anyhow::bail!("the {other} exit monitor is not built in"),

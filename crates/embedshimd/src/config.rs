@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use embedshim_core::exit::{Backend, Policy};
+use monitor_bpf::Loader;
 use serde::Deserialize;
 
 use crate::outcome::{Code, Failure};
@@ -30,6 +31,10 @@ pub(crate) struct Monitor {
     pub(crate) backend: Wish,
     /// How many processes can be watched at once.
     pub(crate) capacity: u32,
+    /// A file with the kernel's types (BTF), for a kernel that does not bring them.
+    pub(crate) btf: Option<PathBuf>,
+    /// What loads the BPF program.
+    pub(crate) loader: LoaderWish,
 }
 
 /// `[runtime]`: how the OCI runtime is called.
@@ -59,6 +64,28 @@ pub(crate) enum Wish {
     Ptrace,
 }
 
+/// What loads the BPF program.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum LoaderWish {
+    #[default]
+    Aya,
+    /// In builds with the feature `libbpf`.
+    #[cfg(feature = "libbpf")]
+    Libbpf,
+}
+
+impl LoaderWish {
+    /// The same for the backend.
+    pub(crate) fn loader(self) -> Loader {
+        match self {
+            Self::Aya => Loader::Aya,
+            #[cfg(feature = "libbpf")]
+            Self::Libbpf => Loader::Libbpf,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum LogFormat {
@@ -73,6 +100,8 @@ impl Default for Monitor {
         Self {
             backend: Wish::Auto,
             capacity: 16_384,
+            btf: None,
+            loader: LoaderWish::Aya,
         }
     }
 }

@@ -57,7 +57,7 @@ pub(crate) fn run(options: &Serve) -> Result<Code, Failure> {
 }
 
 async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
-    let candidates = backend::candidates(state_dir);
+    let candidates = backend::candidates(state_dir, config);
     let choice = backend::select(&candidates, config)
         .map_err(|none| Failure::new(Code::Unsupported, none))?;
     if choice.guarantees.survives < Survives::Everything {

@@ -30,7 +30,7 @@ enum Verdict {
 /// Probes and prints.
 pub(crate) fn run(options: &Probe) -> Result<Code, Failure> {
     let config = Config::load(options.locations.config.as_deref())?;
-    let backends = backend::candidates(&options.locations.state_dir);
+    let backends = backend::candidates(&options.locations.state_dir, &config);
     let choice = backend::select(&backends, &config);
     let report = Report::new(backends, choice);
     let text = if options.json {

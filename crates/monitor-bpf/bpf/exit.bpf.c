@@ -41,8 +41,12 @@ struct {
 	__type(value, struct exit_record);
 } exited SEC(".maps");
 
-/* The daemon's pid namespace; 0 for the initial one. Set before loading. */
+/* The daemon's pid namespace; 0 for the initial one. Set before loading, as are the next two. */
 const volatile __u32 pid_namespace = 0;
+/* Before 5.8 there is no bpf_ktime_get_boot_ns(): then the verifier finds its call unreachable. */
+const volatile __u32 has_boot_clock = 1;
+/* And time asleep until the loading, in nanoseconds, is added to the monotonic clock. */
+const volatile __u64 asleep_ns = 0;
 
 /* The process's number as the daemon knows it; 0 if it is in none of the daemon's namespaces. */
 static __always_inline __u32 number_of(struct task_struct *task, struct signal_struct *signal)
@@ -69,6 +73,16 @@ static __always_inline __u32 number_of(struct task_struct *task, struct signal_s
 	return 0;
 }
 
+/* On the boot clock. */
+static __always_inline __u64 start_time(struct task_struct *leader)
+{
+	struct task_struct___before_5_5 *older = (void *)leader;
+
+	if (bpf_core_field_exists(leader->start_boottime))
+		return BPF_CORE_READ(leader, start_boottime);
+	return BPF_CORE_READ(older, real_start_time);
+}
+
 SEC("raw_tp/sched_process_exit")
 int record_exit(__u64 *args)
 {
@@ -87,10 +101,13 @@ int record_exit(__u64 *args)
 		return 0;
 	/* An execve() by another thread makes that thread the leader, with the old leader's start time. */
 	leader = BPF_CORE_READ(task, group_leader);
-	record.start_ticks = BPF_CORE_READ(leader, start_boottime) / NS_PER_TICK;
+	record.start_ticks = start_time(leader) / NS_PER_TICK;
 	if (record.start_ticks != *start_ticks)
 		return 0; /* another process with a tracked number that is free again */
-	record.at_boot_ns = bpf_ktime_get_boot_ns();
+	if (has_boot_clock)
+		record.at_boot_ns = bpf_ktime_get_boot_ns();
+	else
+		record.at_boot_ns = bpf_ktime_get_ns() + asleep_ns;
 	if (BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT)
 		record.wait_status = (__u32)BPF_CORE_READ(signal, group_exit_code);
 	else

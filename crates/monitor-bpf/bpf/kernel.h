@@ -68,4 +68,9 @@ struct task_struct {
 	__u64 start_boottime;
 };
 
+/* The same field under its older name; what follows the three underscores is ignored by CO-RE. */
+struct task_struct___before_5_5 {
+	__u64 real_start_time;
+};
+
 #pragma clang attribute pop

@@ -1,13 +1,14 @@
 //! The two maps as user space sees them: whom to record, and what was recorded.
 //! Owns the layout that `exit.bpf.c` shares; changing it means a new pin directory (see `pins::LAYOUT`).
 
-use std::path::Path;
-
 use aya::maps::{HashMap, Map, MapData, MapError};
 use embedshim_core::clock::BootTime;
 use embedshim_core::exit::ExitStatus;
 use embedshim_core::process::ProcessIdentity;
 
+/// The program's constants in their section: offset and size of `pid_namespace`, `has_boot_clock` and `asleep_ns`.
+#[cfg(feature = "libbpf")]
+pub(crate) const GLOBALS: [(usize, usize); 3] = [(0, 4), (4, 4), (8, 8)];
 /// `struct exit_record` of the program: start ticks, boot-clock nanoseconds, wait status.
 type RawRecord = [u64; 3];
 
@@ -43,11 +44,6 @@ impl Maps {
     /// How many processes can be tracked.
     pub(crate) fn capacity(&self) -> u32 {
         self.capacity
-    }
-
-    /// Pins the smaller map, to see whether that works.
-    pub(crate) fn pin_tracked(self, path: &Path) -> Result<(), aya::pin::PinError> {
-        self.tracked.pin(path)
     }
 
     /// The numbers of all tracked processes.

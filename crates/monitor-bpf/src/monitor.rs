@@ -16,7 +16,7 @@ use tracing::warn;
 
 use crate::maps::{Maps, Recorded, number};
 use crate::pins::Pins;
-use crate::program::{OpenError, Program};
+use crate::program::{Loading, OpenError, Program};
 
 /// How to open a [`BpfMonitor`].
 #[derive(Clone, Debug)]
@@ -25,6 +25,8 @@ pub struct BpfConfig {
     pub pin_dir: PathBuf,
     /// How many processes can be watched at once; about 160 bytes of kernel memory each.
     pub capacity: u32,
+    /// How the program is loaded.
+    pub loading: Loading,
 }
 
 /// Learns of exits from the kernel's own records.
@@ -50,17 +52,22 @@ struct State {
 impl BpfMonitor {
     /// Takes over the program pinned by a predecessor, or loads and pins it.
     pub fn open(config: &BpfConfig, readiness: Arc<dyn ExitMonitor>) -> Result<Self, OpenError> {
-        let program = Program::open(&Pins::new(&config.pin_dir), config.capacity)?;
+        let program = Program::open(
+            &Pins::new(&config.pin_dir),
+            config.capacity,
+            &config.loading,
+        )?;
         Ok(Self::with(program, readiness, Survives::Everything))
     }
 
     /// Records for as long as this value lives, where there is no bpffs.
     pub fn open_unpinned(
         capacity: u32,
+        loading: &Loading,
         readiness: Arc<dyn ExitMonitor>,
     ) -> Result<Self, OpenError> {
         Ok(Self::with(
-            Program::open_unpinned(capacity)?,
+            Program::open_unpinned(capacity, loading)?,
             readiness,
             Survives::Nothing,
         ))

@@ -10,10 +10,14 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FsType, statfs};
 
+use crate::loader::{OBJECT, own_pid_namespace};
+
 /// Where bpffs is expected.
 const BPFFS: &str = "/sys/fs/bpf";
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+/// What the names of links begin with.
+const LINK: &str = "link-";
 /// Which layout of the maps is below: another one gets another directory, and the two can exist side by side.
 const LAYOUT: &str = "v1";
 
@@ -77,13 +81,31 @@ impl Pins {
         self.directory.join("exited")
     }
 
+    /// Of this very program: another version, or one for another pid namespace, has another name, so that both can be there while one
+    /// replaces the other.
     pub(crate) fn link(&self) -> PathBuf {
-        self.directory.join("link")
+        let version = fnv1a(OBJECT) ^ u64::from(own_pid_namespace());
+        self.directory.join(format!("{LINK}{version:016x}"))
+    }
+
+    /// Of other versions.
+    pub(crate) fn other_links(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.directory)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let links = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(LINK));
+        let own = self.link();
+        links
+            .map(|entry| entry.path())
+            .filter(|path| *path != own)
+            .collect()
     }
 
     /// Removes all of it; the kernel stops recording.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        for path in [self.link(), self.tracked(), self.exited()] {
+        let all = [self.link(), self.tracked(), self.exited()];
+        for path in all.into_iter().chain(self.other_links()) {
             match fs::remove_file(path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
                 _ => {}

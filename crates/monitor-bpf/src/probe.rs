@@ -6,20 +6,26 @@ use std::path::Path;
 use embedshim_core::exit::{Availability, Backend, Feature, Guarantees, Survives};
 
 use crate::pins::Pins;
-use crate::program::{OpenError, Program};
+use crate::program::{Loading, OWN_BTF, OpenError, Program};
 
 const MOUNT: &str = "mount -t bpf bpf /sys/fs/bpf";
 
 type Tried = Result<(), (String, Option<String>)>;
 
 /// Tries everything this backend needs. `pin_dir` is where the daemon would pin; it is not made.
-pub fn probe(pin_dir: &Path) -> Availability {
-    let program = Program::open_unpinned(1);
-    let btf = Path::new("/sys/kernel/btf/vmlinux").exists();
-    let btf: Tried = if btf {
+pub fn probe(pin_dir: &Path, how: &Loading) -> Availability {
+    let program = Program::open_unpinned(1, how);
+    let types = how.btf.as_deref().unwrap_or(Path::new(OWN_BTF));
+    let btf: Tried = if types.exists() {
         Ok(())
     } else {
-        Err(("/sys/kernel/btf/vmlinux is missing".into(), None))
+        Err((format!("{} is missing", types.display()), None))
+    };
+    let clock: Tried = if is_without_boot_clock(&program, how) {
+        let why = "exit times ignore what the machine sleeps from now on".to_owned();
+        Err((why, Some("run Linux 5.8 or newer".to_owned())))
+    } else {
+        Ok(())
     };
     let attached: Tried = program
         .as_ref()
@@ -51,6 +57,7 @@ pub fn probe(pin_dir: &Path) -> Availability {
     let features = vec![
         Feature::tried("BTF", "5.2", "to find the fields of kernel structures", btf),
         Feature::tried("raw tracepoint", "4.17", "to see every exit", attached),
+        Feature::tried("bpf_ktime_get_boot_ns", "5.8", "the time of an exit", clock),
         Feature::tried("pinned link", "5.7", "to record while nobody runs", pinned),
     ];
     Availability {
@@ -75,19 +82,29 @@ fn try_pinning(program: Program, pin_dir: &Path) -> Tried {
         .find(|path| path.exists())
         .unwrap_or(pin_dir);
     let path = parent.join(format!("embedshim-probe-{}", std::process::id()));
-    let failed = |error: &dyn Error| (format!("cannot pin at {}: {error}", path.display()), None);
-    let pinned = program
-        .maps
-        .pin_tracked(&path)
-        .map_err(|error| failed(&error));
+    let pinned = program.try_pinning(&path).map_err(|error| {
+        let why = format!("cannot pin at {}: {}", path.display(), chain(&*error));
+        (why, None)
+    });
     let _ = std::fs::remove_file(&path);
     pinned
+}
+
+/// The program is loaded, but would not be with the boot clock.
+fn is_without_boot_clock(program: &Result<Program, OpenError>, how: &Loading) -> bool {
+    program
+        .as_ref()
+        .is_ok_and(|program| !program.has_boot_clock)
+        && !how.without_boot_clock
 }
 
 fn remedy(error: &OpenError) -> Option<String> {
     match error {
         OpenError::Denied(_) => Some("run as root, or grant CAP_BPF and CAP_PERFMON".to_owned()),
-        OpenError::NoBtf => Some("run a kernel built with CONFIG_DEBUG_INFO_BTF".to_owned()),
+        OpenError::NoBtf => Some(
+            "run a kernel built with CONFIG_DEBUG_INFO_BTF, or set monitor.btf to a file with its types"
+                .to_owned(),
+        ),
         _ => None,
     }
 }
