@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use embedshim_core::exit::{
-    Adopted, Availability, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees,
-    Known, UnknownReason, WatchError, Watched,
+    Adopted, Availability, Backend, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus,
+    Guarantees, Known, Survives, UnknownReason, WatchError, Watched,
 };
 use embedshim_core::process::{Process, ProcessIdentity};
 use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
@@ -78,8 +78,12 @@ impl Kind {
             Err(why) => Some(why),
         };
         let bpf = || {
-            let pin_dir = monitor_bpf::pin_dir_for(Path::new("/test"));
-            monitor_bpf::probe(&pin_dir, &self.loading())
+            let wanted = BpfConfig {
+                pin_dir: monitor_bpf::pin_dir_for(Path::new("/test")),
+                capacity: CAPACITY,
+                loading: self.loading(),
+            };
+            monitor_bpf::probe(&wanted, Survives::Nothing)
         };
         match self {
             Self::Pidfd => monitor_pidfd::probe().verdict.err(),
@@ -208,7 +212,11 @@ impl ExitMonitor for Ignorant {
         self.0.backend()
     }
     fn guarantees(&self) -> Guarantees {
-        self.0.guarantees()
+        Guarantees {
+            survives: Survives::Nothing,
+            others: Exactness::UntilReaped,
+            exact_time: false,
+        }
     }
     async fn watch(&self, process: Arc<Process>) -> Result<Watched, WatchError> {
         Ok(match self.0.watch(process).await? {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use embedshim_core::exit::{Adopted, ExitStatus, Watched};
+use embedshim_core::exit::{Adopted, Exactness, ExitStatus, Watched};
 
 use crate::backends::{Kind, Place, next};
 use crate::subject::Family;
@@ -40,7 +40,7 @@ async fn a_number_that_is_used_again_is_another_process(kind: Kind) {
     family.let_go();
     let record = next(&monitor, 1).await.remove(0);
     assert_eq!(record.process, second.identity());
-    if monitor.guarantees().exact_for_others || record.status.is_known() {
+    if monitor.guarantees().others == Exactness::Always || record.status.is_known() {
         assert_eq!(record.status, ExitStatus::Exited(4));
     }
     monitor.confirm(first.identity()).await.unwrap();

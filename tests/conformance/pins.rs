@@ -60,7 +60,9 @@ async fn without_bpffs_the_error_says_how_to_mount_it(_: Kind) {
 fn links(place: &Place) -> Vec<String> {
     let entries = std::fs::read_dir(place.pin_dir()).unwrap().flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    names.filter(|name| name.starts_with("link-")).collect()
+    let mut links: Vec<String> = names.filter(|name| name.starts_with("link-")).collect();
+    links.sort();
+    links
 }
 
 /// What an older daemon has pinned is known by its name; the maps with their watches are kept.
@@ -71,8 +73,10 @@ async fn another_version_is_replaced_without_a_gap(kind: Kind) {
     let mut family = Family::of_one(&["exit", "5"]);
     monitor.watch(Arc::clone(family.first())).await.unwrap();
     drop(monitor);
-    let old = place.pin_dir().join("link-0123456789abcdef");
-    std::fs::rename(place.pin_dir().join(&ours[0]), old).unwrap();
+    for (number, link) in ours.iter().enumerate() {
+        let old = format!("link-0123456789abcdef-{number}");
+        std::fs::rename(place.pin_dir().join(link), place.pin_dir().join(old)).unwrap();
+    }
     let monitor = place.open(kind);
     assert_eq!(links(&place), ours);
     let adopted = monitor.adopt(vec![family.identity().into()]).await.unwrap();

@@ -4,22 +4,33 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use embedshim_core::exit::{
-    Availability, Backend, Choice, ExitMonitor, NoBackend, Survives, choose,
-};
+use embedshim_core::exit::{Backend, Choice, ExitMonitor, Report, Survives};
 use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
 
 use crate::config::Config;
 
-/// What each backend could do here, cheapest first.
-pub(crate) fn candidates(state_dir: &Path, config: &Config) -> Vec<Availability> {
-    vec![
-        monitor_pidfd::probe(),
-        monitor_bpf::probe(&monitor_bpf::pin_dir_for(state_dir), &loading(config)),
+/// What each backend can do here, and which one the configuration and this machine come to.
+pub(crate) fn probe(state_dir: &Path, config: &Config) -> Report {
+    let pidfd = monitor_pidfd::probe();
+    let readiness = pidfd.verdict.as_ref();
+    let readiness = readiness.map_or(Survives::Nothing, |promised| promised.survives);
+    let wanted = bpf(state_dir, config);
+    let backends = vec![
+        pidfd,
+        monitor_bpf::probe(&wanted, readiness),
         monitor_ptrace::probe(),
-    ]
+    ];
+    Report::new(backends, config.monitor.backend.policy())
+}
+
+fn bpf(state_dir: &Path, config: &Config) -> BpfConfig {
+    BpfConfig {
+        pin_dir: monitor_bpf::pin_dir_for(state_dir),
+        capacity: config.monitor.capacity,
+        loading: loading(config),
+    }
 }
 
 fn loading(config: &Config) -> Loading {
@@ -30,31 +41,20 @@ fn loading(config: &Config) -> Loading {
     }
 }
 
-/// The choice among `candidates` that the configuration allows.
-pub(crate) fn select(candidates: &[Availability], config: &Config) -> Result<Choice, NoBackend> {
-    choose(candidates, config.monitor.backend.policy())
-}
-
 /// Opens the chosen backend.
 pub(crate) fn open(
-    choice: &Choice,
+    choice: Choice,
     config: &Config,
     state_dir: &Path,
 ) -> anyhow::Result<Arc<dyn ExitMonitor>> {
-    let capacity = config.monitor.capacity;
     let readiness = || PidfdMonitor::new().context("cannot set up the pidfd exit monitor");
     Ok(match choice.backend {
-        Backend::Bpf if choice.guarantees.survives == Survives::Everything => {
-            let config = BpfConfig {
-                pin_dir: monitor_bpf::pin_dir_for(state_dir),
-                capacity,
-                loading: loading(config),
-            };
-            Arc::new(BpfMonitor::open(&config, Arc::new(readiness()?))?)
-        }
+        Backend::Bpf if choice.guarantees.survives == Survives::Everything => Arc::new(
+            BpfMonitor::open(&bpf(state_dir, config), Arc::new(readiness()?))?,
+        ),
         // What probing has found cannot be pinned records for as long as we live.
         Backend::Bpf => Arc::new(BpfMonitor::open_unpinned(
-            capacity,
+            config.monitor.capacity,
             &loading(config),
             Arc::new(readiness()?),
         )?),

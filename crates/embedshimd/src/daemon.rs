@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use embedshim_core::exit::Survives;
+use embedshim_core::exit::Promise;
 use embedshim_core::task::{Node, NodeConfig};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -57,16 +57,17 @@ pub(crate) fn run(options: &Serve) -> Result<Code, Failure> {
 }
 
 async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
-    let candidates = backend::candidates(state_dir, config);
-    let choice = backend::select(&candidates, config)
+    let report = backend::probe(state_dir, config);
+    let choice = report
+        .choice()
         .map_err(|none| Failure::new(Code::Unsupported, none))?;
-    if choice.guarantees.survives < Survives::Everything {
+    if report.promise != Promise::Kept {
         warn!(backend = %choice.backend, "exits can be lost while the daemon is down");
-        for remedy in candidates.iter().flat_map(|candidate| &candidate.remedies) {
+        for remedy in &report.remedies {
             warn!("to improve: {remedy}");
         }
     }
-    let monitor = backend::open(&choice, config, state_dir)
+    let monitor = backend::open(choice, config, state_dir)
         .with_context(|| format!("cannot start the {} exit monitor", choice.backend))?;
     let socket = location::socket(state_dir).context("cannot listen")?;
     let listener = shim_api::socket::listen(&socket)

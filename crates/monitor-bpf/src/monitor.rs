@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use aya::maps::MapError;
 use embedshim_core::exit::{
-    Adopted, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees, Known, Survives,
-    WatchError, Watched,
+    Adopted, Backend, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus, Guarantees, Known,
+    Survives, WatchError, Watched,
 };
 use embedshim_core::process::{Process, ProcessIdentity};
 use tracing::warn;
@@ -66,11 +66,9 @@ impl BpfMonitor {
         loading: &Loading,
         readiness: Arc<dyn ExitMonitor>,
     ) -> Result<Self, OpenError> {
-        Ok(Self::with(
-            Program::open_unpinned(capacity, loading)?,
-            readiness,
-            Survives::Nothing,
-        ))
+        let program = Program::open_unpinned(capacity, loading)?;
+        let survives = readiness.guarantees().survives;
+        Ok(Self::with(program, readiness, survives))
     }
 
     fn with(program: Program, readiness: Arc<dyn ExitMonitor>, survives: Survives) -> Self {
@@ -97,8 +95,7 @@ impl BpfMonitor {
             return record;
         };
         record.at = at;
-        let outranks = matches!(record.evidence, Evidence::Wait | Evidence::PidfdInfo);
-        if !outranks {
+        if record.evidence != Evidence::Wait {
             (record.status, record.evidence) = (status, Evidence::Bpf);
         } else if without_core_bit(record.status) != without_core_bit(status) {
             warn!(
@@ -194,7 +191,7 @@ impl ExitMonitor for BpfMonitor {
     fn guarantees(&self) -> Guarantees {
         Guarantees {
             survives: self.survives,
-            exact_for_others: true,
+            others: Exactness::Always,
             exact_time: true,
         }
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FsType, statfs};
 
-use crate::loader::{OBJECT, own_pid_namespace};
+use crate::loader::{OBJECT, PROGRAMS, own_pid_namespace};
 
 /// Where bpffs is expected.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -81,11 +81,14 @@ impl Pins {
         self.directory.join("exited")
     }
 
-    /// Of this very program: another version, or one for another pid namespace, has another name, so that both can be there while one
-    /// replaces the other.
-    pub(crate) fn link(&self) -> PathBuf {
+    /// Of this very program's copies: another version, or one for another pid namespace, has other names, so that both can be there
+    /// while one replaces the other.
+    pub(crate) fn links(&self) -> Vec<PathBuf> {
         let version = fnv1a(OBJECT) ^ u64::from(own_pid_namespace());
-        self.directory.join(format!("{LINK}{version:016x}"))
+        let name = |copy| format!("{LINK}{version:016x}-{copy}");
+        (1..=PROGRAMS.len())
+            .map(|copy| self.directory.join(name(copy)))
+            .collect()
     }
 
     /// Of other versions.
@@ -95,17 +98,17 @@ impl Pins {
             .flatten()
             .flatten();
         let links = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(LINK));
-        let own = self.link();
+        let own = self.links();
         links
             .map(|entry| entry.path())
-            .filter(|path| *path != own)
+            .filter(|path| !own.contains(path))
             .collect()
     }
 
     /// Removes all of it; the kernel stops recording.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        let all = [self.link(), self.tracked(), self.exited()];
-        for path in all.into_iter().chain(self.other_links()) {
+        let links = self.links().into_iter().chain(self.other_links());
+        for path in links.chain([self.tracked(), self.exited()]) {
             match fs::remove_file(path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
                 _ => {}

@@ -3,8 +3,9 @@
 use std::error::Error;
 use std::path::Path;
 
-use embedshim_core::exit::{Availability, Backend, Feature, Guarantees, Survives};
+use embedshim_core::exit::{Availability, Backend, Exactness, Feature, Guarantees, Survives};
 
+use crate::monitor::BpfConfig;
 use crate::pins::Pins;
 use crate::program::{Loading, OWN_BTF, OpenError, Program};
 
@@ -12,9 +13,11 @@ const MOUNT: &str = "mount -t bpf bpf /sys/fs/bpf";
 
 type Tried = Result<(), (String, Option<String>)>;
 
-/// Tries everything this backend needs. `pin_dir` is where the daemon would pin; it is not made.
-pub fn probe(pin_dir: &Path, how: &Loading) -> Availability {
-    let program = Program::open_unpinned(1, how);
+/// Tries everything this backend needs. The directory for the pins is not made. `readiness` is what the wrapped
+/// monitor survives: where nothing can be pinned, that is all.
+pub fn probe(wanted: &BpfConfig, readiness: Survives) -> Availability {
+    let how = &wanted.loading;
+    let program = Program::open_unpinned(wanted.capacity, how);
     let types = how.btf.as_deref().unwrap_or(Path::new(OWN_BTF));
     let btf: Tried = if types.exists() {
         Ok(())
@@ -32,7 +35,7 @@ pub fn probe(pin_dir: &Path, how: &Loading) -> Availability {
         .map(|_| ())
         .map_err(|error| (chain(error), remedy(error)));
     let pinned: Tried = match program {
-        Ok(program) => try_pinning(program, pin_dir),
+        Ok(program) => try_pinning(program, &wanted.pin_dir),
         Err(_) => Err(("not tried: the program cannot be loaded".into(), None)),
     };
     let verdict = match (&attached, &pinned) {
@@ -41,11 +44,11 @@ pub fn probe(pin_dir: &Path, how: &Loading) -> Availability {
             let survives = if pinned.is_ok() {
                 Survives::Everything
             } else {
-                Survives::Nothing
+                readiness
             };
             Ok(Guarantees {
                 survives,
-                exact_for_others: true,
+                others: Exactness::Always,
                 exact_time: true,
             })
         }
@@ -54,9 +57,15 @@ pub fn probe(pin_dir: &Path, how: &Loading) -> Availability {
         .into_iter()
         .filter_map(|tried| tried.as_ref().err()?.1.clone())
         .collect();
+    let room: Tried = match &attached {
+        Ok(()) => Ok(()),
+        Err(_) => Err(("not tried: the program cannot be loaded".into(), None)),
+    };
+    let purpose = format!("room for {} watched processes", wanted.capacity);
     let features = vec![
         Feature::tried("BTF", "5.2", "to find the fields of kernel structures", btf),
         Feature::tried("raw tracepoint", "4.17", "to see every exit", attached),
+        Feature::tried("hash maps", "4.6", &purpose, room),
         Feature::tried("bpf_ktime_get_boot_ns", "5.8", "the time of an exit", clock),
         Feature::tried("pinned link", "5.7", "to record while nobody runs", pinned),
     ];

@@ -67,7 +67,7 @@ pub(crate) struct Program {
     pub(crate) maps: Maps,
     /// Whether its times are the boot clock's.
     pub(crate) has_boot_clock: bool,
-    link: Link,
+    links: Vec<Link>,
 }
 
 impl Program {
@@ -84,12 +84,14 @@ impl Program {
         let Self {
             maps,
             has_boot_clock,
-            link,
+            links,
         } = Self::load(Some(pins), capacity, how)?;
-        let path = pins.link();
-        let link = link
-            .pin(path.clone())
-            .map_err(|error| pin_failed("pin the link at", &path, error))?;
+        let pin = |(link, path): (Link, PathBuf)| {
+            link.pin(path.clone())
+                .map_err(|error| pin_failed("pin the link at", &path, error))
+        };
+        let links = links.into_iter().zip(pins.links()).map(pin);
+        let links = links.collect::<Result<_, _>>()?;
         // Until here both were attached and wrote the same: no exit falls between them.
         for old in pins.other_links() {
             info!(link = %old.display(), "another version of the BPF program is replaced");
@@ -100,7 +102,7 @@ impl Program {
         Ok(Self {
             maps,
             has_boot_clock,
-            link,
+            links,
         })
     }
 
@@ -130,23 +132,27 @@ impl Program {
         Ok(Self {
             maps: maps.map_err(|error| refused(error.into(), true))?,
             has_boot_clock: plan.has_boot_clock,
-            link: loaded.link,
+            links: loaded.links,
         })
     }
 
-    /// Pins the link, to see whether that works.
-    pub(crate) fn try_pinning(self, path: &Path) -> Result<(), LoadError> {
-        self.link.pin(path.to_owned()).map(drop)
+    /// Pins a link, to see whether that works.
+    pub(crate) fn try_pinning(mut self, path: &Path) -> Result<(), LoadError> {
+        match self.links.pop() {
+            Some(link) => link.pin(path.to_owned()).map(drop),
+            None => Ok(()),
+        }
     }
 
     /// What a predecessor of the same version has pinned goes on recording: it is used as it is. `None` if there is nothing, only a
     /// part, or another version.
     fn take_over(pins: &Pins, capacity: u32) -> Result<Option<Self>, OpenError> {
-        if !pins.link().exists() {
+        if !pins.links().iter().any(|link| link.exists()) {
             return Ok(None);
         }
-        let link = match PinnedLink::from_pin(pins.link()) {
-            Ok(link) => link,
+        let links = pins.links().into_iter();
+        let links = match links.map(PinnedLink::from_pin).collect::<Result<_, _>>() {
+            Ok::<Vec<_>, _>(links) => links,
             Err(error) if is_denied(&error) => return Err(OpenError::Denied(error.into())),
             Err(error) => return Ok(unusable(pins, &error)),
         };
@@ -178,15 +184,17 @@ impl Program {
             maps,
             // Its loader found that out.
             has_boot_clock: true,
-            link: Link::Pinned(link),
+            links: links.into_iter().map(Link::Pinned).collect(),
         }))
     }
 }
 
 fn unusable(pins: &Pins, error: &dyn std::error::Error) -> Option<Program> {
     warn!(%error, pins = %pins.directory().display(), "what is pinned cannot be used; attaching anew");
-    // Or the new link would find its name taken.
-    let _ = std::fs::remove_file(pins.link());
+    // Or the new links would find their names taken.
+    for link in pins.links() {
+        let _ = std::fs::remove_file(link);
+    }
     None
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use embedshim_core::exit::{Availability, Backend, Feature, Guarantees, Survives};
+use embedshim_core::exit::{Availability, Backend, Exactness, Feature, Guarantees, Survives};
 use embedshim_core::process::{OpenError, Process};
 
 use crate::status;
@@ -106,7 +106,11 @@ fn guarantees_if(kept_by_the_kernel: bool) -> Guarantees {
         } else {
             Survives::Nothing
         },
-        exact_for_others: kept_by_the_kernel,
+        others: if kept_by_the_kernel {
+            Exactness::UnlessThreadsRace
+        } else {
+            Exactness::UntilReaped
+        },
         exact_time: false,
     }
 }

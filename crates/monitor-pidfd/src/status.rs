@@ -20,13 +20,10 @@ pub(crate) fn of_ended(process: &Process) -> (ExitStatus, Evidence) {
     if let Some(raw) = logged("waitid", process, reap(process)) {
         return known(raw, Evidence::Wait);
     }
-    if let Some(raw) = exit_info(process) {
-        return known(raw, Evidence::PidfdInfo);
-    }
+    // Before what the kernel keeps, which is right almost always only.
     if let Some(raw) = of_zombie(process) {
         return known(raw, Evidence::Zombie);
     }
-    // Reaped between those two looks.
     if let Some(raw) = exit_info(process) {
         return known(raw, Evidence::PidfdInfo);
     }
@@ -70,6 +67,10 @@ fn of_zombie(process: &Process) -> Option<i32> {
         return None;
     }
     let raw = i32::try_from(parse_stat_field(&stat, EXIT_CODE)?).ok()?;
+    // Who may not trace it reads 0 (do_task_stat() in fs/proc/array.c), and may not read this link either.
+    if raw == 0 {
+        fs::read_link(format!("/proc/{}/ns/user", identity.pid)).ok()?;
+    }
     // The file was read by number: it was this process's only if that is unreaped even now.
     process.signal(0).ok().map(|()| raw)
 }

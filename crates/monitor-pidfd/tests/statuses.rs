@@ -15,7 +15,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use embedshim_core::exit::{Adopted, Evidence, ExitMonitor, ExitRecord, ExitStatus, Watched};
+use embedshim_core::exit::{
+    Adopted, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus, Watched,
+};
 use embedshim_core::process::Process;
 use monitor_pidfd::PidfdMonitor;
 
@@ -150,7 +152,7 @@ async fn a_reaped_process_of_another_parent_is_known_where_the_kernel_keeps_it()
     let Watched::Ended(record) = monitor.watch(Arc::clone(&foreign.child)).await.unwrap() else {
         panic!("armed for a dead process");
     };
-    if monitor.guarantees().exact_for_others {
+    if monitor.guarantees().others >= Exactness::UnlessThreadsRace {
         assert_eq!(
             (record.status, record.evidence),
             (ExitStatus::Exited(42), Evidence::PidfdInfo)

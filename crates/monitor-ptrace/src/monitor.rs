@@ -1,4 +1,4 @@
-//! [`PtraceMonitor`]: another monitor's word on *that* a process is dead, and the tracer's on *how*, where that one has none.
+//! [`PtraceMonitor`]: another monitor's word on *that* a process is dead, and the tracer's on *how*, where that one has none or is less sure.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use embedshim_core::exit::{
-    Adopted, Backend, Evidence, ExitMonitor, ExitRecord, Guarantees, Known, Survives, WatchError,
-    Watched,
+    Adopted, Backend, Evidence, Exactness, ExitMonitor, ExitRecord, Guarantees, Known, Survives,
+    WatchError, Watched,
 };
 use embedshim_core::process::{Process, ProcessIdentity, parse_stat_field};
 use tracing::warn;
@@ -49,9 +49,9 @@ impl PtraceMonitor {
     }
 
     async fn improve(&self, mut record: ExitRecord) -> ExitRecord {
-        if !record.status.is_known()
-            && let Some(status) = self.tracer.status(record.process).await
-        {
+        // The kernel's own memory of it can be the main thread's code: see Evidence::PidfdInfo.
+        let is_better = matches!(record.evidence, Evidence::PidfdInfo | Evidence::None);
+        if is_better && let Some(status) = self.tracer.status(record.process).await {
             (record.status, record.evidence) = (status, Evidence::Ptrace);
         }
         record
@@ -147,6 +147,6 @@ impl ExitMonitor for PtraceMonitor {
 /// Nothing is known of an exit while no tracer runs.
 pub(crate) const GUARANTEES: Guarantees = Guarantees {
     survives: Survives::Nothing,
-    exact_for_others: true,
+    others: Exactness::Always,
     exact_time: false,
 };

@@ -83,10 +83,16 @@ pub(crate) struct Bell(AtomicI32);
 impl Bell {
     /// Starts it, from the thread that is to be woken. It ends with that thread.
     pub(crate) fn hang(&self) -> io::Result<()> {
-        // SAFETY: the child calls only what is safe after the fork of a process with threads.
-        match unsafe { libc::fork() } {
-            0 => be_a_bell(),
+        // With our table of descriptors, not a copy: a copy would keep open what we close, and whoever reads the other end of
+        // such a pipe would wait for its end as long as the bell hangs.
+        let flags = libc::CLONE_FILES | libc::SIGCHLD;
+        let parent = std::process::id();
+        // SAFETY: without CLONE_VM, clone is a fork, and the zeros are read by no flag given. The child calls only what is safe
+        // after the fork of a process with threads.
+        match unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) } {
+            0 => be_a_bell(parent),
             pid if pid > 0 => {
+                let pid = i32::try_from(pid).map_err(io::Error::other)?;
                 self.0.store(pid, Ordering::SeqCst);
                 Ok(())
             }
@@ -127,9 +133,14 @@ impl Bell {
     }
 }
 
-fn be_a_bell() -> ! {
+fn be_a_bell(parent: u32) -> ! {
     // SAFETY: plain numbers.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    // SAFETY: getppid has no arguments and cannot fail.
+    if unsafe { libc::getppid() }.unsigned_abs() != parent {
+        // SAFETY: ends this process without running anything of the parent's.
+        unsafe { libc::_exit(1) };
+    }
     loop {
         // SAFETY: waits for a signal; touches no memory.
         unsafe { libc::pause() };

@@ -98,6 +98,10 @@ fn visit(
 ) -> Outcome {
     let begin = Instant::now();
     let console = guest::run(&kernel.image, initramfs, filter, limit);
+    let kept = initramfs.with_file_name(format!("console-{}.log", kernel.name));
+    if let Err(error) = std::fs::write(&kept, &console.text) {
+        eprintln!("{}: {error}", kept.display());
+    }
     let outcome = Outcome::of(&kernel.name, console, begin.elapsed());
     println!("{}", outcome.line());
     outcome

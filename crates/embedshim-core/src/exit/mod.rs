@@ -2,16 +2,17 @@
 //! Owns [`ExitStatus`], [`ExitRecord`], the [`ExitMonitor`] trait and the choice between backends;
 //! it never learns of an exit itself, that is what the `monitor-*` crates are for.
 
+mod guarantees;
 mod monitor;
 mod probe;
 mod record;
-mod selection;
+mod report;
 mod status;
+mod table;
 
-pub use monitor::{
-    Adopted, Backend, ExitMonitor, Guarantees, Known, Survives, WatchError, Watched,
-};
+pub use guarantees::{Exactness, Guarantees, Survives};
+pub use monitor::{Adopted, Backend, ExitMonitor, Known, WatchError, Watched};
 pub use probe::{Availability, Feature, FeatureState};
 pub use record::{Evidence, ExitRecord};
-pub use selection::{Choice, NoBackend, Policy, Rejected, choose};
+pub use report::{Choice, NoBackend, Place, Policy, Promise, Report};
 pub use status::{ExitStatus, UnknownReason};

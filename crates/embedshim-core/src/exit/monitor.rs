@@ -9,7 +9,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::ExitRecord;
+use super::{ExitRecord, Guarantees};
 use crate::process::{OpenError, Process, ProcessIdentity};
 
 /// Learns how watched processes end, without being their parent.
@@ -112,29 +112,6 @@ impl fmt::Display for Backend {
             Self::Ptrace => "ptrace",
         })
     }
-}
-
-/// What a backend promises on this kernel. Ordered: greater is better.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Guarantees {
-    /// Who may die without an exit being lost.
-    pub survives: Survives,
-    /// The status of processes that are not our children is exact.
-    pub exact_for_others: bool,
-    /// The time of the exit is the kernel's, not that of its observation.
-    pub exact_time: bool,
-}
-
-/// Whose death an exit record survives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Survives {
-    /// An exit while the daemon is down is lost.
-    Nothing,
-    /// An exit while the daemon is down is known if somebody kept the pidfd.
-    WithDescriptors,
-    /// An exit is recorded though no process of ours is alive.
-    Everything,
 }
 
 /// Why a watch could not be set or read.

@@ -26,14 +26,16 @@ pub struct ExitRecord {
 pub enum Evidence {
     /// `waitid` on our own child.
     Wait,
-    /// `PIDFD_INFO_EXIT` of a reaped process (Linux 6.15).
-    PidfdInfo,
     /// The eBPF program's record.
     Bpf,
-    /// Field 52 of `/proc/PID/stat` of a zombie.
-    Zombie,
     /// The tracer's wait status.
     Ptrace,
+    /// Field 52 of `/proc/PID/stat` of a zombie.
+    Zombie,
+    /// `PIDFD_INFO_EXIT` of a reaped process (Linux 6.15). It is the main thread's own code if that thread ended by itself
+    /// while the last of the others did: the kernel puts the process's status there only if the others were still to be
+    /// released (`release_task()`, seen on 6.18 and 7.3).
+    PidfdInfo,
     /// Nobody knows.
     None,
 }

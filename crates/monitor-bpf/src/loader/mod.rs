@@ -18,7 +18,8 @@ use crate::pins::Pins;
 
 /// The CO-RE object of `bpf/exit.bpf.c`, from build.rs.
 pub(crate) static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/exit.bpf.o"));
-const PROGRAM: &str = "record_exit";
+/// Copies of one program: the object says why.
+pub(crate) const PROGRAMS: [&str; 3] = ["record_exit", "record_exit_2", "record_exit_3"];
 const TRACEPOINT: &str = "sched_process_exit";
 /// `PROC_PID_INIT_INO` of linux/proc_ns.h.
 const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
@@ -55,7 +56,7 @@ pub(crate) struct Plan<'a> {
 pub(crate) struct Loaded {
     pub(crate) tracked: MapData,
     pub(crate) exited: MapData,
-    pub(crate) link: Link,
+    pub(crate) links: Vec<Link>,
 }
 
 /// The attachment. While it or its pin exists, the kernel records.

@@ -7,7 +7,7 @@ use aya::programs::RawTracePoint;
 use aya::{Btf, Ebpf, EbpfLoader};
 
 use super::{
-    Link, LoadError, Loaded, OBJECT, PROGRAM, Plan, TRACEPOINT, asleep, nanoseconds,
+    Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, asleep, nanoseconds,
     own_pid_namespace,
 };
 
@@ -34,18 +34,23 @@ pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
             .map_pin_path("exited", pins.exited());
     }
     let mut object = loader.load(OBJECT)?;
-    let program: &mut RawTracePoint = object
-        .program_mut(PROGRAM)
-        .ok_or_else(|| missing(PROGRAM))?
-        .try_into()?;
-    program.load()?;
-    let link = program.attach(TRACEPOINT)?;
-    let link = Link::Aya(program.take_link(link)?.into());
+    let links = PROGRAMS.iter().map(|name| attach(&mut object, name));
+    let links = links.collect::<Result<_, _>>()?;
     Ok(Loaded {
         tracked: take_map(&mut object, "tracked")?,
         exited: take_map(&mut object, "exited")?,
-        link,
+        links,
     })
+}
+
+fn attach(object: &mut Ebpf, name: &str) -> Result<Link, LoadError> {
+    let program: &mut RawTracePoint = object
+        .program_mut(name)
+        .ok_or_else(|| missing(name))?
+        .try_into()?;
+    program.load()?;
+    let link = program.attach(TRACEPOINT)?;
+    Ok(Link::Aya(program.take_link(link)?.into()))
 }
 
 fn take_map(object: &mut Ebpf, name: &str) -> Result<MapData, LoadError> {

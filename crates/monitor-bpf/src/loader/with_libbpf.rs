@@ -7,7 +7,7 @@ use aya::maps::MapData;
 use libbpf_rs::{MapCore, ObjectBuilder, OpenMapMut, OpenObject};
 
 use super::{
-    Link, LoadError, Loaded, OBJECT, PROGRAM, Plan, TRACEPOINT, asleep, nanoseconds,
+    Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, asleep, nanoseconds,
     own_pid_namespace,
 };
 use crate::maps::GLOBALS;
@@ -36,9 +36,12 @@ pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
     }
     set_globals(&mut object, plan)?;
     let object = object.load()?;
-    let program = object.progs_mut().find(|program| program.name() == PROGRAM);
-    let program = program.ok_or_else(|| missing(PROGRAM))?;
-    let link = Link::Libbpf(program.attach_raw_tracepoint(TRACEPOINT)?);
+    let attach = |name: &&str| -> Result<Link, LoadError> {
+        let program = object.progs_mut().find(|program| program.name() == *name);
+        let program = program.ok_or_else(|| missing(name))?;
+        Ok(Link::Libbpf(program.attach_raw_tracepoint(TRACEPOINT)?))
+    };
+    let links = PROGRAMS.iter().map(attach).collect::<Result<_, _>>()?;
     let map = |name: &str| -> Result<MapData, LoadError> {
         let map = object.maps().find(|map| map.name() == name);
         let map = map.ok_or_else(|| missing(name))?;
@@ -47,7 +50,7 @@ pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
     Ok(Loaded {
         tracked: map("tracked")?,
         exited: map("exited")?,
-        link,
+        links,
     })
 }
 

@@ -1,0 +1,79 @@
+//! [`Guarantees`]: what a backend promises on a kernel, in an order that makes promises comparable. Promises nothing itself.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// What a backend promises on this kernel. Ordered: greater is better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Guarantees {
+    /// Who may die without an exit being lost.
+    pub survives: Survives,
+    /// When the status of a process that is not our child is the one its parent sees.
+    pub others: Exactness,
+    /// The time of the exit is the kernel's, not that of its observation.
+    pub exact_time: bool,
+}
+
+/// What can be lost with the watcher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Survives {
+    /// An exit while the daemon is down is lost.
+    Nothing,
+    /// An exit while the daemon is down is known if somebody kept the pidfd.
+    WithDescriptors,
+    /// An exit is recorded though no process of ours is alive.
+    Everything,
+}
+
+/// How sure a status is. A backend that does not know says so ([`ExitStatus::Unknown`](super::ExitStatus::Unknown)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exactness {
+    /// Known as long as nobody has reaped the process, else unknown.
+    UntilReaped,
+    /// Known, but if the main thread ends by itself at the very moment in which the process does, it can be that thread's
+    /// code: see [`Evidence::PidfdInfo`](super::Evidence::PidfdInfo).
+    UnlessThreadsRace,
+    /// Always.
+    Always,
+}
+
+impl fmt::Display for Guarantees {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}; {}; {}",
+            self.survives,
+            self.others,
+            if self.exact_time {
+                "time of the exit"
+            } else {
+                "time of its observation"
+            }
+        )
+    }
+}
+
+impl fmt::Display for Survives {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => "an exit while the daemon is down is lost",
+            Self::WithDescriptors => {
+                "an exit while the daemon is down is known if somebody keeps the pidfd"
+            }
+            Self::Everything => "an exit is recorded though nothing of ours is alive",
+        })
+    }
+}
+
+impl fmt::Display for Exactness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::UntilReaped => "exact status of children, of others until they are reaped",
+            Self::UnlessThreadsRace => "exact status unless threads end at the same moment",
+            Self::Always => "exact status",
+        })
+    }
+}
