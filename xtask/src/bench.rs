@@ -10,6 +10,7 @@ use xtask::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
 use xtask::{image, machine};
 
 use crate::demo::{processes_named, pss};
+use crate::exit_cost;
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Clone, Debug)]
@@ -31,6 +32,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let ours = Sandbox::start(&binaries, EMBEDSHIM, &archive)?;
     let theirs = Sandbox::start(&binaries, RUNC_V2, &archive)?;
     latency(&ours, &theirs, options.runs)?;
+    exit_cost::print()?;
     memory(&ours, &theirs, options.containers)
 }
 

@@ -19,7 +19,7 @@ struct Requirement {
     is_there: fn() -> bool,
 }
 
-const REQUIREMENTS: [Requirement; 11] = [
+const REQUIREMENTS: [Requirement; 13] = [
     Requirement {
         package: "clang",
         purpose: "compiles the BPF program",
@@ -29,6 +29,16 @@ const REQUIREMENTS: [Requirement; 11] = [
         package: "libbpf-dev",
         purpose: "headers for the BPF program",
         is_there: || Path::new("/usr/include/bpf/bpf_helpers.h").exists(),
+    },
+    Requirement {
+        package: "make",
+        purpose: "compiles libbpf for the second loader",
+        is_there: || on_path("make"),
+    },
+    Requirement {
+        package: "pkg-config",
+        purpose: "finds libelf for it",
+        is_there: || on_path("pkg-config"),
     },
     Requirement {
         package: "libc6-dev",

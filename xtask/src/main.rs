@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod exit_cost;
 mod fuzz;
 mod matrix;
 mod suite;

@@ -11,6 +11,9 @@ use xtask::products::{self, Profile};
 use xtask::releases::Release;
 use xtask::sandbox::EMBEDSHIM;
 
+/// The libbpf-rs loader goes through the conformance suite, too.
+const BOTH_LOADERS: &str = "embedshim-tests/libbpf";
+
 /// Options of `cargo xtask test`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
@@ -68,7 +71,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         cargo
     };
     if options.runtime.is_none() && options.containerd.is_none() {
-        let mut cargo = command(&["--workspace", "--all-targets"]);
+        let mut cargo = command(&["--workspace", "--all-targets", "--features", BOTH_LOADERS]);
         return verdict(count(cargo.arg("--").args(&options.filter))?);
     }
     let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);

@@ -47,7 +47,9 @@ for suite in conformance end_to_end; do
   case $suite in end_to_end) only=smoke:: ;; *) only=$filter ;; esac
   echo \"=== begin $suite\"
   /tests/$suite --color never $only
-  echo \"=== end $suite $?\"
+  status=$?
+  echo \"=== end $suite $status\"
+  case $status in 0) ;; *) dmesg | tail -n 60 ;; esac
 done
 echo '=== all done'
 poweroff -f
@@ -107,6 +109,8 @@ fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
         "--quiet",
         "--package",
         "embedshim-tests",
+        "--features",
+        "libbpf",
         "--no-run",
     ]);
     cargo.args([

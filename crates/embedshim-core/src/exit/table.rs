@@ -67,7 +67,7 @@ impl fmt::Display for Promise {
             Self::Partly => {
                 "Exits are known here while the daemon lives; while it is down they can be lost."
             }
-            Self::Unsupported => "No exit monitor can run here.",
+            Self::Unsupported => "No exit monitor that the configuration allows can run here.",
         })
     }
 }

@@ -4,7 +4,8 @@ use std::io;
 use std::os::fd::AsFd;
 
 use aya::maps::MapData;
-use libbpf_rs::{MapCore, ObjectBuilder, OpenMapMut, OpenObject};
+use libbpf_rs::{MapCore, ObjectBuilder, OpenMapMut, OpenObject, PrintLevel, set_print};
+use tracing::{debug, warn};
 
 use super::{
     Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, asleep, nanoseconds,
@@ -13,6 +14,8 @@ use super::{
 use crate::maps::GLOBALS;
 
 pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
+    // libbpf has one voice for the whole program, and it is stderr unless it is told otherwise.
+    set_print(Some((PrintLevel::Info, say)));
     let mut builder = ObjectBuilder::default();
     if let Some(btf) = plan.btf {
         builder.btf_custom_path(btf)?;
@@ -52,6 +55,18 @@ pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
         exited: map("exited")?,
         links,
     })
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "libbpf-rs gives the line away"
+)]
+fn say(level: PrintLevel, line: String) {
+    let line = line.trim_end();
+    match level {
+        PrintLevel::Warn => warn!("{line}"),
+        PrintLevel::Info | PrintLevel::Debug => debug!("{line}"),
+    }
 }
 
 fn open_map<'a>(object: &'a mut OpenObject, name: &str) -> Result<OpenMapMut<'a>, LoadError> {
