@@ -70,8 +70,7 @@ fn life(stage: &Stage, runtime: &str) -> anyhow::Result<()> {
     // Out of memory: told before the exit, and counted afterwards.
     actor.start(&shim, "oom", "exec busybox tail /dev/zero", |spec| {
         if let Some(resources) = spec.pointer_mut("/linux/resources") {
-            // On 5.10 the runtime's copy of itself counts, too: it needs more than 16 MB.
-            let limit = 64 << 20;
+            let limit = 16 << 20;
             // Without swap, where that is counted.
             *resources = json!({"memory": {"limit": limit, "swap": limit}});
         }

@@ -29,10 +29,13 @@ struct exit_record {
 	__u64 wait_status;
 };
 
-/* Written by user space only: start time of each watched process, by its number in the daemon's pid namespace. */
+/*
+ * Written by user space only: start time of each watched process, by its number in the daemon's pid namespace. Preallocated,
+ * although nothing is allocated in the tracepoint: before 6.1 the kernel warns (WARN_ONCE, so it may panic) when it loads a tracing
+ * program with any other hash map.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 16384);
 	__type(key, __u32);
 	__type(value, __u64);
