@@ -9,6 +9,7 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod descriptor;
 pub mod error;
 pub mod event;
 pub mod exit;

@@ -83,7 +83,7 @@ async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
     sys::trim_heap();
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), backend = %choice.backend, "serving");
     Server::new(Services::new(node))
-        .serve(listener, stop())
+        .serve(&listener, stop())
         .await;
     forwarder.abort();
     info!("stopped; containers run on");

@@ -17,5 +17,6 @@ mod any;
 mod launcher_service;
 mod metrics;
 mod options;
+mod peek_off;
 mod task_service;
 mod timestamp;

@@ -1,25 +1,36 @@
-//! [`Server`]: ttrpc over our own connections, with the manners of Go's server. Owns accepting and framing;
-//! what a call means is its [`Handler`]'s.
+//! [`Server`]: ttrpc over our own connections, with the manners of Go's server. Owns accepting and framing, and that a connection
+//! outlives this process; what a call means is its [`Handler`]'s.
 //!
 //! containerd opens one connection for each container and never lets go of it, so an idle connection is one small tokio
-//! task and no buffer.
+//! task and no buffer. It destroys the container of a connection that is lost, so every connection is kept by somebody else before
+//! its first byte is read, and what was read is noted until it is answered ([`Keeping`]).
 
 mod connection;
-mod reader;
+mod intake;
+mod journal;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use embedshim_core::clock::BootTime;
+use embedshim_core::descriptor::{DescriptorName, DescriptorStore};
 use embedshim_core::id::Namespace;
 use tokio::net::{UnixListener, UnixStream};
-use tracing::{debug, warn};
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
 use ttrpc::Status;
+
+use connection::Connection;
+use journal::{Journal, Journals};
 
 /// After a failed accept: descriptors or memory are short, and the next attempt would fail at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -35,6 +46,8 @@ pub struct Call {
     pub payload: Vec<u8>,
     /// ttrpc's metadata, the first value of each key.
     pub metadata: HashMap<String, String>,
+    /// Another daemon took this call and died before it was answered: perhaps it is done, or half done.
+    pub is_again: bool,
     /// The connection it came on.
     pub session: Arc<Session>,
 }
@@ -56,26 +69,85 @@ pub trait Handler: Send + Sync + 'static {
     async fn call(&self, call: Call) -> Result<Vec<u8>, Status>;
 }
 
+/// What makes connections outlive this process.
+#[derive(Debug)]
+pub struct Keeping {
+    /// Who keeps them.
+    pub store: Arc<dyn DescriptorStore>,
+    /// A directory of its own for what is read and not answered, on tmpfs.
+    pub directory: PathBuf,
+}
+
 /// A ttrpc server.
 #[derive(Debug)]
 pub struct Server<H> {
     handler: Arc<H>,
+    kept: Option<Kept>,
+    stop: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    store: Arc<dyn DescriptorStore>,
+    journals: Journals,
+    /// The number of the newest connection.
+    newest: AtomicU64,
 }
 
 impl<H: Handler> Server<H> {
-    /// A server whose calls `handler` answers.
+    /// A server whose calls `handler` answers, and whose connections end with it.
     pub fn new(handler: H) -> Self {
         Self {
             handler: Arc::new(handler),
+            kept: None,
+            stop: watch::Sender::new(false),
         }
     }
 
-    /// Accepts connections until `stop` completes; the connections end with the runtime.
-    pub async fn serve(&self, listener: UnixListener, stop: impl Future<Output = ()>) {
+    /// One whose connections do not. Blocks on the file system.
+    pub fn keeping(handler: H, keeping: Keeping) -> io::Result<Self> {
+        let kept = Kept {
+            store: keeping.store,
+            journals: Journals::open(keeping.directory)?,
+            newest: AtomicU64::new(0),
+        };
+        Ok(Self {
+            kept: Some(kept),
+            ..Self::new(handler)
+        })
+    }
+
+    /// Goes on with the connections that another daemon has left, and does what it owes them. Needs a tokio runtime.
+    pub fn resume(&self, connections: Vec<(u64, OwnedFd)>) {
+        let Some(kept) = &self.kept else { return };
+        let numbers: Vec<u64> = connections.iter().map(|(number, _)| *number).collect();
+        kept.journals.keep_only(&numbers);
+        info!(connections = numbers.len(), "connections taken over");
+        for (number, descriptor) in connections {
+            kept.newest.fetch_max(number, Ordering::Relaxed);
+            let (journal, owed) = kept.journals.resume(number);
+            let connection =
+                take_over(descriptor).and_then(|stream| Connection::resume(stream, journal, owed));
+            match connection {
+                Ok(connection) => self.spawn(connection, Some(number)),
+                Err(error) => {
+                    warn!(connection = number, %error, "cannot go on with a connection");
+                    kept.forget(number);
+                }
+            }
+        }
+    }
+
+    /// Accepts connections until `stop` completes; the connections end with the runtime, or when their peers leave. After `stop`
+    /// nothing is read any more, but what was read is answered.
+    pub async fn serve(&self, listener: &UnixListener, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
         loop {
             tokio::select! {
-                () = &mut stop => return,
+                () = &mut stop => {
+                    self.stop.send_replace(true);
+                    return;
+                }
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => self.admit(stream),
                     Err(error) => {
@@ -92,18 +164,72 @@ impl<H: Handler> Server<H> {
             warn!(%error, "connection refused");
             return;
         }
-        let handler = Arc::clone(&self.handler);
+        let (number, journal) = match &self.kept {
+            None => (None, Journal::none()),
+            Some(kept) => {
+                let number = kept.keep(&stream);
+                (Some(number), kept.journals.begin(number))
+            }
+        };
+        self.spawn(Connection::new(stream, journal), number);
+    }
+
+    fn spawn(&self, connection: Connection, number: Option<u64>) {
+        let (handler, stop) = (Arc::clone(&self.handler), self.stop.subscribe());
+        let store = self.kept.as_ref().map(|kept| Arc::clone(&kept.store));
         tokio::spawn(async move {
-            if let Err(error) = connection::run(stream, handler).await {
+            if let Err(error) = connection.run(handler, stop).await {
                 debug!(%error, "connection ended");
+            }
+            if let (Some(number), Some(store)) = (number, store) {
+                forget(store.as_ref(), number);
             }
         });
     }
 }
 
+impl Kept {
+    /// Gives a new connection a number and has it kept under that.
+    fn keep(&self, stream: &UnixStream) -> u64 {
+        // The clock goes on when a daemon starts anew that has inherited nothing, so a number is never used again in this boot.
+        let now = BootTime::now().0;
+        let older = self.newest.fetch_max(now, Ordering::Relaxed);
+        let number = if older < now {
+            now
+        } else {
+            self.newest.fetch_add(1, Ordering::Relaxed) + 1
+        };
+        let name = DescriptorName::Connection(number);
+        if let Err(error) = self.store.keep(&name, stream.as_fd()) {
+            warn!(%error, "a connection is not kept: it will be lost with this daemon, and its container with it");
+        }
+        number
+    }
+
+    fn forget(&self, number: u64) {
+        forget(self.store.as_ref(), number);
+    }
+}
+
+fn forget(store: &dyn DescriptorStore, number: u64) {
+    if let Err(error) = store.forget(&DescriptorName::Connection(number)) {
+        debug!(%error, connection = number, "a connection that has ended is still kept");
+    }
+}
+
+/// A connection as it was left.
+fn take_over(descriptor: OwnedFd) -> io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(descriptor);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
 #[cfg(fuzzing)]
 pub(crate) async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> io::Result<()> {
-    connection::run(stream, handler).await
+    let (_running, stop) = watch::channel(false);
+    Connection::new(stream, Journal::none())
+        .run(handler, stop)
+        .await
 }
 
 /// Only our own user may speak to us, as with Go's shims (`UnixSocketRequireSameUser`).

@@ -120,3 +120,208 @@ async fn who_leaves_is_not_waited_for() {
         .unwrap();
     assert_eq!(abandoned.load(Ordering::SeqCst), 1);
 }
+
+/// A store that is this test: what is kept outlives the server.
+#[derive(Debug, Default)]
+struct Shelf(std::sync::Mutex<Vec<(DescriptorName, OwnedFd)>>);
+
+impl DescriptorStore for Shelf {
+    fn keep(
+        &self,
+        name: &DescriptorName,
+        descriptor: std::os::fd::BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        let kept = descriptor.try_clone_to_owned()?;
+        self.0.lock().unwrap().push((name.clone(), kept));
+        Ok(())
+    }
+
+    fn forget(&self, name: &DescriptorName) -> io::Result<()> {
+        self.0.lock().unwrap().retain(|(kept, _)| kept != name);
+        Ok(())
+    }
+}
+
+impl Shelf {
+    fn connections(&self) -> Vec<(u64, OwnedFd)> {
+        let kept = self.0.lock().unwrap();
+        let connections = kept.iter().filter_map(|(name, descriptor)| match name {
+            DescriptorName::Connection(number) => Some((*number, descriptor.try_clone().unwrap())),
+            _ => None,
+        });
+        connections.collect()
+    }
+}
+
+/// Answers what it is asked again, and nothing else: a daemon that is killed before it can.
+struct Mortal;
+
+#[async_trait]
+impl Handler for Mortal {
+    async fn call(&self, call: Call) -> Result<Vec<u8>, Status> {
+        if !call.is_again && call.method != "echo" {
+            std::future::pending::<()>().await;
+        }
+        Ok(call.payload)
+    }
+}
+
+/// Runs `talk` against a server that is gone afterwards, without a farewell.
+fn generation<T>(
+    shelf: &Arc<Shelf>,
+    directory: &std::path::Path,
+    new: Option<UnixPair>,
+    talk: impl AsyncFnOnce() -> T,
+) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let talked = runtime.block_on(async {
+        let keeping = Keeping {
+            store: Arc::<Shelf>::clone(shelf),
+            directory: directory.join("connections"),
+        };
+        let server = Server::keeping(Mortal, keeping).unwrap();
+        server.resume(shelf.connections());
+        if let Some(pair) = new {
+            server.admit(take_over(pair.into()).unwrap());
+        }
+        talk().await
+    });
+    runtime.shutdown_background();
+    talked
+}
+
+type UnixPair = Blocking;
+
+fn client(of: &Blocking) -> UnixStream {
+    take_over(of.try_clone().unwrap().into()).unwrap()
+}
+
+/// Waits until the other side has taken all that was sent.
+async fn taken(directory: &std::path::Path, at_least: u64) {
+    for _ in 0..500 {
+        let size = |entry: std::fs::DirEntry| entry.metadata().map_or(0, |found| found.len());
+        let entries = std::fs::read_dir(directory.join("connections")).unwrap();
+        if entries.flatten().map(size).max().unwrap_or(0) >= at_least {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the journal does not grow");
+}
+
+#[test]
+fn a_call_that_was_taken_is_answered_by_the_next_daemon() {
+    let directory = tempfile::tempdir().unwrap();
+    let shelf = Arc::<Shelf>::default();
+    let (ours, theirs) = Blocking::pair().unwrap();
+    generation(&shelf, directory.path(), Some(theirs), async || {
+        let mut client = client(&ours);
+        send(&mut client, 1, "wait", 60_000_000_000).await;
+        send(&mut client, 3, "echo", 0).await;
+        assert_eq!(answer(&mut client).await.unwrap().0, 3);
+        send(&mut client, 5, "kill", 0).await;
+        // The header, and entries for three requests and one answer.
+        taken(directory.path(), 128 + 110).await;
+    });
+    generation(&shelf, directory.path(), None, async || {
+        let mut client = client(&ours);
+        send(&mut client, 7, "echo", 0).await;
+        let mut streams = Vec::new();
+        for _ in 0..3 {
+            let (stream, response) = answer(&mut client).await.unwrap();
+            assert_eq!(response.status().code(), Code::OK);
+            streams.push(stream);
+        }
+        streams.sort_unstable();
+        assert_eq!(streams, [1, 5, 7]);
+    });
+    // Nothing is owed, so nothing is answered twice.
+    generation(&shelf, directory.path(), None, async || {
+        let mut client = client(&ours);
+        send(&mut client, 9, "echo", 0).await;
+        assert_eq!(answer(&mut client).await.unwrap().0, 9);
+    });
+}
+
+/// Longer than what a socket holds, and in pieces that end anywhere.
+#[test]
+fn a_frame_in_pieces_is_put_together_by_several_daemons() {
+    let directory = tempfile::tempdir().unwrap();
+    let shelf = Arc::<Shelf>::default();
+    let (ours, theirs) = Blocking::pair().unwrap();
+    let request = Request {
+        method: "echo".into(),
+        payload: (0..300_000_u32).flat_map(u32::to_le_bytes).collect(),
+        ..Request::default()
+    };
+    let frame = frame::request(1, &request).unwrap();
+    let mut theirs = Some(theirs);
+    let mut sent = 0;
+    for end in [3, 10, 11, 70_000, 500_000, 1_000_000] {
+        generation(&shelf, directory.path(), theirs.take(), async || {
+            client(&ours)
+                .await
+                .write_all(&frame[sent..end])
+                .await
+                .unwrap();
+            let noted = u64::try_from(end).unwrap() + 128;
+            taken(directory.path(), noted).await;
+        });
+        sent = end;
+    }
+    let answered = generation(&shelf, directory.path(), None, async || {
+        let mut client = client(&ours);
+        client.write_all(&frame[sent..]).await.unwrap();
+        answer(&mut client).await.unwrap()
+    });
+    assert_eq!(answered.0, 1);
+    assert_eq!(answered.1.payload, request.payload);
+}
+
+/// Bytes that were looked at and noted, but not taken, are there twice: in the journal and in the socket.
+#[test]
+fn what_was_noted_and_not_taken_counts_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let shelf = Arc::<Shelf>::default();
+    let (ours, theirs) = Blocking::pair().unwrap();
+    let journals = Journals::open(directory.path().join("connections")).unwrap();
+    let request = Request {
+        method: "kill".into(),
+        ..Request::default()
+    };
+    let bytes = frame::request(1, &request).unwrap();
+    journals.begin(4).request(1, &bytes);
+    shelf
+        .keep(&DescriptorName::Connection(4), theirs.as_fd())
+        .unwrap();
+    generation(&shelf, directory.path(), None, async || {
+        let mut client = client(&ours);
+        client.write_all(&bytes).await.unwrap();
+        assert_eq!(answer(&mut client).await.unwrap().0, 1);
+        send(&mut client, 3, "echo", 0).await;
+        // Nothing in between: the first call was not made again.
+        assert_eq!(answer(&mut client).await.unwrap().0, 3);
+    });
+}
+
+#[test]
+fn who_has_left_is_forgotten_by_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let shelf = Arc::<Shelf>::default();
+    let (ours, theirs) = Blocking::pair().unwrap();
+    generation(&shelf, directory.path(), Some(theirs), async || {
+        drop(ours);
+        for _ in 0..500 {
+            if shelf.connections().is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("it is still kept");
+    });
+    let journals = std::fs::read_dir(directory.path().join("connections")).unwrap();
+    assert_eq!(journals.count(), 0);
+}

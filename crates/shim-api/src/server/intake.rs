@@ -1,0 +1,217 @@
+//! [`Intake`]: frames off a socket, whatever the pieces they come in, so that the death of this process loses none of them. Owns the
+//! order of looking, noting and taking: bytes are peeked, noted in the journal, and only then consumed.
+//!
+//! A frame that is there as a whole is one entry; that it was taken is known from its stream's number, which only rises. One that is
+//! not (it is longer than the socket's buffer, perhaps) is taken in parts. Whether the last of them was taken is remembered by the
+//! socket itself: `SO_PEEK_OFF` moves on when bytes are peeked, and back when they are consumed (Linux 3.4).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, getsockopt, recv, setsockopt};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+use super::journal::{Journal, Recovered};
+use crate::frame::{HEADER, Header, Kind, MAX_PAYLOAD};
+use crate::peek_off::PeekOff;
+
+/// Bytes per look; on the stack of a call that does not wait, so an idle connection holds no buffer.
+const CHUNK: usize = 16 * 1024;
+
+/// A frame that has arrived.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Frame {
+    /// With its payload.
+    Whole(Header, Vec<u8>),
+    /// Longer than ttrpc allows: its payload was thrown away.
+    Oversized(Header),
+}
+
+/// Where in the stream of frames a connection is.
+#[derive(Debug, Default)]
+pub(super) struct Intake {
+    /// The beginning of a frame that comes in parts.
+    partial: Vec<u8>,
+    /// Bytes of its payload that were thrown away.
+    skipped: usize,
+    /// The request that was noted last before this process, which may be in the socket still.
+    doubtful: Option<u32>,
+}
+
+/// What one look at the socket brought.
+enum Look {
+    Frame(Frame),
+    Nothing,
+    End,
+}
+
+impl Intake {
+    /// Goes on where another process was.
+    pub(super) fn resume(stream: &UnixStream, recovered: &Recovered) -> io::Result<Self> {
+        let intake = Self {
+            partial: recovered.partial.clone(),
+            skipped: recovered.skipped,
+            doubtful: recovered.doubtful,
+        };
+        if recovered.part_is_doubtful {
+            let left = getsockopt(stream, PeekOff).unwrap_or(0);
+            consume(stream, usize::try_from(left).unwrap_or(0))?;
+        }
+        setsockopt(stream, PeekOff, &-1)?;
+        Ok(intake)
+    }
+
+    /// The next frame; `None` at the end of the stream. Cancel-safe.
+    pub(super) async fn next(
+        &mut self,
+        stream: &UnixStream,
+        journal: &mut Journal,
+    ) -> io::Result<Option<Frame>> {
+        loop {
+            if let Some(frame) = self.take_complete(journal) {
+                return Ok(Some(frame));
+            }
+            stream.readable().await?;
+            match stream.try_io(Interest::READABLE, || self.look(stream, journal)) {
+                Ok(Look::Frame(frame)) => return Ok(Some(frame)),
+                Ok(Look::Nothing) => {}
+                Ok(Look::End) if self.partial.is_empty() => return Ok(None),
+                Ok(Look::End) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the peer left within a frame",
+                    ));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Takes what is there, at most one frame.
+    fn look(&mut self, stream: &UnixStream, journal: &mut Journal) -> io::Result<Look> {
+        let mut chunk = [0; CHUNK];
+        if self.partial.is_empty() {
+            let count = peek(stream, &mut chunk)?;
+            if count == 0 {
+                return Ok(Look::End);
+            }
+            let seen = chunk.get(..count).unwrap_or_default();
+            if let Some((header, payload)) = whole(seen) {
+                let length = HEADER + payload.len();
+                let is_again = self.doubtful.take() == Some(header.stream);
+                let frame = Frame::Whole(header, payload.to_vec());
+                if header.kind == Kind::Request && !is_again {
+                    journal.request(header.stream, seen.get(..length).unwrap_or_default());
+                }
+                consume(stream, length)?;
+                return Ok(if is_again {
+                    Look::Nothing
+                } else {
+                    Look::Frame(frame)
+                });
+            }
+        }
+        let wanted = self.wanted().min(CHUNK);
+        setsockopt(stream, PeekOff, &0)?;
+        let count = peek(stream, chunk.get_mut(..wanted).unwrap_or_default())?;
+        if count == 0 {
+            return Ok(Look::End);
+        }
+        let seen = chunk.get(..count).unwrap_or_default();
+        if self.is_oversized() {
+            journal.skipped(count);
+            self.skipped += count;
+        } else {
+            journal.part(seen);
+            // Memory grows with what arrives, not with what was announced.
+            self.partial.extend_from_slice(seen);
+        }
+        consume(stream, count)?;
+        journal.part_consumed();
+        setsockopt(stream, PeekOff, &-1)?;
+        Ok(Look::Nothing)
+    }
+
+    /// How many bytes are missing: of the header, or then of the frame.
+    fn wanted(&self) -> usize {
+        match self.header() {
+            None => HEADER - self.partial.len().min(HEADER),
+            Some(header) => length_of(header)
+                .saturating_sub(self.skipped)
+                .saturating_sub(self.partial.len()),
+        }
+    }
+
+    fn header(&self) -> Option<Header> {
+        self.partial.first_chunk().copied().map(Header::decode)
+    }
+
+    fn is_oversized(&self) -> bool {
+        self.header()
+            .is_some_and(|header| header.length > MAX_PAYLOAD)
+    }
+
+    /// The frame that came in parts, once it is whole.
+    fn take_complete(&mut self, journal: &mut Journal) -> Option<Frame> {
+        let header = self.header()?;
+        if self.partial.len() + self.skipped < length_of(header) {
+            return None;
+        }
+        let frame = std::mem::take(&mut self.partial);
+        self.skipped = 0;
+        if header.length <= MAX_PAYLOAD && header.kind == Kind::Request {
+            journal.parts_are(header.stream, &frame);
+        } else {
+            journal.parts_are_nothing();
+        }
+        if header.length > MAX_PAYLOAD {
+            return Some(Frame::Oversized(header));
+        }
+        let payload = frame.get(HEADER..).unwrap_or_default().to_vec();
+        Some(Frame::Whole(header, payload))
+    }
+}
+
+fn length_of(header: Header) -> usize {
+    usize::try_from(header.length).map_or(usize::MAX, |length| length.saturating_add(HEADER))
+}
+
+/// The frame that these bytes begin with, if they hold all of it.
+pub(super) fn whole(bytes: &[u8]) -> Option<(Header, &[u8])> {
+    let header = bytes.first_chunk().copied().map(Header::decode)?;
+    let end = length_of(header);
+    let frame = bytes.get(..end).filter(|_| header.length <= MAX_PAYLOAD)?;
+    Some((header, frame.get(HEADER..)?))
+}
+
+fn peek(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
+    receive(stream, buffer, MsgFlags::MSG_PEEK)
+}
+
+/// Takes what was seen; it is there, so this does not wait.
+fn consume(stream: &UnixStream, mut count: usize) -> io::Result<()> {
+    let mut chunk = [0; CHUNK];
+    while count > 0 {
+        let wanted = chunk.get_mut(..count.min(CHUNK)).unwrap_or_default();
+        let taken = receive(stream, wanted, MsgFlags::empty())?;
+        if taken == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        count -= taken;
+    }
+    Ok(())
+}
+
+fn receive(stream: &UnixStream, buffer: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
+    loop {
+        let flags = flags | MsgFlags::MSG_DONTWAIT;
+        match recv(stream.as_fd().as_raw_fd(), buffer, flags) {
+            Ok(count) => return Ok(count),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}

@@ -1,0 +1,564 @@
+//! [`Journal`]: what was read from one connection and is not answered yet, on disk, so that another daemon can answer it.
+//! Owns the file, its format and its bounds; never looks into a request.
+//!
+//! A file begins with a header that holds the connection's namespace; entries follow, each with its length and a checksum. When
+//! everything is answered, the file is cut back to the header, so it rarely outgrows its first page. Writes go to tmpfs: they take
+//! microseconds and are not waited for elsewhere.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use embedshim_core::id::Namespace;
+use tracing::warn;
+
+/// The format, by its name in the header.
+const MAGIC: [u8; 8] = *b"embconn1";
+/// The header: the format, the namespace's length and the namespace.
+const HEADER_SIZE: usize = 128;
+const HEADER: u64 = HEADER_SIZE as u64;
+/// An entry's kind, stream, length and checksum.
+const PREFIX: usize = 13;
+/// A journal with more answered requests than this in it is rewritten.
+const COMPACT_FROM: u64 = 64 * 1024;
+/// No journal is longer: 4 MiB for the largest request, and as much for the others.
+const LONGEST: u64 = 64 << 20;
+
+/// What an entry says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A whole request frame, about to be consumed.
+    Request = 1,
+    /// The request of this stream is answered.
+    Answered = 2,
+    /// A part of a frame that has not arrived as a whole, about to be consumed.
+    Part = 3,
+    /// It is consumed.
+    PartConsumed = 4,
+    /// The end of an answer that did not fit into the socket.
+    Rest = 5,
+    /// It is sent.
+    RestSent = 6,
+    /// So many bytes of a payload that is too long, about to be thrown away.
+    Skipped = 7,
+}
+
+impl Kind {
+    fn of(byte: u8) -> Option<Self> {
+        [
+            Self::Request,
+            Self::Answered,
+            Self::Part,
+            Self::PartConsumed,
+            Self::Rest,
+            Self::RestSent,
+            Self::Skipped,
+        ]
+        .into_iter()
+        .find(|&kind| kind as u8 == byte)
+    }
+}
+
+/// Where all connections' journals are.
+#[derive(Clone, Debug)]
+pub(super) struct Journals(PathBuf);
+
+impl Journals {
+    /// Makes the directory.
+    pub(super) fn open(directory: PathBuf) -> io::Result<Self> {
+        use std::os::unix::fs::DirBuilderExt;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory)?;
+        Ok(Self(directory))
+    }
+
+    /// A new connection's.
+    pub(super) fn begin(&self, connection: u64) -> Journal {
+        let path = self.path(connection);
+        let file = new_file(&path)
+            .inspect_err(|error| warn!(path = %path.display(), %error, "requests of a connection will not survive us"));
+        Journal::new(path, file.ok(), HEADER)
+    }
+
+    /// What another daemon left of a connection, and the journal to go on with.
+    pub(super) fn resume(&self, connection: u64) -> (Journal, Recovered) {
+        match Recovered::read(&self.path(connection)) {
+            Ok((journal, recovered)) => (journal, recovered),
+            Err(error) => {
+                warn!(connection, %error, "a connection's journal cannot be read: what it asked and was not answered is lost");
+                (self.begin(connection), Recovered::default())
+            }
+        }
+    }
+
+    /// Removes the journals of all connections but these.
+    pub(super) fn keep_only(&self, connections: &[u64]) {
+        for entry in fs::read_dir(&self.0).into_iter().flatten().flatten() {
+            let number = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
+            if !number.is_some_and(|number| connections.contains(&number)) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    fn path(&self, connection: u64) -> PathBuf {
+        self.0.join(connection.to_string())
+    }
+}
+
+/// One connection's journal. Ends with the connection, but not with the daemon.
+#[derive(Debug)]
+pub(super) struct Journal {
+    path: PathBuf,
+    /// None when it could not be opened, or for a connection that nobody keeps.
+    file: Option<File>,
+    length: u64,
+    /// Where the requests are that are not answered, and how long their entries are.
+    pending: BTreeMap<u32, (u64, usize)>,
+    /// A frame or an answer is half here: nothing may be cut off.
+    is_amid: bool,
+}
+
+impl Journal {
+    fn new(path: PathBuf, file: Option<File>, length: u64) -> Self {
+        Self {
+            path,
+            file,
+            length,
+            pending: BTreeMap::new(),
+            is_amid: false,
+        }
+    }
+
+    /// The journal of a connection that ends with us.
+    pub(super) fn none() -> Self {
+        Self::new(PathBuf::new(), None, 0)
+    }
+
+    /// Notes a whole frame, before it is consumed.
+    pub(super) fn request(&mut self, stream: u32, frame: &[u8]) {
+        let at = self.length;
+        if self.append(Kind::Request, stream, frame) {
+            self.pending.insert(stream, (at, PREFIX + frame.len()));
+        }
+    }
+
+    /// Notes a part of a frame, before it is consumed.
+    pub(super) fn part(&mut self, bytes: &[u8]) {
+        self.is_amid = true;
+        self.append(Kind::Part, 0, bytes);
+    }
+
+    /// Notes so many bytes of a payload that is too long to be kept, before they are consumed.
+    pub(super) fn skipped(&mut self, count: usize) {
+        self.is_amid = true;
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        self.append(Kind::Skipped, 0, &count.to_le_bytes());
+    }
+
+    /// And after either of them.
+    pub(super) fn part_consumed(&mut self) {
+        self.append(Kind::PartConsumed, 0, &[]);
+    }
+
+    /// Notes a frame that came in parts, now that it is whole; its parts are not needed any more.
+    pub(super) fn parts_are(&mut self, stream: u32, frame: &[u8]) {
+        self.request(stream, frame);
+        self.is_amid = false;
+    }
+
+    /// Notes that the parts made nothing that has to be answered.
+    pub(super) fn parts_are_nothing(&mut self) {
+        self.append(Kind::Request, 0, &[]);
+        self.is_amid = false;
+        self.cut();
+    }
+
+    /// Notes what is still to be sent of an answer.
+    pub(super) fn rest(&mut self, bytes: &[u8]) {
+        self.is_amid = true;
+        self.append(Kind::Rest, 0, bytes);
+    }
+
+    /// Notes that it is sent.
+    pub(super) fn rest_sent(&mut self) {
+        self.append(Kind::RestSent, 0, &[]);
+        self.is_amid = false;
+    }
+
+    /// Notes that this stream's request is answered.
+    pub(super) fn answered(&mut self, stream: u32) {
+        if self.pending.remove(&stream).is_none() {
+            return;
+        }
+        if self.pending.is_empty() && !self.is_amid {
+            self.cut();
+        } else {
+            self.append(Kind::Answered, stream, &[]);
+            self.compact();
+        }
+    }
+
+    /// Notes the namespace that the connection's calls are in.
+    pub(super) fn namespace(&mut self, namespace: &Namespace) {
+        if let Some(file) = &self.file
+            && let Err(error) = file.write_all_at(&header(Some(namespace)), 0)
+        {
+            warn!(path = %self.path.display(), %error, "cannot note a connection's namespace");
+        }
+    }
+
+    /// The connection is over.
+    pub(super) fn remove(self) {
+        if self.file.is_some() {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+
+    fn append(&mut self, kind: Kind, stream: u32, payload: &[u8]) -> bool {
+        let Some(file) = &self.file else { return false };
+        let entry = entry(kind, stream, payload);
+        let length = self.length.saturating_add(entry.len() as u64);
+        let written = if length > LONGEST {
+            Err(io::ErrorKind::FileTooLarge.into())
+        } else {
+            file.write_all_at(&entry, self.length)
+        };
+        match written {
+            Ok(()) => {
+                self.length = length;
+                true
+            }
+            Err(error) => {
+                warn!(path = %self.path.display(), %error, "a request will not survive us: it cannot be noted");
+                let _ = file.set_len(self.length);
+                false
+            }
+        }
+    }
+
+    fn cut(&mut self) {
+        let is_cut = |file: &File| file.set_len(HEADER).is_ok();
+        if self.length > HEADER && self.pending.is_empty() && self.file.as_ref().is_some_and(is_cut)
+        {
+            self.length = HEADER;
+        }
+    }
+
+    /// Rewrites a long journal of mostly answered requests.
+    fn compact(&mut self) {
+        let needed: u64 = self.pending.values().map(|&(_, size)| size as u64).sum();
+        if self.length < COMPACT_FROM || self.length / 4 < needed || self.is_amid {
+            return;
+        }
+        if let Err(error) = self.rewrite() {
+            warn!(path = %self.path.display(), %error, "cannot shorten a journal");
+        }
+    }
+
+    fn rewrite(&mut self) -> io::Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        let draft = self.path.with_extension("draft");
+        let shorter = new_file(&draft)?;
+        let mut head = [0; HEADER_SIZE];
+        file.read_exact_at(&mut head, 0)?;
+        shorter.write_all_at(&head, 0)?;
+        let mut length = HEADER;
+        let mut pending = BTreeMap::new();
+        for (&stream, &(at, size)) in &self.pending {
+            let mut entry = vec![0; size];
+            file.read_exact_at(&mut entry, at)?;
+            shorter.write_all_at(&entry, length)?;
+            pending.insert(stream, (length, size));
+            length += size as u64;
+        }
+        fs::rename(&draft, &self.path)?;
+        (self.file, self.length, self.pending) = (Some(shorter), length, pending);
+        Ok(())
+    }
+}
+
+/// What a journal says.
+#[derive(Debug, Default)]
+pub(super) struct Recovered {
+    pub(super) namespace: Option<Namespace>,
+    /// Whole request frames that nobody has answered, by stream.
+    pub(super) pending: BTreeMap<u32, Vec<u8>>,
+    /// Streams whose request cannot be read any more.
+    pub(super) unreadable: Vec<u32>,
+    /// The beginning of a frame.
+    pub(super) partial: Vec<u8>,
+    /// How much of it was thrown away.
+    pub(super) skipped: usize,
+    /// The last entry is a part, so perhaps it is still in the socket.
+    pub(super) part_is_doubtful: bool,
+    /// The last entry is this stream's request, so perhaps it is still in the socket.
+    pub(super) doubtful: Option<u32>,
+    /// The end of an answer, to be sent before anything else.
+    pub(super) rest: Vec<u8>,
+}
+
+impl Recovered {
+    fn read(path: &Path) -> io::Result<(Journal, Self)> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let length = file.metadata()?.len();
+        if !(HEADER..=LONGEST).contains(&length) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{length} bytes"),
+            ));
+        }
+        let bytes = fs::read(path)?;
+        let (head, entries) = bytes
+            .split_at_checked(HEADER_SIZE)
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
+        let mut recovered = Self {
+            namespace: namespace_of(head)?,
+            ..Self::default()
+        };
+        let mut journal = Journal::new(path.to_owned(), Some(file), HEADER);
+        let mut rest = entries;
+        while let Some((read, after)) = Entry::split(rest) {
+            recovered.add(&read, &mut journal);
+            journal.length += (rest.len() - after.len()) as u64;
+            rest = after;
+        }
+        // A daemon that dies within a write leaves a piece of an entry; what it was about is still in the socket.
+        if let Some(file) = &journal.file {
+            file.set_len(journal.length)?;
+        }
+        journal.is_amid = !recovered.partial.is_empty() || !recovered.rest.is_empty();
+        Ok((journal, recovered))
+    }
+
+    fn add(&mut self, entry: &Entry<'_>, journal: &mut Journal) {
+        (self.doubtful, self.part_is_doubtful) = (None, false);
+        let stream = entry.stream;
+        if !entry.is_sound {
+            warn!(path = %journal.path.display(), stream, "a request was damaged in the journal");
+            if entry.kind == Kind::Request {
+                self.unreadable.push(stream);
+            }
+            return;
+        }
+        match entry.kind {
+            Kind::Request => {
+                self.partial.clear();
+                self.skipped = 0;
+                if entry.payload.is_empty() {
+                    return;
+                }
+                self.doubtful = Some(stream);
+                self.pending.insert(stream, entry.payload.to_vec());
+                let size = PREFIX + entry.payload.len();
+                journal.pending.insert(stream, (journal.length, size));
+            }
+            Kind::Answered => {
+                self.pending.remove(&stream);
+                self.unreadable.retain(|&lost| lost != stream);
+                journal.pending.remove(&stream);
+            }
+            Kind::Part => {
+                self.part_is_doubtful = true;
+                self.partial.extend_from_slice(entry.payload);
+            }
+            Kind::Skipped => {
+                self.part_is_doubtful = true;
+                let count = entry
+                    .payload
+                    .first_chunk()
+                    .copied()
+                    .map_or(0, u32::from_le_bytes);
+                self.skipped += usize::try_from(count).unwrap_or_default();
+            }
+            Kind::PartConsumed => {}
+            Kind::Rest => self.rest = entry.payload.to_vec(),
+            Kind::RestSent => self.rest.clear(),
+        }
+    }
+}
+
+/// An entry as it was read.
+struct Entry<'a> {
+    kind: Kind,
+    stream: u32,
+    payload: &'a [u8],
+    is_sound: bool,
+}
+
+impl<'a> Entry<'a> {
+    /// The first entry and what comes after it; `None` at the end, or where nothing more can be made out.
+    fn split(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let (prefix, rest) = bytes.split_first_chunk::<PREFIX>()?;
+        let [kind, s0, s1, s2, s3, l0, l1, l2, l3, c0, c1, c2, c3] = *prefix;
+        let kind = Kind::of(kind)?;
+        let stream = u32::from_le_bytes([s0, s1, s2, s3]);
+        let length = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3])).ok()?;
+        let (payload, after) = rest.split_at_checked(length)?;
+        let is_sound = u32::from_le_bytes([c0, c1, c2, c3]) == checksum(kind, stream, payload);
+        let entry = Self {
+            kind,
+            stream,
+            payload,
+            is_sound,
+        };
+        Some((entry, after))
+    }
+}
+
+fn entry(kind: Kind, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+    let mut bytes = Vec::with_capacity(PREFIX + payload.len());
+    bytes.push(kind as u8);
+    bytes.extend_from_slice(&stream.to_le_bytes());
+    bytes.extend_from_slice(&length.to_le_bytes());
+    bytes.extend_from_slice(&checksum(kind, stream, payload).to_le_bytes());
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+fn checksum(kind: Kind, stream: u32, payload: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&[kind as u8]);
+    hasher.update(&stream.to_le_bytes());
+    hasher.update(payload);
+    hasher.finalize()
+}
+
+fn new_file(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all_at(&header(None), 0)?;
+    Ok(file)
+}
+
+fn header(namespace: Option<&Namespace>) -> [u8; HEADER_SIZE] {
+    let mut header = [0; HEADER_SIZE];
+    let name = namespace.map_or("", Namespace::as_str).as_bytes();
+    let parts = MAGIC
+        .into_iter()
+        .chain(u8::try_from(name.len()).ok())
+        .chain(name.iter().copied());
+    for (place, byte) in header.iter_mut().zip(parts) {
+        *place = byte;
+    }
+    header
+}
+
+fn namespace_of(header: &[u8]) -> io::Result<Option<Namespace>> {
+    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+    let rest = header
+        .strip_prefix(&MAGIC)
+        .ok_or_else(|| invalid("not a journal of this version".into()))?;
+    let (&length, rest) = rest
+        .split_first()
+        .ok_or_else(|| invalid("no header".into()))?;
+    let name = rest.get(..usize::from(length)).unwrap_or_default();
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let name = String::from_utf8_lossy(name);
+    let parsed = name
+        .parse()
+        .map_err(|_| invalid(format!("namespace {name:?}")))?;
+    Ok(Some(parsed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn journals() -> (tempfile::TempDir, Journals) {
+        let directory = tempfile::tempdir().unwrap();
+        let journals = Journals::open(directory.path().join("connections")).unwrap();
+        (directory, journals)
+    }
+
+    #[test]
+    fn what_is_not_answered_comes_back() {
+        let (_directory, journals) = journals();
+        let mut journal = journals.begin(7);
+        journal.namespace(&"k8s.io".parse().unwrap());
+        journal.request(1, b"one");
+        journal.request(3, b"three");
+        journal.answered(1);
+        journal.request(5, b"five");
+        drop(journal);
+        let (mut journal, recovered) = journals.resume(7);
+        assert_eq!(recovered.namespace, Some("k8s.io".parse().unwrap()));
+        let pending: Vec<_> = recovered.pending.into_iter().collect();
+        assert_eq!(pending, [(3, b"three".to_vec()), (5, b"five".to_vec())]);
+        assert_eq!(recovered.doubtful, Some(5));
+        journal.answered(3);
+        journal.answered(5);
+        assert_eq!(fs::metadata(&journal.path).unwrap().len(), HEADER);
+        let (_, recovered) = journals.resume(7);
+        assert!(recovered.pending.is_empty() && recovered.namespace.is_some());
+    }
+
+    #[test]
+    fn a_long_journal_is_shortened_and_loses_nothing() {
+        let (_directory, journals) = journals();
+        let mut journal = journals.begin(1);
+        journal.request(1, b"a Wait that takes for ever");
+        for stream in (3..20_000).step_by(2) {
+            journal.request(stream, &[b'x'; 100]);
+            journal.answered(stream);
+        }
+        assert!(journal.length < 2 * COMPACT_FROM, "{}", journal.length);
+        let (_, recovered) = journals.resume(1);
+        let streams: Vec<u32> = recovered.pending.into_keys().collect();
+        assert_eq!(streams, [1]);
+    }
+
+    #[test]
+    fn a_damaged_request_is_lost_alone_and_by_name() {
+        let (_directory, journals) = journals();
+        let mut journal = journals.begin(1);
+        for stream in [1, 3, 5] {
+            journal.request(stream, b"payload");
+        }
+        let path = journal.path.clone();
+        let middle = HEADER + 20 + 15;
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[usize::try_from(middle).unwrap()] ^= 0xff;
+        fs::write(&path, bytes).unwrap();
+        let (_, recovered) = journals.resume(1);
+        assert_eq!(recovered.unreadable, [3]);
+        let streams: Vec<u32> = recovered.pending.into_keys().collect();
+        assert_eq!(streams, [1, 5]);
+    }
+
+    #[test]
+    fn any_piece_of_a_journal_can_be_read() {
+        let (_directory, journals) = journals();
+        let mut journal = journals.begin(1);
+        journal.request(1, b"whole");
+        journal.part(b"half");
+        journal.part_consumed();
+        journal.rest(b"of an answer");
+        let bytes = fs::read(&journal.path).unwrap();
+        for length in 0..=bytes.len() {
+            fs::write(&journal.path, &bytes[..length]).unwrap();
+            let (after, recovered) = journals.resume(1);
+            assert!(recovered.pending.len() <= 1);
+            drop(after);
+            let (_, again) = journals.resume(1);
+            assert_eq!(again.pending, recovered.pending, "{length} bytes");
+        }
+    }
+}
