@@ -262,11 +262,7 @@ fn a_frame_in_pieces_is_put_together_by_several_daemons() {
     let mut sent = 0;
     for end in [3, 10, 11, 70_000, 500_000, 1_000_000] {
         generation(&shelf, directory.path(), theirs.take(), async || {
-            client(&ours)
-                .await
-                .write_all(&frame[sent..end])
-                .await
-                .unwrap();
+            client(&ours).write_all(&frame[sent..end]).await.unwrap();
             let noted = u64::try_from(end).unwrap() + 128;
             taken(directory.path(), noted).await;
         });
