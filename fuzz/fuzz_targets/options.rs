@@ -1,9 +1,9 @@
 //! Runtime options of every type, mount options, and where streams go.
 #![no_main]
 
-use embedshim_core::fuzzing::mount_options;
+use embedshim_core::fuzzing::{mount_options, streams};
 use embedshim_core::rootfs::Mount;
-use embedshim_core::stdio::{Plan, StdioPaths};
+use embedshim_core::stdio::StdioPaths;
 use libfuzzer_sys::fuzz_target;
 use shim_api::fuzzing::options;
 
@@ -24,7 +24,7 @@ fuzz_target!(|input: Input| {
         options: words,
         ..Mount::default()
     });
-    let _ = Plan::parse(&StdioPaths {
+    streams(&StdioPaths {
         stdin,
         stdout,
         stderr,

@@ -5,8 +5,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
-use embedshim_core::fuzzing::mount_options;
-use embedshim_core::stdio::Plan;
+use embedshim_core::fuzzing::{mount_options, streams};
 use embedshim_core::task::{Node, NodeConfig};
 use libfuzzer_sys::fuzz_target;
 use monitor_pidfd::PidfdMonitor;
@@ -40,6 +39,7 @@ static SERVER: LazyLock<(Runtime, Services)> = LazyLock::new(|| {
     let config = NodeConfig {
         state_dir,
         runtime_deadline: std::time::Duration::from_secs(1),
+        reap_orphans: false,
     };
     let node = runtime.block_on(async {
         let monitor = Arc::new(PidfdMonitor::new().unwrap());
@@ -55,8 +55,8 @@ fuzz_target!(|bytes: &[u8]| {
     let method = METHODS[usize::from(number) % METHODS.len()];
     if method == "Create" {
         // Not to be carried out: we are root, and it mounts.
-        if let Some((mounts, streams)) = create(payload) {
-            let _ = Plan::parse(&streams);
+        if let Some((mounts, paths)) = create(payload) {
+            streams(&paths);
             mounts.iter().for_each(|mount| {
                 mount_options(mount);
             });

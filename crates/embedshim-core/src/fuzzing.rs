@@ -4,11 +4,17 @@ use std::path::Path;
 
 use crate::rootfs::{self, Mount};
 use crate::spec::Spec;
+use crate::stdio::{Plan, StdioPaths};
 use crate::store::TaskRecord;
 
 /// Sorts a mount's options out.
 pub fn mount_options(mount: &Mount) -> bool {
     rootfs::options_are_understood(mount, Path::new("/rootfs"))
+}
+
+/// Sorts out where streams go.
+pub fn streams(paths: &StdioPaths) -> bool {
+    Plan::parse(paths).is_ok()
 }
 
 /// Reads an OCI spec and asks it everything we ask.

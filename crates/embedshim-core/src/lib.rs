@@ -1,11 +1,86 @@
 //! Runs OCI containers without a process per container, and never loses an exit.
 //!
-//! The core of embedshim, usable without containerd: [`task::Node`] creates, starts, execs, signals and deletes
-//! containers through an OCI runtime; an [`exit::ExitMonitor`] from one of the `monitor-*` crates tells how their
-//! processes end, whoever their parent is; what must survive this process is in its state directory.
+//! The core of embedshim, usable without containerd and without the daemon:
 //!
-//! Who embeds it composes three things: a monitor, a [`task::NodeConfig`], and a consumer of
-//! [`task::Node::next_event`]. Being a child subreaper is recommended.
+//! - An [`ExitMonitor`](exit::ExitMonitor) from one of the `monitor-*` crates tells how processes end, whoever their parent is:
+//!   useful by itself, for any process that a [`Process`](process::Process) can be opened of.
+//! - [`Node`](task::Node) creates, starts, execs, signals and deletes containers through an OCI runtime; how their processes end,
+//!   a monitor tells it. What must survive this process is in its state directory.
+//!
+//! Nothing is global: a process may have as many monitors and nodes as it likes, and an environment, signal handlers and children of
+//! its own. What concerns the whole process (being a child subreaper, a limit of descriptors, a lock on the state directory) is left
+//! to the program. Needed are a tokio runtime with I/O and time, and Linux.
+//!
+//! How a process ends that is somebody else's child:
+//!
+//! ```
+//! use std::process::{Command, Stdio};
+//! use std::sync::Arc;
+//!
+//! use embedshim_core::exit::{ExitMonitor, ExitStatus, Watched};
+//! use embedshim_core::process::Process;
+//! use monitor_pidfd::PidfdMonitor;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let monitor = PidfdMonitor::new()?;
+//! // Any process; this one is ours, so that the example has one.
+//! let child = Command::new("sh").args(["-c", "read line; exit 7"]).stdin(Stdio::piped()).spawn()?;
+//! let process = Arc::new(Process::open(i32::try_from(child.id())?)?);
+//! assert_eq!(monitor.watch(Arc::clone(&process)).await?, Watched::Armed);
+//!
+//! drop(child.stdin); // and so it ends
+//! let mut exits = Vec::new();
+//! monitor.next_exits(&mut exits).await?;
+//! assert_eq!(exits[0].process, process.identity());
+//! assert_eq!(exits[0].status, ExitStatus::Exited(7));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A container, with a monitor that may be of any kind. That the program is killed before the end of `wait` changes nothing but who
+//! waits: the next node on this state directory answers it (if the monitor promises
+//! [`Survives::Everything`](exit::Survives::Everything)).
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use std::time::Duration;
+//!
+//! use embedshim_core::exit::ExitMonitor;
+//! use embedshim_core::id::{ProcessKey, TaskKey};
+//! use embedshim_core::stdio::StdioPaths;
+//! use embedshim_core::task::{CreateTask, Exit, Node, NodeConfig, RuntimeOptions};
+//!
+//! # async fn run(monitor: Arc<dyn ExitMonitor>) -> Result<Exit, Box<dyn std::error::Error>> {
+//! let node = Node::open(
+//!     NodeConfig {
+//!         state_dir: "/run/mine".into(),
+//!         runtime_deadline: Duration::from_secs(60),
+//!         reap_orphans: false,
+//!     },
+//!     monitor,
+//! )
+//! .await?;
+//! let task = TaskKey { namespace: "mine".parse()?, id: "c1".parse()? };
+//! node.create(CreateTask {
+//!     key: task.clone(),
+//!     bundle: "/bundles/c1".into(),
+//!     rootfs: Vec::new(), // it is in the bundle
+//!     stdio: StdioPaths::default(),
+//!     runtime: RuntimeOptions::default(),
+//!     checkpoint: None,
+//!     owner: String::new(),
+//! })
+//! .await?;
+//! let init = ProcessKey { task, exec: None };
+//! node.start(&init).await?;
+//! let exit = node.wait(&init).await?;
+//! node.delete(&init).await?;
+//! # Ok(exit)
+//! # }
+//! ```
+//!
+//! `examples/` has whole programs: `watch`, `bundle` and `probe`, which chooses a backend.
 
 pub mod cgroup;
 pub mod clock;
@@ -14,16 +89,16 @@ pub mod error;
 pub mod event;
 pub mod exit;
 pub mod id;
-pub mod orphans;
 pub mod process;
 pub mod rootfs;
-pub mod runtime;
-pub mod spec;
 pub mod stdio;
 pub mod task;
 
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod orphans;
+mod runtime;
+mod spec;
 mod store;
 mod sys;
 

@@ -1,5 +1,6 @@
-//! The children nobody asked for: as a subreaper the daemon inherits every orphan below it and must reap it.
-//! Owns the patience that makes this safe; never reaps a process that somebody watches or may be about to.
+//! The children nobody asked for: as a subreaper the daemon inherits every orphan below it and must reap it
+//! ([`NodeConfig::reap_orphans`](crate::task::NodeConfig::reap_orphans)). Owns the patience that makes this safe; never reaps a
+//! process that somebody watches or may be about to.
 //!
 //! `runc exec --detach` leaves its process to us and tells its pid by a file. If that process is over before the file is
 //! read, its zombie must still be there, or its status is lost and its number may mean another. So an unknown
@@ -21,7 +22,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Which runtime calls are under way.
 #[derive(Clone, Debug, Default)]
-pub struct Orphans {
+pub(crate) struct Orphans {
     shared: Arc<Shared>,
 }
 

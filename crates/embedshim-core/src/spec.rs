@@ -13,7 +13,7 @@ const MAX_SPEC: u64 = 16 * 1024 * 1024;
 /// What the daemon reads of an OCI runtime spec.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
-pub struct Spec {
+pub(crate) struct Spec {
     linux: Linux,
 }
 
@@ -35,7 +35,7 @@ struct LinuxNamespace {
 
 impl Spec {
     /// Reads `config.json` of a bundle. Blocks on the file.
-    pub fn read(bundle: &Path) -> Result<Self, Error> {
+    pub(crate) fn read(bundle: &Path) -> Result<Self, Error> {
         use io::Read;
         let path = bundle.join("config.json");
         let failed = |doing| {
@@ -56,7 +56,7 @@ impl Spec {
 
     /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that can't send
     /// runc's options (CRI and nerdctl with a runtime type of ours) still write this form (`containerd.md` 4.4).
-    pub fn wants_systemd_cgroup(&self) -> bool {
+    pub(crate) fn wants_systemd_cgroup(&self) -> bool {
         let path = &self.linux.cgroups_path;
         !path.starts_with('/') && path.split(':').count() == 3
     }
@@ -64,7 +64,7 @@ impl Spec {
     /// Whether the end of the init ends all processes by itself: only in a pid namespace of its own.
     ///
     /// A container in a shared one has to be killed process by process (`ShouldKillAllOnExit`).
-    pub fn has_own_pid_namespace(&self) -> bool {
+    pub(crate) fn has_own_pid_namespace(&self) -> bool {
         self.linux
             .namespaces
             .iter()

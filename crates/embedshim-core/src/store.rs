@@ -262,6 +262,7 @@ mod tests {
                 exit: Some(Exit {
                     code: 9,
                     at: std::time::SystemTime::UNIX_EPOCH,
+                    status: None,
                 }),
                 spec: None,
             },
@@ -294,6 +295,13 @@ mod tests {
             })
             .unwrap();
         assert!(store.load().unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_exit_that_an_older_daemon_recorded_is_read() {
+        let older = r#"{"code":255,"at":{"secs_since_epoch":1,"nanos_since_epoch":0}}"#;
+        let exit: Exit = serde_json::from_str(older).unwrap();
+        assert_eq!((exit.code, exit.status), (255, None));
     }
 
     #[test]

@@ -75,6 +75,7 @@ async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
     let node_config = NodeConfig {
         state_dir: state_dir.to_owned(),
         runtime_deadline: config.runtime_deadline(),
+        reap_orphans: true,
     };
     let node = Node::open(node_config, monitor)
         .await

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 pub use metrics::{DeviceCounter, Metrics};
-pub use oom::OomWatcher;
+pub(crate) use oom::OomWatcher;
 
 use crate::rootfs::{MountPoint, read_mountinfo};
 
@@ -29,7 +29,7 @@ const KILL_PAUSE: Duration = Duration::from_millis(10);
 /// The cgroup of one container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Cgroup {
+pub(crate) enum Cgroup {
     /// One directory per controller.
     V1(BTreeMap<String, PathBuf>),
     /// The one directory.
@@ -39,7 +39,7 @@ pub enum Cgroup {
 /// Why a cgroup cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum CgroupError {
+pub(crate) enum CgroupError {
     /// A file of the kernel's.
     #[error("cannot read {path}", path = .path.display())]
     Read {
@@ -67,7 +67,7 @@ pub enum CgroupError {
 
 impl Cgroup {
     /// Finds the cgroup of a container by its init. Blocks on procfs.
-    pub fn of_process(pid: i32) -> Result<Self, CgroupError> {
+    pub(crate) fn of_process(pid: i32) -> Result<Self, CgroupError> {
         let mounts = Self::read("/proc/self/mountinfo", |_| read_mountinfo())?;
         let of = |who: &str| {
             Self::read(&format!("/proc/{who}/cgroup"), |path| {
@@ -106,7 +106,7 @@ impl Cgroup {
     }
 
     /// The processes in it and below it; none if it is gone. Blocks on the cgroup file system.
-    pub fn pids(&self) -> io::Result<Vec<i32>> {
+    pub(crate) fn pids(&self) -> io::Result<Vec<i32>> {
         let mut pids = Vec::new();
         let mut to_visit: Vec<PathBuf> = self.directory().map(Path::to_owned).into_iter().collect();
         while let Some(directory) = to_visit.pop() {
@@ -133,7 +133,7 @@ impl Cgroup {
     }
 
     /// Kills everything in it and below it, and waits until it is empty, for at most 2 s. Blocks.
-    pub fn kill_all(&self) -> io::Result<()> {
+    pub(crate) fn kill_all(&self) -> io::Result<()> {
         if let Self::V2(path) = self {
             // Atomic, since Linux 5.14.
             let _ = fs::write(path.join("cgroup.kill"), "1");
@@ -169,7 +169,7 @@ impl Cgroup {
     }
 
     /// How many of its processes the kernel has killed for want of memory (4.13); `None` if nobody knows. Blocks.
-    pub fn oom_kills(&self) -> Option<u64> {
+    pub(crate) fn oom_kills(&self) -> Option<u64> {
         let (directory, file) = self.oom_file()?;
         metrics::keyed(&fs::read_to_string(directory.join(file)).ok()?, "oom_kill")
     }
@@ -183,7 +183,7 @@ impl Cgroup {
     }
 
     /// What it uses. Missing controllers count zero; an error means that the cgroup is gone. Blocks.
-    pub fn metrics(&self) -> Result<Metrics, CgroupError> {
+    pub(crate) fn metrics(&self) -> Result<Metrics, CgroupError> {
         let directory = self.directory().unwrap_or(Path::new("/"));
         fs::metadata(directory).map_err(|source| CgroupError::Read {
             path: directory.into(),

@@ -21,7 +21,7 @@ use crate::sys;
 const INOTIFY: u64 = 0;
 
 /// Tells of OOM kills in the cgroups it watches.
-pub struct OomWatcher {
+pub(crate) struct OomWatcher {
     epoll: AsyncFd<File>,
     set: Epoll,
     inotify: Inotify,
@@ -45,7 +45,7 @@ impl fmt::Debug for OomWatcher {
 
 impl OomWatcher {
     /// A watcher of nothing yet. Needs a tokio runtime.
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let set = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         set.add(&inotify, EpollEvent::new(EpollFlags::EPOLLIN, INOTIFY))?;
@@ -59,7 +59,7 @@ impl OomWatcher {
     }
 
     /// Begins to watch. `token`, not 0, is what [`next`](Self::next) will say. Opens a few files of the cgroup.
-    pub fn watch(&self, token: u64, cgroup: &Cgroup) -> io::Result<()> {
+    pub(crate) fn watch(&self, token: u64, cgroup: &Cgroup) -> io::Result<()> {
         let Some((directory, file)) = cgroup.oom_file() else {
             return Ok(());
         };
@@ -82,7 +82,7 @@ impl OomWatcher {
     }
 
     /// Ends a watch. Idempotent.
-    pub fn unwatch(&self, token: u64) {
+    pub(crate) fn unwatch(&self, token: u64) {
         match self.watches().remove(&token) {
             Some(Watch::V1(event)) => drop(self.set.delete(&event)),
             Some(Watch::V2(descriptor)) => drop(self.inotify.rm_watch(descriptor)),
@@ -92,7 +92,7 @@ impl OomWatcher {
 
     /// Waits for the next sign of an OOM kill. Only a sign: the cgroup may just have been removed, or the file
     /// modified for another reason; the count in [`Cgroup::oom_kills`] is the fact. Cancel-safe.
-    pub async fn next(&self) -> u64 {
+    pub(crate) async fn next(&self) -> u64 {
         loop {
             let Ok(mut ready) = self.epoll.readable().await else {
                 return std::future::pending().await;

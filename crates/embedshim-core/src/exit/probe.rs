@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, Guarantees};
+use super::{Backend, Guarantees, Survives};
 
 /// One kernel feature, tried on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,4 +70,12 @@ pub struct Availability {
     pub verdict: Result<Guarantees, String>,
     /// What an administrator can do to make it run, or run better.
     pub remedies: Vec<String>,
+}
+
+impl Availability {
+    /// What is not lost with the watcher; nothing is kept by a backend that cannot run.
+    pub fn survives(&self) -> Survives {
+        let promised = self.verdict.as_ref();
+        promised.map_or(Survives::Nothing, |promised| promised.survives)
+    }
 }

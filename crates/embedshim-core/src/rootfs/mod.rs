@@ -116,7 +116,7 @@ pub(crate) fn options_are_understood(mount: &Mount, target: &Path) -> bool {
 
 /// Mounts all of `mounts` in order on (or below) `rootfs`, which is made if it is missing. On failure, what this call
 /// mounted is unmounted again.
-pub fn mount_all(mounts: &[Mount], rootfs: &Path) -> Result<(), MountError> {
+pub(crate) fn mount_all(mounts: &[Mount], rootfs: &Path) -> Result<(), MountError> {
     make_rootfs(rootfs)?;
     let mut done: Vec<PathBuf> = Vec::new();
     for mount in mounts {

@@ -5,21 +5,21 @@ use std::path::Path;
 
 /// `create`.
 #[derive(Clone, Debug)]
-pub struct Create<'a> {
+pub(crate) struct Create<'a> {
     /// The container's id.
-    pub id: &'a str,
+    pub(crate) id: &'a str,
     /// The bundle directory.
-    pub bundle: &'a Path,
+    pub(crate) bundle: &'a Path,
     /// Where the init's pid is to be written.
-    pub pid_file: &'a Path,
+    pub(crate) pid_file: &'a Path,
     /// Where the terminal's master is to be sent.
-    pub console_socket: Option<&'a Path>,
+    pub(crate) console_socket: Option<&'a Path>,
     /// The runtime's log.
-    pub log: &'a Path,
+    pub(crate) log: &'a Path,
     /// Move the root instead of pivoting.
-    pub no_pivot_root: bool,
+    pub(crate) no_pivot_root: bool,
     /// Inherit the session keyring.
-    pub no_new_keyring: bool,
+    pub(crate) no_new_keyring: bool,
 }
 
 impl Create<'_> {
@@ -40,17 +40,17 @@ impl Create<'_> {
 
 /// `exec --detach`.
 #[derive(Clone, Debug)]
-pub struct Exec<'a> {
+pub(crate) struct Exec<'a> {
     /// The container's id.
-    pub id: &'a str,
+    pub(crate) id: &'a str,
     /// A file with the OCI `Process` document.
-    pub process: &'a Path,
+    pub(crate) process: &'a Path,
     /// Where the process's pid is to be written.
-    pub pid_file: &'a Path,
+    pub(crate) pid_file: &'a Path,
     /// Where the terminal's master is to be sent.
-    pub console_socket: Option<&'a Path>,
+    pub(crate) console_socket: Option<&'a Path>,
     /// The runtime's log.
-    pub log: &'a Path,
+    pub(crate) log: &'a Path,
 }
 
 impl Exec<'_> {
@@ -73,32 +73,32 @@ impl Exec<'_> {
     clippy::struct_excessive_bools,
     reason = "they are the runtime's independent flags"
 )]
-pub struct Checkpoint<'a> {
+pub(crate) struct Checkpoint<'a> {
     /// The container's id.
-    pub id: &'a str,
+    pub(crate) id: &'a str,
     /// Where the image goes.
-    pub image: &'a Path,
+    pub(crate) image: &'a Path,
     /// Where CRIU works and logs.
-    pub work: &'a Path,
+    pub(crate) work: &'a Path,
     /// Leave the container running.
-    pub leave_running: bool,
+    pub(crate) leave_running: bool,
     /// Allow open TCP connections.
-    pub tcp: bool,
+    pub(crate) tcp: bool,
     /// Allow external unix sockets.
-    pub unix_sockets: bool,
+    pub(crate) unix_sockets: bool,
     /// Allow a shell job.
-    pub terminal: bool,
+    pub(crate) terminal: bool,
     /// Allow file locks.
-    pub file_locks: bool,
+    pub(crate) file_locks: bool,
     /// Namespaces that are not written.
-    pub empty_namespaces: &'a [String],
+    pub(crate) empty_namespaces: &'a [String],
     /// `--manage-cgroups-mode`, or empty.
-    pub cgroups_mode: &'a str,
+    pub(crate) cgroups_mode: &'a str,
 }
 
 impl Checkpoint<'_> {
     /// The command line.
-    pub fn build(&self) -> Vec<OsString> {
+    pub(crate) fn build(&self) -> Vec<OsString> {
         let mut line = line(["checkpoint", "--image-path"]);
         line.extend([self.image.into(), "--work-path".into(), self.work.into()]);
         push_flag(&mut line, "--leave-running", self.leave_running);
@@ -119,18 +119,18 @@ impl Checkpoint<'_> {
 
 /// `restore --detach`.
 #[derive(Clone, Copy, Debug)]
-pub struct Restore<'a> {
+pub(crate) struct Restore<'a> {
     /// What `create` would get.
-    pub create: &'a Create<'a>,
+    pub(crate) create: &'a Create<'a>,
     /// The image to restore from.
-    pub image: &'a Path,
+    pub(crate) image: &'a Path,
     /// Where CRIU works and logs.
-    pub work: &'a Path,
+    pub(crate) work: &'a Path,
 }
 
 impl Restore<'_> {
     /// The command line.
-    pub fn build(&self) -> Vec<OsString> {
+    pub(crate) fn build(&self) -> Vec<OsString> {
         let create = self.create;
         let mut line = line(["restore", "--detach", "--image-path"]);
         line.extend([self.image.into(), "--work-path".into(), self.work.into()]);

@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::task::JoinHandle;
 
-pub use arguments::{Checkpoint, Create, Exec, Restore};
+pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
 
 use crate::error::Error;
 use crate::id::Namespace;
@@ -33,7 +33,7 @@ const LEFT_OPEN: Duration = Duration::from_secs(1);
 
 /// The OCI runtime as one container uses it.
 #[derive(Clone, Debug)]
-pub struct Runtime {
+pub(crate) struct Runtime {
     binary: String,
     root: PathBuf,
     systemd_cgroup: bool,
@@ -65,7 +65,7 @@ impl Runtime {
     /// The runtime for containers of `namespace`, by the request's options and the container's spec.
     ///
     /// `deadline` bounds each call; a runtime that takes longer is killed.
-    pub fn new(
+    pub(crate) fn new(
         options: &RuntimeOptions,
         namespace: &Namespace,
         spec: &Spec,
@@ -83,16 +83,6 @@ impl Runtime {
             deadline,
             orphans,
         }
-    }
-
-    /// The binary, as configured.
-    pub fn binary(&self) -> &str {
-        &self.binary
-    }
-
-    /// Its state directory.
-    pub fn root(&self) -> &Path {
-        &self.root
     }
 
     /// `create`: the container exists and its init waits on the exec fifo.

@@ -26,7 +26,7 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// The socket over which an OCI runtime sends the master of a terminal (`--console-socket`).
 #[derive(Debug)]
-pub struct ConsoleSocket {
+pub(crate) struct ConsoleSocket {
     listener: UnixListener,
     path: PathBuf,
 }
@@ -34,7 +34,7 @@ pub struct ConsoleSocket {
 impl ConsoleSocket {
     /// Listens in `directory`, which must be ours alone and have a short path (107 bytes with the name). Needs a
     /// tokio runtime.
-    pub fn bind(directory: &Path) -> Result<Self, StdioError> {
+    pub(crate) fn bind(directory: &Path) -> Result<Self, StdioError> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = directory.join(format!("console-{}-{number}", std::process::id()));
         let failed = |source| StdioError::Console {
@@ -47,12 +47,12 @@ impl ConsoleSocket {
     }
 
     /// What to tell the runtime.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Receives the master.
-    pub async fn accept(self, limit: Duration) -> Result<OwnedFd, StdioError> {
+    pub(crate) async fn accept(self, limit: Duration) -> Result<OwnedFd, StdioError> {
         let failed = |source| StdioError::Console {
             doing: "receive a terminal",
             source,
@@ -108,7 +108,7 @@ async fn receive(stream: &UnixStream) -> io::Result<OwnedFd> {
 
 /// A process's terminal.
 #[derive(Debug)]
-pub struct Console {
+pub(crate) struct Console {
     master: OwnedFd,
     stdin: Mutex<Option<OwnedFd>>,
     ended: watch::Sender<bool>,
@@ -119,7 +119,7 @@ pub struct Console {
 impl Console {
     /// Begins to copy between the terminal and the plan's stdin and stdout. Needs a tokio runtime.
     /// `pipes` are the logger's, if there is one.
-    pub fn start(
+    pub(crate) fn start(
         master: OwnedFd,
         plan: &Plan,
         pipes: Option<LoggerPipes>,
@@ -160,7 +160,7 @@ impl Console {
     }
 
     /// Gives up our writer to the input. Idempotent.
-    pub fn close_stdin(&self) {
+    pub(crate) fn close_stdin(&self) {
         self.stdin
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -168,19 +168,19 @@ impl Console {
     }
 
     /// The process has ended: what is in the terminal is still copied, then the output is closed.
-    pub fn end_of_process(&self) {
+    pub(crate) fn end_of_process(&self) {
         self.close_stdin();
         self.ended.send_replace(true);
     }
 
     /// Waits until the output is closed, for at most `limit`.
-    pub async fn drained(&self, limit: Duration) {
+    pub(crate) async fn drained(&self, limit: Duration) {
         let mut drained = self.drained.clone();
         let _ = tokio::time::timeout(limit, drained.wait_for(|done| *done)).await;
     }
 
     /// Sets the size in characters.
-    pub fn resize(&self, width: u16, height: u16) -> Result<(), StdioError> {
+    pub(crate) fn resize(&self, width: u16, height: u16) -> Result<(), StdioError> {
         sys::set_window_size(self.master.as_fd(), width, height).map_err(|source| {
             StdioError::Console {
                 doing: "resize a terminal",

@@ -10,18 +10,18 @@ use super::plan::{Output, Plan, keep_reader, keep_writer};
 
 /// The streams for the process. Whoever starts it lets go of them right after: a writer of ours would hide EOF.
 #[derive(Debug)]
-pub struct ChildStdio {
+pub(crate) struct ChildStdio {
     /// Its input.
-    pub stdin: OwnedFd,
+    pub(crate) stdin: OwnedFd,
     /// Its output.
-    pub stdout: OwnedFd,
+    pub(crate) stdout: OwnedFd,
     /// Its error output.
-    pub stderr: OwnedFd,
+    pub(crate) stderr: OwnedFd,
 }
 
 /// Our ends: a writer to its input until that is closed, and readers of its outputs that never read.
 #[derive(Debug)]
-pub struct HeldStdio {
+pub(crate) struct HeldStdio {
     stdin: Mutex<Input>,
     #[cfg_attr(
         not(test),
@@ -53,7 +53,7 @@ impl HeldStdio {
     }
 
     /// Takes the ends up again after a restart, as far as the fifos are still there. Blocks on the file system.
-    pub fn reopen(plan: &Plan) -> Self {
+    pub(crate) fn reopen(plan: &Plan) -> Self {
         let stdin = plan
             .stdin
             .as_deref()
@@ -75,7 +75,7 @@ impl HeldStdio {
     ///
     /// `ctr run` sends `CloseIO` at the end of its own input, but not if that comes before `NewTask` has returned, as with
     /// `echo hi | ctr run ... cat`; a writer of ours would then keep the container waiting for ever.
-    pub fn hold_stdin(&self) -> bool {
+    pub(crate) fn hold_stdin(&self) -> bool {
         let mut stdin = self.stdin();
         if let Input::Undecided { reader, path } = &*stdin {
             let writer = if has_hung_up(reader) {
@@ -89,7 +89,7 @@ impl HeldStdio {
     }
 
     /// Gives up our writer to the input. Idempotent.
-    pub fn close_stdin(&self) {
+    pub(crate) fn close_stdin(&self) {
         *self.stdin() = Input::Closed;
     }
 

@@ -48,16 +48,16 @@ enum Ready {
 
 /// For whom a logger works: its whole environment.
 #[derive(Clone, Debug)]
-pub struct LoggedProcess {
+pub(crate) struct LoggedProcess {
     /// The container, or for an exec the exec.
-    pub id: String,
+    pub(crate) id: String,
     /// The namespace.
-    pub namespace: String,
+    pub(crate) namespace: String,
 }
 
 /// The ends for the process's output.
 #[derive(Debug)]
-pub struct LoggerPipes {
+pub(crate) struct LoggerPipes {
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
 }
@@ -170,7 +170,7 @@ impl Logger {
 }
 
 /// Ends a logger as runc-v2 does: SIGTERM, and SIGKILL if that is not enough. Nothing happens to one that has ended.
-pub async fn end_logger(logger: ProcessIdentity) {
+pub(crate) async fn end_logger(logger: ProcessIdentity) {
     let ended =
         || Process::reopen(logger).map_or(true, |process| process.has_ended().unwrap_or(true));
     let wait = async {

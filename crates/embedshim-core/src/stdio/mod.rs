@@ -20,10 +20,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use console::{Console, ConsoleSocket};
-pub use held::{ChildStdio, HeldStdio};
-pub use logger::{LoggedProcess, LoggerPipes, end_logger};
-pub use plan::Plan;
+pub(crate) use console::{Console, ConsoleSocket};
+pub(crate) use held::{ChildStdio, HeldStdio};
+pub(crate) use logger::{LoggedProcess, LoggerPipes, end_logger};
+pub(crate) use plan::Plan;
 
 /// The standard streams as a request names them: paths or URIs, empty for none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,7 +103,7 @@ impl StdioError {
 
 /// What the daemon holds of a process's standard streams while it lives.
 #[derive(Debug)]
-pub enum Streams {
+pub(crate) enum Streams {
     /// The container has the streams themselves; we keep the far ends.
     Held(HeldStdio),
     /// The container has a terminal; we copy.
@@ -112,7 +112,7 @@ pub enum Streams {
 
 impl Streams {
     /// Gives up our writer to the process's input: it reads EOF once the client's writers are gone too. Idempotent.
-    pub fn close_stdin(&self) {
+    pub(crate) fn close_stdin(&self) {
         match self {
             Self::Held(held) => held.close_stdin(),
             Self::Terminal(console) => console.close_stdin(),
@@ -120,7 +120,7 @@ impl Streams {
     }
 
     /// The process may read from now on. Returns false if its input ends with what is in it already.
-    pub fn hold_stdin(&self) -> bool {
+    pub(crate) fn hold_stdin(&self) -> bool {
         match self {
             Self::Held(held) => held.hold_stdin(),
             Self::Terminal(_) => true,
@@ -128,7 +128,7 @@ impl Streams {
     }
 
     /// The process has ended: every end that could keep the client waiting for EOF is given up.
-    pub fn end_of_process(&self) {
+    pub(crate) fn end_of_process(&self) {
         match self {
             Self::Held(held) => held.close_stdin(),
             Self::Terminal(console) => console.end_of_process(),
@@ -136,14 +136,14 @@ impl Streams {
     }
 
     /// Waits until all output is with the client, for at most `limit`.
-    pub async fn drained(&self, limit: Duration) {
+    pub(crate) async fn drained(&self, limit: Duration) {
         if let Self::Terminal(console) = self {
             console.drained(limit).await;
         }
     }
 
     /// Sets the size of the terminal, in characters; without a terminal there is nothing to do.
-    pub fn resize(&self, width: u16, height: u16) -> Result<(), StdioError> {
+    pub(crate) fn resize(&self, width: u16, height: u16) -> Result<(), StdioError> {
         match self {
             Self::Held(_) => Ok(()),
             Self::Terminal(console) => console.resize(width, height),

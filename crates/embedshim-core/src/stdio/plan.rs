@@ -15,7 +15,7 @@ use crate::process::ProcessIdentity;
 
 /// What is to become of each stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub(crate) struct Plan {
     pub(super) stdin: Option<PathBuf>,
     pub(super) stdout: Output,
     pub(super) stderr: Output,
@@ -36,7 +36,7 @@ pub(super) enum Output {
 
 impl Plan {
     /// Reads the request. Only stdout's scheme counts, as for runc-v2; with `file://` stderr goes there too.
-    pub fn parse(paths: &StdioPaths) -> Result<Self, StdioError> {
+    pub(crate) fn parse(paths: &StdioPaths) -> Result<Self, StdioError> {
         let plain = |stream, text: &str| -> Result<Option<PathBuf>, StdioError> {
             let path = text.strip_prefix("fifo://").unwrap_or(text);
             match path {
@@ -90,12 +90,12 @@ impl Plan {
     }
 
     /// Whether the process gets a terminal.
-    pub fn terminal(&self) -> bool {
+    pub(crate) fn terminal(&self) -> bool {
         self.terminal
     }
 
     /// Starts the logger, if the output goes to one, and waits until it is ready. Blocks.
-    pub fn start_logger(
+    pub(crate) fn start_logger(
         &self,
         process: &LoggedProcess,
     ) -> Result<Option<(LoggerPipes, ProcessIdentity)>, StdioError> {
@@ -108,7 +108,7 @@ impl Plan {
     /// Opens the streams of a process without a terminal: the ends for the process, and those we keep. `owner` is
     /// who the fifos are given to, so that a remapped root may reopen `/dev/stdout`. Blocks on the file system,
     /// never on a missing peer. `pipes` are the logger's, if there is one.
-    pub fn open(
+    pub(crate) fn open(
         &self,
         owner: Option<(u32, u32)>,
         pipes: Option<LoggerPipes>,

@@ -204,6 +204,7 @@ async fn end_all(task: &Arc<Task>) -> Result<Exit, Error> {
         Err(_) => Ok(Exit {
             code: 137,
             at: SystemTime::now(),
+            status: None,
         }),
     }
 }

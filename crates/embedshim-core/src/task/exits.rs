@@ -73,6 +73,7 @@ pub(super) async fn settle(
     let exit = Exit {
         code: record.status.code(),
         at: record.at.to_wall(),
+        status: Some(record.status),
     };
     if !process.end(exit) {
         return;

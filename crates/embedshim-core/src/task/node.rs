@@ -35,9 +35,16 @@ pub struct NodeConfig {
     pub state_dir: PathBuf,
     /// The longest that one call of the OCI runtime, with its hooks, may take.
     pub runtime_deadline: Duration,
+    /// Reap every child of this process that nobody waits for, as whoever is a child subreaper must: with a container come
+    /// processes that outlive their parents. It cannot know who else in this process waits for children, so it is only for a
+    /// program that has one node and lets nobody else start any. Without it only children that are watched are reaped.
+    pub reap_orphans: bool,
 }
 
 /// The tasks of one machine.
+///
+/// One state directory has one node at a time, and an [`ExitMonitor`] serves one node: both are for the caller to see to, as by a
+/// lock. Several nodes in one process do not know of each other.
 ///
 /// Mutations run in tasks of their own: dropping the returned future abandons the answer, never the work.
 /// Reads answer from the last published state and never wait for the OCI runtime.
@@ -61,8 +68,9 @@ impl Drop for Background {
 impl Node {
     /// Takes over what is in the state directory and starts to work. Needs a tokio runtime.
     ///
-    /// To inherit the containers' processes, and so to know their exit statuses best, the program should be a
-    /// child subreaper (`PR_SET_CHILD_SUBREAPER`).
+    /// Where the monitor is not sure of others' children, the program should inherit the containers' processes, as a child
+    /// subreaper (`PR_SET_CHILD_SUBREAPER`, and [`NodeConfig::reap_orphans`]). Dropping the last clone of a node ends its work;
+    /// the containers run on, for the next one that is opened on the state directory.
     pub async fn open(config: NodeConfig, monitor: Arc<dyn ExitMonitor>) -> Result<Self, Error> {
         let state_dir = config.state_dir.clone();
         let (store, boot_id) =
@@ -75,17 +83,15 @@ impl Node {
         let (sender, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared::new(config, boot_id, store, monitor, oom, sender));
         restoration::restore(&shared).await?;
-        let reaper = Arc::clone(&shared);
-        let background: [JoinHandle<()>; 3] = [
+        let mut background: Vec<JoinHandle<()>> = vec![
             tokio::spawn(exits::dispatch(Arc::clone(&shared))),
             tokio::spawn(exits::watch_oom(Arc::clone(&shared))),
-            tokio::spawn(
-                shared
-                    .orphans
-                    .clone()
-                    .reap(move |pid| reaper.is_watched(pid)),
-            ),
         ];
+        if shared.config.reap_orphans {
+            let (orphans, watched) = (shared.orphans.clone(), Arc::clone(&shared));
+            let reaper = orphans.reap(move |pid| watched.is_watched(pid));
+            background.push(tokio::spawn(reaper));
+        }
         Ok(Self {
             shared,
             events: Arc::new(Mutex::new(receiver)),

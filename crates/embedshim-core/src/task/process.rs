@@ -305,6 +305,7 @@ fn never_ran() -> Exit {
         at: UNIX_EPOCH
             .checked_sub(GO_ZERO_BEFORE_EPOCH)
             .unwrap_or(UNIX_EPOCH),
+        status: None,
     }
 }
 

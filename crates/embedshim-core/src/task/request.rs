@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use crate::exit::ExitStatus;
 use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
 use crate::rootfs::Mount;
 use crate::stdio::StdioPaths;
@@ -109,10 +110,14 @@ pub struct CheckpointTask {
 /// How a process ended, as its waiters learn it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
-    /// Its exit code as containerd counts it.
+    /// Its exit code as containerd counts it; 255 also stands for what nobody knows.
     pub code: u32,
     /// When.
     pub at: SystemTime,
+    /// The same in full, which tells 255 from unknown. `None` if nobody saw an end (it never ran, or
+    /// cannot be killed), or if a version without this field recorded it.
+    #[serde(default)]
+    pub status: Option<ExitStatus>,
 }
 
 /// The state of a process as the API shows it.
