@@ -169,8 +169,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-        let _ = self.0.parent().map(std::fs::remove_dir);
+        let _ = monitor_bpf::remove_pins(&self.0);
     }
 }
 

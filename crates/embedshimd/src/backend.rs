@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use embedshim_core::exit::{Backend, Choice, ExitMonitor, Report, Survives};
+use embedshim_core::exit::{Backend, Choice, ExitMonitor, Report};
 use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
@@ -14,8 +14,7 @@ use crate::config::Config;
 /// What each backend can do here, and which one the configuration and this machine come to.
 pub(crate) fn probe(state_dir: &Path, config: &Config) -> Report {
     let pidfd = monitor_pidfd::probe();
-    let readiness = pidfd.verdict.as_ref();
-    let readiness = readiness.map_or(Survives::Nothing, |promised| promised.survives);
+    let readiness = pidfd.survives();
     let wanted = bpf(state_dir, config);
     let backends = vec![
         pidfd,
@@ -29,15 +28,11 @@ fn bpf(state_dir: &Path, config: &Config) -> BpfConfig {
     BpfConfig {
         pin_dir: monitor_bpf::pin_dir_for(state_dir),
         capacity: config.monitor.capacity,
-        loading: loading(config),
-    }
-}
-
-fn loading(config: &Config) -> Loading {
-    Loading {
-        loader: config.monitor.loader.loader(),
-        btf: config.monitor.btf.clone(),
-        ..Loading::default()
+        loading: Loading {
+            loader: config.monitor.loader.loader(),
+            btf: config.monitor.btf.clone(),
+            ..Loading::default()
+        },
     }
 }
 
@@ -47,19 +42,16 @@ pub(crate) fn open(
     config: &Config,
     state_dir: &Path,
 ) -> anyhow::Result<Arc<dyn ExitMonitor>> {
-    let readiness = || PidfdMonitor::new().context("cannot set up the pidfd exit monitor");
+    let pidfd = PidfdMonitor::new().context("cannot set up the pidfd exit monitor")?;
+    let pidfd = Arc::new(pidfd);
     Ok(match choice.backend {
-        Backend::Bpf if choice.guarantees.survives == Survives::Everything => Arc::new(
-            BpfMonitor::open(&bpf(state_dir, config), Arc::new(readiness()?))?,
-        ),
-        // What probing has found cannot be pinned records for as long as we live.
-        Backend::Bpf => Arc::new(BpfMonitor::open_unpinned(
-            config.monitor.capacity,
-            &loading(config),
-            Arc::new(readiness()?),
+        Backend::Bpf => Arc::new(BpfMonitor::open_chosen(
+            choice,
+            &bpf(state_dir, config),
+            pidfd,
         )?),
-        Backend::Pidfd => Arc::new(readiness()?),
-        Backend::Ptrace => Arc::new(PtraceMonitor::open(Arc::new(readiness()?))?),
+        Backend::Pidfd => pidfd,
+        Backend::Ptrace => Arc::new(PtraceMonitor::open(pidfd)?),
         other => anyhow::bail!("the {other} exit monitor is not built in"),
     })
 }

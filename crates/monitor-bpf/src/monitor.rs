@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use aya::maps::MapError;
 use embedshim_core::exit::{
-    Adopted, Backend, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus, Guarantees, Known,
-    Survives, WatchError, Watched,
+    Adopted, Backend, Choice, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus, Guarantees,
+    Known, Survives, WatchError, Watched,
 };
 use embedshim_core::process::{Process, ProcessIdentity};
 use tracing::warn;
@@ -51,6 +51,9 @@ struct State {
 
 impl BpfMonitor {
     /// Takes over the program pinned by a predecessor, or loads and pins it.
+    ///
+    /// A directory of pins has one monitor at a time, in whatever process: what it does not [adopt](ExitMonitor::adopt), it
+    /// forgets.
     pub fn open(config: &BpfConfig, readiness: Arc<dyn ExitMonitor>) -> Result<Self, OpenError> {
         let program = Program::open(
             &Pins::new(&config.pin_dir),
@@ -58,6 +61,20 @@ impl BpfMonitor {
             &config.loading,
         )?;
         Ok(Self::with(program, readiness, Survives::Everything))
+    }
+
+    /// Opens what [probing](crate::probe) has found: [pinned](Self::open) if `choice` promises that records survive us, else
+    /// [unpinned](Self::open_unpinned).
+    pub fn open_chosen(
+        choice: Choice,
+        config: &BpfConfig,
+        readiness: Arc<dyn ExitMonitor>,
+    ) -> Result<Self, OpenError> {
+        if choice.guarantees.survives == Survives::Everything {
+            Self::open(config, readiness)
+        } else {
+            Self::open_unpinned(config.capacity, &config.loading, readiness)
+        }
     }
 
     /// Records for as long as this value lives, where there is no bpffs.

@@ -41,6 +41,22 @@ pub fn pin_dir_for(state_dir: &Path) -> PathBuf {
         .join(LAYOUT)
 }
 
+/// Ends the recording and removes what is pinned, with all records that nobody has read. For whoever will not come back: a monitor
+/// that is dropped leaves its pins to a successor. What is not there is removed already.
+pub fn remove_pins(pin_dir: &Path) -> io::Result<()> {
+    let gone = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    Pins::new(pin_dir).remove()?;
+    gone(fs::remove_dir(pin_dir))?;
+    // The state directory's, which other layouts have, too.
+    match pin_dir.parent().map(fs::remove_dir) {
+        Some(Err(error)) if error.kind() != io::ErrorKind::DirectoryNotEmpty => gone(Err(error)),
+        _ => Ok(()),
+    }
+}
+
 /// FNV-1a, to tell paths apart that look the same once escaped.
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {

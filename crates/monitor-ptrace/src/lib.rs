@@ -5,6 +5,21 @@
 //! switches more, and nothing is known of an exit while no tracer runs. Our own children are never traced: `waitid` tells.
 //!
 //! Linux 3.4; CAP_SYS_PTRACE; yama's `ptrace_scope` below 3.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use embedshim_core::exit::{Exactness, ExitMonitor};
+//! use monitor_pidfd::PidfdMonitor;
+//! use monitor_ptrace::PtraceMonitor;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let monitor = PtraceMonitor::open(Arc::new(PidfdMonitor::new()?))?;
+//! assert_eq!(monitor.guarantees().others, Exactness::Always);
+//! # Ok(())
+//! # }
+//! ```
 
 #![allow(clippy::doc_markdown, reason = "capability names are words here")]
 
