@@ -12,6 +12,7 @@
 mod backends;
 mod crowds;
 mod identity;
+mod neighbours;
 mod old_kernels;
 mod pins;
 mod restarts;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         &identity::checks(),
         &restarts::checks(),
         &pins::checks(),
+        &neighbours::checks(),
     ]
     .concat();
     let mut trials = old_kernels::trials();

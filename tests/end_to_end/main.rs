@@ -11,6 +11,7 @@ mod bootstrap;
 mod checkpoint;
 mod containers;
 mod control;
+mod embedding;
 mod events;
 mod exits;
 mod failures;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         &smoke::UNIFIED,
         &bootstrap::TESTS,
         &checkpoint::TESTS,
+        &embedding::TESTS,
     ];
     let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
     let is_other = std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").is_some();

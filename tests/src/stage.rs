@@ -12,6 +12,7 @@ use xtask::sandbox::{EMBEDSHIM, Sandbox};
 pub struct Stage {
     binaries: PathBuf,
     archive: OnceLock<PathBuf>,
+    examples: OnceLock<Result<PathBuf, String>>,
     runtime: String,
     programs: Option<PathBuf>,
     directory: tempfile::TempDir,
@@ -53,6 +54,7 @@ impl Stage {
         Ok(Self {
             binaries,
             archive: OnceLock::new(),
+            examples: OnceLock::new(),
             runtime,
             programs: std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").map(PathBuf::from),
             directory,
@@ -103,6 +105,15 @@ impl Stage {
     /// Where our binaries are.
     pub fn binary(&self, name: &str) -> PathBuf {
         self.binaries.join(name)
+    }
+
+    /// An example of the library, built when it is first asked for.
+    pub fn example(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let built = self
+            .examples
+            .get_or_init(|| products::build_examples().map_err(|error| format!("{error:#}")));
+        let directory = built.as_ref().map_err(|error| anyhow::anyhow!("{error}"))?;
+        Ok(directory.join(name))
     }
 
     /// The runtime under test.

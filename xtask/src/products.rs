@@ -29,24 +29,27 @@ pub enum Profile {
 
 /// Builds `embedshimd` and the launcher and returns the directory they are in.
 pub fn build(profile: Profile) -> anyhow::Result<PathBuf> {
+    build_targets("embedshimd", "--bins", profile)
+}
+
+/// Builds the examples of the library and returns the directory they are in.
+pub fn build_examples() -> anyhow::Result<PathBuf> {
+    let directory = build_targets("embedshim-core", "--examples", Profile::Dev)?;
+    Ok(directory.join("examples"))
+}
+
+fn build_targets(package: &str, targets: &str, profile: Profile) -> anyhow::Result<PathBuf> {
     let (flag, name) = match profile {
         Profile::Dev => ("dev", "debug"),
         Profile::Release => ("release", "release"),
     };
     let status = cargo()
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            "embedshimd",
-            "--bins",
-            "--profile",
-            flag,
-        ])
+        .args(["build", "--quiet", "--package", package, targets])
+        .args(["--profile", flag])
         .status()
         .context("cannot run cargo")?;
     if !status.success() {
-        bail!("embedshimd does not build");
+        bail!("{package} does not build");
     }
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| workspace().join("target"), PathBuf::from);

@@ -1,0 +1,96 @@
+//! Several monitors in one process, of one backend and of all: each tells its own, and the end of one is not the end of another.
+
+use std::sync::Arc;
+
+use embedshim_core::exit::{ExitMonitor, WatchError, Watched};
+
+use crate::backends::{Kind, Place, next};
+use crate::subject::Family;
+use crate::{Check, checks};
+
+pub(crate) fn checks() -> Vec<Check> {
+    let each = checks!(|_| true;
+        monitors_in_one_process_tell_their_own_each,
+        a_process_of_two_monitors_is_told_to_both_or_refused,
+    );
+    // It is about all of them already.
+    let once = checks!(|kind| kind == Kind::Pidfd; all_backends_in_one_process_agree);
+    each.into_iter().chain(once).collect()
+}
+
+/// Watches one process; the rest of a family of one is nobody's.
+async fn watch(monitor: &Arc<dyn ExitMonitor>, family: &Family) -> Result<Watched, WatchError> {
+    monitor.watch(Arc::clone(family.first())).await
+}
+
+async fn monitors_in_one_process_tell_their_own_each(kind: Kind) {
+    let places = [(); 3].map(|()| Place::new());
+    let mut monitors: Vec<_> = places.iter().map(|place| place.open(kind)).collect();
+    let mut families: Vec<_> = ["3", "4", "5"]
+        .map(|code| Family::of_one(&["exit", code]))
+        .into();
+    for (monitor, family) in monitors.iter().zip(&families) {
+        assert_eq!(watch(monitor, family).await.unwrap(), Watched::Armed);
+    }
+    // The one that goes takes its own watch with it, and nobody else's.
+    drop(monitors.remove(0));
+    families.remove(0);
+    let verdicts: Vec<_> = families.iter_mut().map(|family| family.end(None)).collect();
+    for (monitor, verdict) in monitors.iter().zip(&verdicts) {
+        let records = next(monitor, 1).await;
+        assert_eq!(records.len(), 1, "{records:?}");
+        verdict.check(&records[0], monitor.guarantees(), "its own");
+        monitor.confirm(records[0].process).await.unwrap();
+    }
+    // One that comes later finds nothing changed by the others.
+    let late = places[0].open(kind);
+    let mut family = Family::of_one(&["exit", "6"]);
+    watch(&late, &family).await.unwrap();
+    let verdict = family.end(None);
+    verdict.check(&next(&late, 1).await[0], late.guarantees(), "late");
+}
+
+async fn a_process_of_two_monitors_is_told_to_both_or_refused(kind: Kind) {
+    let places = [Place::new(), Place::new()];
+    let [first, second] = places.each_ref().map(|place| place.open(kind));
+    let mut family = Family::of_one(&["leader-first"]);
+    watch(&first, &family).await.unwrap();
+    let refused = watch(&second, &family).await;
+    let verdict = family.end(None);
+    let record = next(&first, 1).await.remove(0);
+    verdict.check(&record, first.guarantees(), "the first");
+    if kind == Kind::Ptrace {
+        let text = refused.unwrap_err().to_string();
+        assert!(text.contains("already traced by"), "{text}");
+        return;
+    }
+    assert_eq!(refused.unwrap(), Watched::Armed);
+    // The first one has done with it; the second has not.
+    first.confirm(record.process).await.unwrap();
+    let record = next(&second, 1).await.remove(0);
+    verdict.check(&record, second.guarantees(), "the second");
+}
+
+async fn all_backends_in_one_process_agree(_: Kind) {
+    let kinds = Kind::ALL.iter().filter(|kind| kind.why_not().is_none());
+    let all: Vec<_> = kinds
+        .map(|&kind| {
+            let place = Place::new();
+            let monitor = place.open(kind);
+            (kind, place, monitor)
+        })
+        .collect();
+    for shape in [["exit", "7"], ["raise", "15"], ["leader-first", "0"]] {
+        let mut family = Family::of_one(&shape);
+        for (kind, _, monitor) in &all {
+            let armed = watch(monitor, &family).await.unwrap();
+            assert_eq!(armed, Watched::Armed, "{kind}");
+        }
+        let verdict = family.end(None);
+        for (kind, _, monitor) in &all {
+            let record = next(monitor, 1).await.remove(0);
+            verdict.check(&record, monitor.guarantees(), &kind.to_string());
+            monitor.confirm(record.process).await.unwrap();
+        }
+    }
+}
