@@ -46,7 +46,7 @@ async fn start(bundle: &Path) -> anyhow::Result<()> {
     let (monitor, _) = open_monitor(bundle)?;
     if monitor.guarantees().survives != Survives::Everything {
         println!(
-            "The {} backend does not survive this program: the status will be unknown if the container ends before `wait` runs.",
+            "The {} backend does not survive this program: if the container ends and is reaped before `wait` runs, its status is unknown.",
             monitor.backend()
         );
     }

@@ -9,7 +9,8 @@
 //!
 //! Nothing is global: a process may have as many monitors and nodes as it likes, and an environment, signal handlers and children of
 //! its own. What concerns the whole process (being a child subreaper, a limit of descriptors, a lock on the state directory) is left
-//! to the program. Needed are a tokio runtime with I/O and time, and Linux.
+//! to the program. Needed are Linux, a tokio runtime with I/O and time, and that nobody else in the process takes what is not his: no
+//! ignored `SIGCHLD`, no `waitpid(-1)`.
 //!
 //! How a process ends that is somebody else's child:
 //!
@@ -85,7 +86,6 @@
 pub mod cgroup;
 pub mod clock;
 pub mod descriptor;
-pub mod error;
 pub mod event;
 pub mod exit;
 pub mod id;
@@ -94,6 +94,7 @@ pub mod rootfs;
 pub mod stdio;
 pub mod task;
 
+mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod orphans;

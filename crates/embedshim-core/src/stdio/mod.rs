@@ -96,7 +96,7 @@ pub enum StdioError {
 
 impl StdioError {
     /// The request itself is wrong, whatever the state of the system.
-    pub fn is_request_fault(&self) -> bool {
+    pub(crate) fn is_request_fault(&self) -> bool {
         matches!(self, Self::UnknownScheme { .. } | Self::WrongKind { .. })
     }
 }
