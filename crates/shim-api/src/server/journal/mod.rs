@@ -5,6 +5,8 @@
 //! everything is answered, the file is cut back to the header, so it rarely outgrows its first page. Writes go to tmpfs: they take
 //! microseconds and are not waited for elsewhere.
 
+mod entry;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,52 +16,12 @@ use std::path::{Path, PathBuf};
 use embedshim_core::id::Namespace;
 use tracing::warn;
 
-/// The format, by its name in the header.
-const MAGIC: [u8; 8] = *b"embconn1";
-/// The header: the format, the namespace's length and the namespace.
-const HEADER_SIZE: usize = 128;
-const HEADER: u64 = HEADER_SIZE as u64;
-/// An entry's kind, stream, length and checksum.
-const PREFIX: usize = 13;
+use self::entry::{Entry, HEADER, HEADER_SIZE, Kind, PREFIX, entry, header, namespace_of};
+
 /// A journal with more answered requests than this in it is rewritten.
 const COMPACT_FROM: u64 = 64 * 1024;
 /// No journal is longer: 4 MiB for the largest request, and as much for the others.
 const LONGEST: u64 = 64 << 20;
-
-/// What an entry says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// A whole request frame, about to be consumed.
-    Request = 1,
-    /// The request of this stream is answered.
-    Answered = 2,
-    /// A part of a frame that has not arrived as a whole, about to be consumed.
-    Part = 3,
-    /// It is consumed.
-    PartConsumed = 4,
-    /// The end of an answer that did not fit into the socket.
-    Rest = 5,
-    /// It is sent.
-    RestSent = 6,
-    /// So many bytes of a payload that is too long, about to be thrown away.
-    Skipped = 7,
-}
-
-impl Kind {
-    fn of(byte: u8) -> Option<Self> {
-        [
-            Self::Request,
-            Self::Answered,
-            Self::Part,
-            Self::PartConsumed,
-            Self::Rest,
-            Self::RestSent,
-            Self::Skipped,
-        ]
-        .into_iter()
-        .find(|&kind| kind as u8 == byte)
-    }
-}
 
 /// Where all connections' journals are.
 #[derive(Clone, Debug)]
@@ -387,53 +349,6 @@ impl Recovered {
     }
 }
 
-/// An entry as it was read.
-struct Entry<'a> {
-    kind: Kind,
-    stream: u32,
-    payload: &'a [u8],
-    is_sound: bool,
-}
-
-impl<'a> Entry<'a> {
-    /// The first entry and what comes after it; `None` at the end, or where nothing more can be made out.
-    fn split(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
-        let (prefix, rest) = bytes.split_first_chunk::<PREFIX>()?;
-        let [kind, s0, s1, s2, s3, l0, l1, l2, l3, c0, c1, c2, c3] = *prefix;
-        let kind = Kind::of(kind)?;
-        let stream = u32::from_le_bytes([s0, s1, s2, s3]);
-        let length = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3])).ok()?;
-        let (payload, after) = rest.split_at_checked(length)?;
-        let is_sound = u32::from_le_bytes([c0, c1, c2, c3]) == checksum(kind, stream, payload);
-        let entry = Self {
-            kind,
-            stream,
-            payload,
-            is_sound,
-        };
-        Some((entry, after))
-    }
-}
-
-fn entry(kind: Kind, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-    let mut bytes = Vec::with_capacity(PREFIX + payload.len());
-    bytes.push(kind as u8);
-    bytes.extend_from_slice(&stream.to_le_bytes());
-    bytes.extend_from_slice(&length.to_le_bytes());
-    bytes.extend_from_slice(&checksum(kind, stream, payload).to_le_bytes());
-    bytes.extend_from_slice(payload);
-    bytes
-}
-
-fn checksum(kind: Kind, stream: u32, payload: &[u8]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&[kind as u8]);
-    hasher.update(&stream.to_le_bytes());
-    hasher.update(payload);
-    hasher.finalize()
-}
-
 fn new_file(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -444,38 +359,6 @@ fn new_file(path: &Path) -> io::Result<File> {
         .open(path)?;
     file.write_all_at(&header(None), 0)?;
     Ok(file)
-}
-
-fn header(namespace: Option<&Namespace>) -> [u8; HEADER_SIZE] {
-    let mut header = [0; HEADER_SIZE];
-    let name = namespace.map_or("", Namespace::as_str).as_bytes();
-    let parts = MAGIC
-        .into_iter()
-        .chain(u8::try_from(name.len()).ok())
-        .chain(name.iter().copied());
-    for (place, byte) in header.iter_mut().zip(parts) {
-        *place = byte;
-    }
-    header
-}
-
-fn namespace_of(header: &[u8]) -> io::Result<Option<Namespace>> {
-    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-    let rest = header
-        .strip_prefix(&MAGIC)
-        .ok_or_else(|| invalid("not a journal of this version".into()))?;
-    let (&length, rest) = rest
-        .split_first()
-        .ok_or_else(|| invalid("no header".into()))?;
-    let name = rest.get(..usize::from(length)).unwrap_or_default();
-    if name.is_empty() {
-        return Ok(None);
-    }
-    let name = String::from_utf8_lossy(name);
-    let parsed = name
-        .parse()
-        .map_err(|_| invalid(format!("namespace {name:?}")))?;
-    Ok(Some(parsed))
 }
 
 #[cfg(test)]
