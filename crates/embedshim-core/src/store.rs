@@ -109,10 +109,7 @@ pub(crate) struct Store {
 impl Store {
     /// Opens (and makes) the store below `state_dir`. Blocks on the file system.
     pub(crate) fn open(state_dir: &Path) -> Result<Self, Error> {
-        let store = Self {
-            tasks: state_dir.join(TASKS),
-            unreadable: state_dir.join(UNREADABLE),
-        };
+        let store = Self::at(state_dir);
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -123,6 +120,13 @@ impl Store {
                 source,
             })?;
         Ok(store)
+    }
+
+    fn at(state_dir: &Path) -> Self {
+        Self {
+            tasks: state_dir.join(TASKS),
+            unreadable: state_dir.join(UNREADABLE),
+        }
     }
 
     /// Replaces the record: after a crash there is the old one or the new one. Blocks on the file system.
@@ -223,6 +227,16 @@ impl Store {
     fn path(&self, namespace: &Namespace, id: &ContainerId) -> PathBuf {
         // Neither part can hold a colon, so no two tasks share a name.
         self.tasks.join(format!("{namespace}:{id}{SUFFIX}"))
+    }
+}
+
+/// Removes the record of a task that whoever calls this has removed himself, for want of a [`Node`](crate::task::Node) on
+/// `state_dir`. Without a record there is nothing to do. Blocks on the file system.
+pub fn discard_record(state_dir: &Path, key: &TaskKey) -> io::Result<()> {
+    let store = Store::at(state_dir);
+    match fs::remove_file(store.path(&key.namespace, &key.id)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

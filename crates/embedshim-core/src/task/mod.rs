@@ -21,3 +21,5 @@ pub use request::{
     ProcessStatus, RuntimeOptions,
 };
 pub(crate) use state::Phase;
+
+pub use crate::store::discard_record;

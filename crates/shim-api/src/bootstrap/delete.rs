@@ -7,9 +7,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
-use embedshim_core::id::{ContainerId, Namespace};
+use embedshim_core::id::{ContainerId, Namespace, TaskKey};
 use embedshim_core::rootfs::unmount_recursive;
-use embedshim_core::task::RuntimeOptions;
+use embedshim_core::task::{RuntimeOptions, discard_record};
 use protobuf::Message;
 
 use super::daemon::Place;
@@ -24,6 +24,8 @@ const START_LIMIT: Duration = Duration::from_millis(2500);
 /// The daemon goes on with the work when we have to leave.
 const ASK_LIMIT: Duration = Duration::from_millis(4500);
 const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
+/// For telling a daemon that came late what we have done.
+const LAST_WORD: Duration = Duration::from_millis(200);
 /// What runc-v2 says of a container whose shim died.
 const KILLED: u32 = 137;
 
@@ -51,7 +53,16 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, Failure> {
         Some(CleanupResponse::Replaced) => response(0, KILLED, SystemTime::now()),
         // Mostly the call after a normal deletion, which finds nothing to do. But a daemon that lost its records does not
         // know of a container that runs.
-        Some(CleanupResponse::Unknown) | None => without_daemon(&namespace, &id, &bundle)?,
+        Some(CleanupResponse::Unknown) => without_daemon(&namespace, &id, &bundle)?,
+        None => {
+            let response = without_daemon(&namespace, &id, &bundle)?;
+            let limit = ASK_LIMIT.saturating_sub(began.elapsed()).max(LAST_WORD);
+            // It may have started meanwhile, and taken the container over before we removed it.
+            if !matches!(ask(&place, &namespace, &id, &bundle, limit), Ok(Some(_))) {
+                discard_record(&place.state_dir, &TaskKey { namespace, id })?;
+            }
+            response
+        }
     };
     response
         .write_to_bytes()
