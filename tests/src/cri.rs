@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use k8s_cri::v1 as api;
+use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use tokio::runtime::{Builder, Runtime};
 use tonic::transport::{Channel, Endpoint};
 use xtask::image;
-use xtask::sandbox::{PATIENCE, Sandbox};
+use xtask::sandbox::{PATIENCE, Sandbox, until};
 
 use crate::streaming::Streaming;
 
@@ -32,7 +33,8 @@ pub struct Executed {
 }
 
 impl Cri {
-    /// Connects to the containerd of a sandbox that was configured with [`Sandbox::enable_cri`].
+    /// Connects to the containerd of a sandbox that was configured with [`Sandbox::enable_cri`] and has the image. Returns when the
+    /// CRI has noticed that: it learns of images by events, and after its start by looking through them in the background.
     pub fn connect(sandbox: &Sandbox) -> anyhow::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let address = format!("unix:{}", sandbox.directory().join("c.sock").display());
@@ -42,6 +44,18 @@ impl Cri {
         let channel = runtime
             .block_on(endpoint.connect())
             .context("cannot connect to the CRI")?;
+        let mut images = ImageServiceClient::new(channel.clone());
+        until("the CRI knows the image", || {
+            let request = api::ImageStatusRequest {
+                image: Some(api::ImageSpec {
+                    image: image::NAME.into(),
+                    ..api::ImageSpec::default()
+                }),
+                verbose: false,
+            };
+            let answer = runtime.block_on(images.image_status(request));
+            Ok(answer.is_ok_and(|answer| answer.into_inner().image.is_some()))
+        })?;
         Ok(Self {
             runtime,
             client: RuntimeServiceClient::new(channel),
