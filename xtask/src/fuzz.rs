@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use xtask::products::{cargo, workspace};
 
-const VERSION: &str = "0.13";
+const VERSION: &str = "^0.13";
 
 /// Options of `cargo xtask fuzz`
 #[derive(Debug, Args)]
