@@ -69,6 +69,7 @@ fuzz_target!(|bytes: &[u8]| {
         payload: payload.into(),
         metadata: HashMap::from([("containerd-namespace-ttrpc".into(), "fuzz".into())]),
         session: Arc::new(Session::default()),
+        is_again: false,
     };
     let (runtime, services) = &*SERVER;
     match runtime.block_on(services.call(call)) {
