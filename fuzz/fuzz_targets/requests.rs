@@ -40,6 +40,7 @@ static SERVER: LazyLock<(Runtime, Services)> = LazyLock::new(|| {
         state_dir,
         runtime_deadline: std::time::Duration::from_secs(1),
         reap_orphans: false,
+        events: None,
     };
     let node = runtime.block_on(async {
         let monitor = Arc::new(PidfdMonitor::new().unwrap());

@@ -154,6 +154,7 @@ async fn open_node(state_dir: PathBuf, pins: &Pins) -> anyhow::Result<Node> {
         state_dir,
         runtime_deadline: PATIENCE,
         reap_orphans: false,
+        events: None,
     };
     Ok(Node::open(config, monitor).await?)
 }

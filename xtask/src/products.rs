@@ -5,6 +5,9 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 
+/// With this feature a daemon dies where a test wants it to.
+pub const FAILPOINTS: &str = "embedshimd/failpoints";
+
 /// The workspace's root.
 pub fn workspace() -> PathBuf {
     let xtask = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
@@ -29,16 +32,25 @@ pub enum Profile {
 
 /// Builds `embedshimd` and the launcher and returns the directory they are in.
 pub fn build(profile: Profile) -> anyhow::Result<PathBuf> {
-    build_targets("embedshimd", "--bins", profile)
+    let features = match profile {
+        Profile::Dev => &["--features", FAILPOINTS][..],
+        Profile::Release => &[],
+    };
+    build_targets("embedshimd", "--bins", features, profile)
 }
 
 /// Builds the examples of the library and returns the directory they are in.
 pub fn build_examples() -> anyhow::Result<PathBuf> {
-    let directory = build_targets("embedshim-core", "--examples", Profile::Dev)?;
+    let directory = build_targets("embedshim-core", "--examples", &[], Profile::Dev)?;
     Ok(directory.join("examples"))
 }
 
-fn build_targets(package: &str, targets: &str, profile: Profile) -> anyhow::Result<PathBuf> {
+fn build_targets(
+    package: &str,
+    targets: &str,
+    features: &[&str],
+    profile: Profile,
+) -> anyhow::Result<PathBuf> {
     let (flag, name) = match profile {
         Profile::Dev => ("dev", "debug"),
         Profile::Release => ("release", "release"),
@@ -46,6 +58,7 @@ fn build_targets(package: &str, targets: &str, profile: Profile) -> anyhow::Resu
     let status = cargo()
         .args(["build", "--quiet", "--package", package, targets])
         .args(["--profile", flag])
+        .args(features)
         .status()
         .context("cannot run cargo")?;
     if !status.success() {

@@ -72,7 +72,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         cargo
     };
     if options.runtime.is_none() && options.containerd.is_none() {
-        let mut cargo = command(&["--workspace", "--all-targets", "--features", BOTH_LOADERS]);
+        // The same features as the binaries were built with, or they would be built anew without.
+        let features = format!("{BOTH_LOADERS},{}", products::FAILPOINTS);
+        let mut cargo = command(&["--workspace", "--all-targets", "--features", &features]);
         let targets = count(cargo.arg("--").args(&options.filter))?;
         // Which "all targets" are not.
         let mut cargo = command(&["--workspace", "--doc"]);

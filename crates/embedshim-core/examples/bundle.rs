@@ -112,7 +112,8 @@ async fn open_node(bundle: &Path, monitor: Arc<dyn ExitMonitor>) -> anyhow::Resu
     let config = NodeConfig {
         state_dir: state_dir(bundle),
         runtime_deadline: Duration::from_mins(1),
-        reap_orphans: false, // we are no subreaper: orphans are the system's init's
+        reap_orphans: false,
+        events: None, // we are no subreaper: orphans are the system's init's
     };
     Ok(Node::open(config, monitor).await?)
 }

@@ -7,8 +7,6 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
 
-use crate::id::{InvalidId, ProcessKey, TaskKey};
-
 /// Somebody who holds descriptors for us and gives them to our successor: systemd, or embedshimd's keeper.
 ///
 /// Both calls are one datagram and return when it is queued: from then on the descriptor is safe from our death. They are carried out in
@@ -35,16 +33,19 @@ impl DescriptorStore for Unkept {
     }
 }
 
-/// What a kept descriptor belongs to. Its text is what `systemd-analyze fdstore` shows; at most 240 of the 255 bytes that
-/// systemd allows, and never a colon or a control character, since ids have none.
+/// What a kept descriptor belongs to. Its text is what `systemd-analyze fdstore` shows.
+///
+/// Short on purpose, with numbers instead of ids: all names together come back as one variable of the environment
+/// (`LISTEN_FDNAMES`), and no string that `execve` takes is longer than 128 KiB. That is enough for about 5,000 descriptors; with the
+/// ids of Kubernetes it would be for 1,500, and the 1,501st would keep every successor from being started.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum DescriptorName {
     /// The socket that containerd connects to: `listener`.
     Listener,
     /// A connection, by a number that is never used again: `conn/17`.
     Connection(u64),
-    /// A process's: `stdin/default/web` of an init, `terminal/default/web/shell` of an exec.
-    Process(Role, ProcessKey),
+    /// A process's, by a number that its record holds and that is never used again in this boot: `stdin/4711`.
+    Process(Role, u64),
 }
 
 /// What a descriptor is to a process.
@@ -54,31 +55,28 @@ pub enum Role {
     Terminal,
     /// The writing end of its standard input.
     Stdin,
-    /// The reading end of its standard output.
+    /// An end of its standard output: of a fifo the reading one, of a logger's pipe the writing one.
     Stdout,
-    /// The reading end of its standard error.
+    /// An end of its standard error.
     Stderr,
+    /// The socket over which the OCI runtime hands over its terminal.
+    Console,
     /// Its pidfd.
     Pidfd,
 }
 
-/// A name that says nothing to us.
+/// A name that says nothing to us: of another program, perhaps, or of a newer version.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidName {
-    /// Of another program, perhaps, or of a newer version.
-    #[error("{0:?} is no name of a descriptor")]
-    Unknown(String),
-    /// A part of it is no id.
-    #[error(transparent)]
-    Id(#[from] InvalidId),
-}
+#[error("{0:?} is no name of a descriptor")]
+pub struct InvalidName(String);
 
 impl Role {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Terminal,
         Self::Stdin,
         Self::Stdout,
         Self::Stderr,
+        Self::Console,
         Self::Pidfd,
     ];
 
@@ -88,6 +86,7 @@ impl Role {
             Self::Stdin => "stdin",
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
+            Self::Console => "console",
             Self::Pidfd => "pidfd",
         }
     }
@@ -98,13 +97,7 @@ impl fmt::Display for DescriptorName {
         match self {
             Self::Listener => f.write_str("listener"),
             Self::Connection(number) => write!(f, "conn/{number}"),
-            Self::Process(role, key) => {
-                let (role, task) = (role.as_str(), &key.task);
-                write!(f, "{role}/{}/{}", task.namespace, task.id)?;
-                key.exec
-                    .as_ref()
-                    .map_or(Ok(()), |exec| write!(f, "/{exec}"))
-            }
+            Self::Process(role, number) => write!(f, "{}/{number}", role.as_str()),
         }
     }
 }
@@ -113,21 +106,18 @@ impl FromStr for DescriptorName {
     type Err = InvalidName;
 
     fn from_str(text: &str) -> Result<Self, InvalidName> {
-        let unknown = || InvalidName::Unknown(text.chars().take(255).collect());
-        let parts: Vec<&str> = text.split('/').collect();
-        let name = match *parts.as_slice() {
-            ["listener"] => Self::Listener,
-            ["conn", number] => Self::Connection(number.parse().map_err(|_| unknown())?),
-            [role, namespace, id, ref exec @ ..] if exec.len() < 2 => {
-                let role = Role::ALL.into_iter().find(|known| known.as_str() == role);
-                let task = TaskKey {
-                    namespace: namespace.parse()?,
-                    id: id.parse()?,
-                };
-                let exec = exec.first().map(|exec| exec.parse()).transpose()?;
-                Self::Process(role.ok_or_else(unknown)?, ProcessKey { task, exec })
+        let unknown = || InvalidName(text.chars().take(255).collect());
+        let name = match text.split_once('/') {
+            None if text == "listener" => Self::Listener,
+            None => return Err(unknown()),
+            Some((kind, number)) => {
+                let number = number.parse().map_err(|_| unknown())?;
+                match Role::ALL.into_iter().find(|role| role.as_str() == kind) {
+                    Some(role) => Self::Process(role, number),
+                    None if kind == "conn" => Self::Connection(number),
+                    None => return Err(unknown()),
+                }
             }
-            _ => return Err(unknown()),
         };
         // One name has one text: `conn/007` is not `conn/7`.
         if name.to_string() == text {
@@ -151,6 +141,11 @@ impl Inherited {
     /// Takes the one kept under this name. If there are more, they are closed: they are duplicates that were kept again.
     pub fn take(&mut self, name: &DescriptorName) -> Option<OwnedFd> {
         self.0.remove(name)?.pop()
+    }
+
+    /// Takes all that are kept under this name.
+    pub fn take_all(&mut self, name: &DescriptorName) -> Vec<OwnedFd> {
+        self.0.remove(name).unwrap_or_default()
     }
 
     /// Takes all connections.
@@ -179,12 +174,10 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn the_longest_name_fits() {
-        let longest = "a".repeat(76);
-        let text = format!("terminal/{longest}/{longest}/{longest}");
-        let name: DescriptorName = text.parse().unwrap();
-        assert_eq!(name.to_string(), text);
-        assert!(text.len() <= 255, "{}", text.len());
+    fn five_thousand_names_fit_into_one_variable() {
+        // A number is microseconds since boot: a year has 14 digits.
+        let name = DescriptorName::Process(Role::Terminal, 31_536_000_000_000);
+        assert!(5_000 * (name.to_string().len() + 1) < 131_072, "{name}");
     }
 
     #[test]
@@ -198,12 +191,12 @@ mod tests {
             "conn/007",
             "conn/+7",
             "stdin/a",
-            "stdin/a/",
-            "stdin/a/../b",
-            "stdin/a/b/c/d",
+            "stdin/1/",
+            "stdin/1/2",
+            "stdin/-1",
             "stored",
             "embedshimd.socket",
-            "wrong/a/b",
+            "wrong/1",
         ] {
             assert!(text.parse::<DescriptorName>().is_err(), "{text}");
         }
@@ -211,7 +204,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_one_name_or_none(text in "(listener|conn/[0-9]{1,20}|(stdin|pidfd|x)(/[a-z.:]{1,4}){0,4})") {
+        fn any_text_is_one_name_or_none(text in "(listener|(conn|stdin|pidfd|x)(/[0-9a-z.:]{1,20}){0,2})") {
             if let Ok(name) = text.parse::<DescriptorName>() {
                 prop_assert_eq!(name.to_string(), text);
             }

@@ -1,12 +1,23 @@
 //! [`Event`]: the lifecycle of tasks as typed facts, in the order in which they became true.
 //! Owns the shapes; who hears of them is the caller's business.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use crate::id::{ContainerId, ExecId, Namespace};
 use crate::rootfs::Mount;
 use crate::stdio::StdioPaths;
+
+/// Who is to hear of every event, at the moment in which it becomes true.
+///
+/// An event is told before the change that it tells of is durable (but for exits, which are told again after a restart until their
+/// task is deleted): whoever makes it durable in `accept` will never miss one, and may hear one twice. Called by the runtime's thread, so
+/// it must not wait for anybody.
+pub trait EventSink: fmt::Debug + Send + Sync {
+    /// Takes the next event, in order.
+    fn accept(&self, event: Event);
+}
 
 /// One fact about one task.
 #[derive(Clone, Debug)]

@@ -88,6 +88,8 @@ pub mod clock;
 pub mod descriptor;
 pub mod event;
 pub mod exit;
+#[doc(hidden)]
+pub mod failpoint;
 pub mod id;
 pub mod process;
 pub mod rootfs;

@@ -76,6 +76,7 @@ async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
         state_dir: state_dir.to_owned(),
         runtime_deadline: config.runtime_deadline(),
         reap_orphans: true,
+        events: None,
     };
     let node = Node::open(node_config, monitor)
         .await

@@ -19,7 +19,7 @@ use super::state::Phase;
 use super::{control, creation, deletion, execution, exits, restoration};
 use crate::cgroup::{Metrics, OomWatcher};
 use crate::error::Error;
-use crate::event::Event;
+use crate::event::{Event, EventSink};
 use crate::exit::ExitMonitor;
 use crate::id::{ProcessKey, TaskKey};
 use crate::store::{Store, boot_id};
@@ -39,6 +39,8 @@ pub struct NodeConfig {
     /// processes that outlive their parents. It cannot know who else in this process waits for children, so it is only for a
     /// program that has one node and lets nobody else start any. Without it only children that are watched are reaped.
     pub reap_orphans: bool,
+    /// Who hears of events; without one they are to be had from [`Node::next_event`].
+    pub events: Option<Arc<dyn EventSink>>,
 }
 
 /// The tasks of one machine.
@@ -249,7 +251,8 @@ impl Node {
         }
     }
 
-    /// The next event, in order. Meant for one consumer; with several, each event goes to one of them.
+    /// The next event, in order; for ever without one if [`NodeConfig::events`] names who hears of them. Meant for one consumer;
+    /// with several, each event goes to one of them.
     pub async fn next_event(&self) -> Option<Event> {
         self.events.lock().await.recv().await
     }

@@ -185,8 +185,11 @@ impl Shared {
             at: SystemTime::now(),
             kind,
         };
-        // Without a listener the node is used as a library that does not want events.
-        let _ = self.events.send(event);
+        match &self.config.events {
+            Some(sink) => sink.accept(event),
+            // Without a listener the node is used as a library that does not want events.
+            None => drop(self.events.send(event)),
+        }
     }
 
     fn tasks(&self) -> MutexGuard<'_, HashMap<TaskKey, Arc<Task>>> {

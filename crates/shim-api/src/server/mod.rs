@@ -192,7 +192,7 @@ impl Kept {
     /// Gives a new connection a number and has it kept under that.
     fn keep(&self, stream: &UnixStream) -> u64 {
         // The clock goes on when a daemon starts anew that has inherited nothing, so a number is never used again in this boot.
-        let now = BootTime::now().0;
+        let now = BootTime::now().0 / 1000;
         let older = self.newest.fetch_max(now, Ordering::Relaxed);
         let number = if older < now {
             now
