@@ -37,10 +37,8 @@ static SERVER: LazyLock<(Runtime, Services)> = LazyLock::new(|| {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
     let state_dir = std::env::temp_dir().join(format!("embedshim-fuzz-{}", std::process::id()));
     let config = NodeConfig {
-        state_dir,
         runtime_deadline: std::time::Duration::from_secs(1),
-        reap_orphans: false,
-        events: None,
+        ..NodeConfig::new(state_dir)
     };
     let node = runtime.block_on(async {
         let monitor = Arc::new(PidfdMonitor::new().unwrap());
@@ -70,7 +68,9 @@ fuzz_target!(|bytes: &[u8]| {
         payload: payload.into(),
         metadata: HashMap::from([("containerd-namespace-ttrpc".into(), "fuzz".into())]),
         session: Arc::new(Session::default()),
+        request: None,
         is_again: false,
+        outcomes: None,
     };
     let (runtime, services) = &*SERVER;
     match runtime.block_on(services.call(call)) {

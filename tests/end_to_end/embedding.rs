@@ -150,12 +150,7 @@ async fn open_node(state_dir: PathBuf, pins: &Pins) -> anyhow::Result<Node> {
     };
     let monitor: Arc<dyn ExitMonitor> =
         Arc::new(BpfMonitor::open(&config, Arc::new(PidfdMonitor::new()?))?);
-    let config = NodeConfig {
-        state_dir,
-        runtime_deadline: PATIENCE,
-        reap_orphans: false,
-        events: None,
-    };
+    let config = NodeConfig::new(state_dir);
     Ok(Node::open(config, monitor).await?)
 }
 

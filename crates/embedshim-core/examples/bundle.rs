@@ -17,7 +17,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use embedshim_core::exit::{ExitMonitor, Survives};
@@ -109,12 +108,7 @@ fn open_monitor(bundle: &Path) -> anyhow::Result<(Arc<dyn ExitMonitor>, PathBuf)
 }
 
 async fn open_node(bundle: &Path, monitor: Arc<dyn ExitMonitor>) -> anyhow::Result<Node> {
-    let config = NodeConfig {
-        state_dir: state_dir(bundle),
-        runtime_deadline: Duration::from_mins(1),
-        reap_orphans: false,
-        events: None, // we are no subreaper: orphans are the system's init's
-    };
+    let config = NodeConfig::new(state_dir(bundle));
     Ok(Node::open(config, monitor).await?)
 }
 

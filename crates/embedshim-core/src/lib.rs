@@ -45,7 +45,6 @@
 //!
 //! ```no_run
 //! use std::sync::Arc;
-//! use std::time::Duration;
 //!
 //! use embedshim_core::exit::ExitMonitor;
 //! use embedshim_core::id::{ProcessKey, TaskKey};
@@ -53,15 +52,7 @@
 //! use embedshim_core::task::{CreateTask, Exit, Node, NodeConfig, RuntimeOptions};
 //!
 //! # async fn run(monitor: Arc<dyn ExitMonitor>) -> Result<Exit, Box<dyn std::error::Error>> {
-//! let node = Node::open(
-//!     NodeConfig {
-//!         state_dir: "/run/mine".into(),
-//!         runtime_deadline: Duration::from_secs(60),
-//!         reap_orphans: false,
-//!     },
-//!     monitor,
-//! )
-//! .await?;
+//! let node = Node::open(NodeConfig::new("/run/mine"), monitor).await?;
 //! let task = TaskKey { namespace: "mine".parse()?, id: "c1".parse()? };
 //! node.create(CreateTask {
 //!     key: task.clone(),

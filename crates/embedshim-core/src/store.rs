@@ -12,11 +12,12 @@ use tracing::warn;
 
 use crate::cgroup::{Cgroup, Metrics};
 use crate::error::Error;
+use crate::failpoint;
 use crate::id::{ContainerId, ExecId, Namespace, TaskKey};
 use crate::process::ProcessIdentity;
 use crate::rootfs::Mount;
 use crate::stdio::StdioPaths;
-use crate::task::{Exit, Phase, RuntimeOptions};
+use crate::task::{Exit, Phase, RequestId, RuntimeOptions};
 
 /// The format this program writes. A reader refuses what is newer and keeps fields it does not know.
 pub(crate) const VERSION: u32 = 1;
@@ -79,8 +80,15 @@ impl Bundle {
     }
 }
 
+/// The runtime was about to start the process, or has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StartMark {
+    /// On whose behalf.
+    pub(crate) request: Option<RequestId>,
+}
+
 /// What there is to remember about one process.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct ProcessRecord {
     pub(crate) phase: Phase,
     pub(crate) stdio: StdioPaths,
@@ -97,6 +105,18 @@ pub(crate) struct ProcessRecord {
     /// The OCI `Process` of an exec that was not started yet.
     #[serde(default)]
     pub(crate) spec: Option<String>,
+    /// Under which its descriptors are kept; 0 in the record of a version that kept none.
+    #[serde(default)]
+    pub(crate) number: u64,
+    /// The request that made it.
+    #[serde(default)]
+    pub(crate) made_by: Option<RequestId>,
+    /// Somebody has begun to start it.
+    #[serde(default)]
+    pub(crate) start: Option<StartMark>,
+    /// This exec could not be started: its waiters are let go.
+    #[serde(default)]
+    pub(crate) start_failed: bool,
 }
 
 /// The state directory.
@@ -149,7 +169,10 @@ impl Store {
             file.write_all(&serde_json::to_vec(record)?)?;
             fs::rename(&draft, &path)
         };
-        write().map_err(|source| {
+        failpoint::step("before a record is written");
+        let written = write();
+        failpoint::step("after a record was written");
+        written.map_err(|source| {
             let _ = fs::remove_file(&draft);
             Error::Path {
                 doing: "cannot write the task record",
@@ -162,7 +185,10 @@ impl Store {
     /// Removes the record, if there is one. Blocks on the file system.
     pub(crate) fn remove(&self, key: &TaskKey) -> Result<(), Error> {
         let path = self.path(&key.namespace, &key.id);
-        match fs::remove_file(&path) {
+        failpoint::step("before a record is removed");
+        let removed = fs::remove_file(&path);
+        failpoint::step("after a record was removed");
+        match removed {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Path {
                 doing: "cannot remove the task record",
                 path,
@@ -268,17 +294,13 @@ mod tests {
             checkpoint: None,
             complete: true,
             init: ProcessRecord {
-                stdin_closed: false,
-                logger: None,
                 phase: Phase::Stopped,
-                stdio: StdioPaths::default(),
-                identity: None,
                 exit: Some(Exit {
                     code: 9,
                     at: std::time::SystemTime::UNIX_EPOCH,
                     status: None,
                 }),
-                spec: None,
+                ..ProcessRecord::default()
             },
             execs: BTreeMap::new(),
             cgroup: None,

@@ -25,6 +25,8 @@ use crate::{backend, logging, sys};
 
 /// Blocking file-system work of that many containers goes on at once; more wait.
 const BLOCKING_THREADS: usize = 32;
+/// How long a daemon that is asked to leave finishes what it has begun.
+const LEAVE: Duration = Duration::from_secs(10);
 /// An idle daemon keeps no thread but its own.
 const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(2);
 
@@ -73,10 +75,9 @@ async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
     let listener = shim_api::socket::listen(&socket)
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
     let node_config = NodeConfig {
-        state_dir: state_dir.to_owned(),
         runtime_deadline: config.runtime_deadline(),
         reap_orphans: true,
-        events: None,
+        ..NodeConfig::new(state_dir)
     };
     let node = Node::open(node_config, monitor)
         .await
@@ -84,9 +85,12 @@ async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
     let forwarder = tokio::spawn(EventForwarder::new(node.clone()).run());
     sys::trim_heap();
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), backend = %choice.backend, "serving");
-    Server::new(Services::new(node))
+    Server::new(Services::new(node.clone()))
         .serve(&listener, stop())
         .await;
+    if tokio::time::timeout(LEAVE, node.quiet()).await.is_err() {
+        info!("what is still under way is left to the next daemon");
+    }
     forwarder.abort();
     info!("stopped; containers run on");
     Ok(Code::Ok)

@@ -2,21 +2,24 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use async_trait::async_trait;
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use embedshim_core::id::{ExecId, Namespace, ProcessKey, TaskKey};
 use embedshim_core::rootfs::Mount;
 use embedshim_core::stdio::StdioPaths;
 use embedshim_core::task::{
-    CheckpointTask, CreateTask, ExecProcess, Node, ProcessEntry, ProcessStatus, RuntimeOptions,
+    CheckpointTask, CreateTask, Deleted, Errand, ExecProcess, Node, ProcessEntry, ProcessStatus,
+    RuntimeOptions, Witness,
 };
 use protobuf::{Message, MessageField};
 use tracing::warn;
 use ttrpc::{Code, Status};
 
 use crate::bundle::BundleNote;
-use crate::server::Call;
+use crate::server::{Call, Outcomes};
 use crate::services::unknown_method;
 use crate::{any, metrics, options, status, timestamp};
 
@@ -36,6 +39,20 @@ impl TaskService {
     }
 
     pub(crate) async fn call(&self, call: &Call) -> Answer<Vec<u8>> {
+        let errand = Errand {
+            request: call.request,
+            is_again: call.is_again,
+            witness: call.outcomes.clone().map(|outcomes| {
+                let witness: Arc<dyn Witness> = Arc::new(Answering(outcomes));
+                witness
+            }),
+        };
+        Self::new(self.node.on_behalf_of(errand))
+            .carry_out(call)
+            .await
+    }
+
+    async fn carry_out(&self, call: &Call) -> Answer<Vec<u8>> {
         let scope = || Scope::of(call);
         match call.method.as_str() {
             "State" => encode(&self.state(&scope()?, decode(call)?)?),
@@ -142,12 +159,7 @@ impl TaskService {
             .delete(&scope.process(&request.id, &request.exec_id)?)
             .await
             .map_err(status::from)?;
-        Ok(api::DeleteResponse {
-            pid: gone.pid,
-            exit_status: gone.exit.map_or(0, |exit| exit.code),
-            exited_at: timestamp::of_or_go_zero(gone.exit.map(|exit| exit.at)),
-            ..api::DeleteResponse::default()
-        })
+        Ok(delete_response(gone))
     }
 
     async fn pids(&self, scope: &Scope, request: api::PidsRequest) -> Answer<api::PidsResponse> {
@@ -358,6 +370,29 @@ pub(crate) fn mount(mount: api::Mount) -> Mount {
         source: mount.source,
         target: mount.target,
         options: mount.options,
+    }
+}
+
+fn delete_response(gone: Deleted) -> api::DeleteResponse {
+    api::DeleteResponse {
+        pid: gone.pid,
+        exit_status: gone.exit.map_or(0, |exit| exit.code),
+        exited_at: timestamp::of_or_go_zero(gone.exit.map(|exit| exit.at)),
+        ..api::DeleteResponse::default()
+    }
+}
+
+/// Notes the answer to a `Delete` before the evidence for it is gone.
+#[derive(Debug)]
+struct Answering(Outcomes);
+
+#[async_trait]
+impl Witness for Answering {
+    async fn deleted(&self, deleted: Deleted) {
+        match encode(&delete_response(deleted)) {
+            Ok(answer) => self.0.note(answer).await,
+            Err(status) => warn!(text = status.message, "an answer cannot be noted"),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod arguments;
 mod log;
+mod under_way;
 
 use std::ffi::OsString;
 use std::io;
@@ -18,8 +19,10 @@ use tokio::process::Command;
 use tokio::task::JoinHandle;
 
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
+pub(crate) use under_way::{UnderWay, wait_for};
 
 use crate::error::Error;
+use crate::failpoint;
 use crate::id::Namespace;
 use crate::orphans::Orphans;
 use crate::spec::Spec;
@@ -273,7 +276,9 @@ impl Runtime {
                 command.stdin(stdin).stdout(stdout).stderr(stderr);
             }
         }
+        failpoint::step("before the runtime is called");
         let mut child = command.spawn().map_err(Failure::NotRun)?;
+        failpoint::step("after the runtime was called");
         // The command holds our copies of the container's streams: a writer we kept would hide its EOF.
         drop(command);
         if let (Some(document), Some(mut stdin)) = (input, child.stdin.take()) {
@@ -289,6 +294,7 @@ impl Runtime {
             return Err(Failure::Late);
         };
         let status = status.map_err(Failure::NotRun)?;
+        failpoint::step("after the runtime has ended");
         let [stdout, stderr] = output;
         if status.success() {
             return Ok(stdout.take().await);

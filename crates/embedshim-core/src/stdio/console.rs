@@ -1,6 +1,7 @@
 //! Terminals: how the runtime hands one over, and the copying between it and the client's fifos.
 //! Owns the master while the process lives; what is copied and when it ends is in `copy`.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -17,8 +18,8 @@ use tracing::debug;
 
 use super::StdioError;
 use super::copy::{Sink, copy_input, copy_output, non_blocking};
-use super::logger::LoggerPipes;
-use super::plan::Plan;
+use super::plan::{Plan, TerminalInput};
+use crate::descriptor::{Deposit, Role};
 use crate::sys;
 
 /// Numbers the sockets of this process.
@@ -29,12 +30,13 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 pub(crate) struct ConsoleSocket {
     listener: UnixListener,
     path: PathBuf,
+    deposit: Deposit,
 }
 
 impl ConsoleSocket {
     /// Listens in `directory`, which must be ours alone and have a short path (107 bytes with the name). Needs a
-    /// tokio runtime.
-    pub(crate) fn bind(directory: &Path) -> Result<Self, StdioError> {
+    /// tokio runtime. Deposited, it takes a terminal also while no daemon is there.
+    pub(crate) fn bind(directory: &Path, deposit: Deposit) -> Result<Self, StdioError> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = directory.join(format!("console-{}-{number}", std::process::id()));
         let failed = |source| StdioError::Console {
@@ -43,7 +45,25 @@ impl ConsoleSocket {
         };
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).map_err(failed)?;
-        Ok(Self { listener, path })
+        deposit.keep(Role::Console, &listener);
+        Ok(Self {
+            listener,
+            path,
+            deposit,
+        })
+    }
+
+    /// The one that a predecessor has left, if its socket is among what was kept.
+    pub(crate) fn resume(listener: OwnedFd, deposit: Deposit) -> io::Result<Self> {
+        let listener = std::os::unix::net::UnixListener::from(listener);
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let path = address.as_pathname().unwrap_or(Path::new("")).to_owned();
+        Ok(Self {
+            listener: UnixListener::from_std(listener)?,
+            path,
+            deposit,
+        })
     }
 
     /// What to tell the runtime.
@@ -51,7 +71,7 @@ impl ConsoleSocket {
         &self.path
     }
 
-    /// Receives the master.
+    /// Receives the master, and has it kept.
     pub(crate) async fn accept(self, limit: Duration) -> Result<OwnedFd, StdioError> {
         let failed = |source| StdioError::Console {
             doing: "receive a terminal",
@@ -70,12 +90,14 @@ impl ConsoleSocket {
                 "what the OCI runtime sent is not a terminal",
             )));
         }
+        self.deposit.keep(Role::Terminal, &master);
         Ok(master)
     }
 }
 
 impl Drop for ConsoleSocket {
     fn drop(&mut self) {
+        self.deposit.forget(Role::Console);
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -111,6 +133,7 @@ async fn receive(stream: &UnixStream) -> io::Result<OwnedFd> {
 pub(crate) struct Console {
     master: OwnedFd,
     stdin: Mutex<Option<OwnedFd>>,
+    deposit: Deposit,
     ended: watch::Sender<bool>,
     drained: watch::Receiver<bool>,
     copiers: [AbortHandle; 2],
@@ -118,11 +141,49 @@ pub(crate) struct Console {
 
 impl Console {
     /// Begins to copy between the terminal and the plan's stdin and stdout. Needs a tokio runtime.
-    /// `pipes` are the logger's, if there is one.
+    /// `pipe` is the logger's, if there is one.
     pub(crate) fn start(
         master: OwnedFd,
         plan: &Plan,
-        pipes: Option<LoggerPipes>,
+        pipe: Option<OwnedFd>,
+        deposit: Deposit,
+    ) -> Result<Self, StdioError> {
+        let input = plan.open_input()?;
+        if let Some(input) = &input {
+            deposit.keep(Role::Stdin, &input.writer);
+            deposit.keep(Role::StdinReader, &input.reader);
+        }
+        Self::with(master, plan, pipe, input, deposit)
+    }
+
+    /// Goes on with the terminal that a predecessor has left among `kept`; `None` if it is not there.
+    pub(crate) fn resume(
+        plan: &Plan,
+        kept: Vec<(Role, OwnedFd)>,
+        deposit: Deposit,
+    ) -> Option<Result<Self, StdioError>> {
+        let (mut master, mut pipe, mut writer, mut reader) = (None, None, None, None);
+        for (role, end) in kept {
+            match role {
+                Role::Terminal => master = Some(end),
+                Role::Stdout => pipe = Some(end),
+                Role::Stdin => writer = Some(end),
+                Role::StdinReader => reader = Some(File::from(end)),
+                _ => {}
+            }
+        }
+        let input = writer
+            .zip(reader)
+            .map(|(writer, reader)| TerminalInput { reader, writer });
+        master.map(|master| Self::with(master, plan, pipe, input, deposit))
+    }
+
+    fn with(
+        master: OwnedFd,
+        plan: &Plan,
+        pipe: Option<OwnedFd>,
+        input: Option<TerminalInput>,
+        deposit: Deposit,
     ) -> Result<Self, StdioError> {
         let failed = |source| StdioError::Console {
             doing: "set up a terminal",
@@ -130,8 +191,7 @@ impl Console {
         };
         let output_end = non_blocking(master.try_clone().map_err(failed)?).map_err(failed)?;
         let input_end = non_blocking(master.try_clone().map_err(failed)?).map_err(failed)?;
-        let sink = Sink::open(&plan.stdout, pipes)?;
-        let input = plan.open_input()?;
+        let sink = Sink::open(&plan.stdout, pipe)?;
         let (ended, process_ended) = watch::channel(false);
         let (told, drained) = watch::channel(false);
         let output = tokio::spawn(async move {
@@ -141,7 +201,7 @@ impl Console {
             // The sink is closed by now: the client sees EOF.
             told.send_replace(true);
         });
-        let (reader, stdin) = input.unzip();
+        let (reader, stdin) = input.map(|input| (input.reader, input.writer)).unzip();
         let reader = reader.map(sys::register).transpose().map_err(failed)?;
         let input = tokio::spawn(async move {
             if let Some(reader) = reader
@@ -153,6 +213,7 @@ impl Console {
         Ok(Self {
             master,
             stdin: Mutex::new(stdin),
+            deposit,
             ended,
             drained,
             copiers: [output.abort_handle(), input.abort_handle()],
@@ -165,6 +226,7 @@ impl Console {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        self.deposit.forget(Role::Stdin);
     }
 
     /// The process has ended: what is in the terminal is still copied, then the output is closed.
@@ -198,15 +260,21 @@ impl Drop for Console {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{File, OpenOptions};
+    use std::fs::OpenOptions;
     use std::io::{Read, Write};
     use std::os::unix::fs::OpenOptionsExt;
+    use std::sync::Arc;
 
     use nix::pty::openpty;
     use nix::sys::stat::Mode;
 
     use super::*;
+    use crate::descriptor::Unkept;
     use crate::stdio::StdioPaths;
+
+    fn deposit() -> Deposit {
+        Deposit::new(Arc::new(Unkept), 1)
+    }
 
     const LIMIT: Duration = Duration::from_secs(10);
 
@@ -236,7 +304,7 @@ mod tests {
             .open(dir.path().join("out"))
             .unwrap();
         let pty = openpty(None, None).unwrap();
-        let console = Console::start(pty.master, &plan, None).unwrap();
+        let console = Console::start(pty.master, &plan, None, deposit()).unwrap();
         let writer = std::thread::spawn(move || {
             let mut slave = File::from(pty.slave);
             for line in 0..20_000 {
@@ -274,7 +342,7 @@ mod tests {
             .open(dir.path().join("out"))
             .unwrap();
         let pty = openpty(None, None).unwrap();
-        let console = Console::start(pty.master, &plan, None).unwrap();
+        let console = Console::start(pty.master, &plan, None, deposit()).unwrap();
         console.resize(123, 45).unwrap();
         OpenOptions::new()
             .write(true)
@@ -314,7 +382,7 @@ mod tests {
             (openpty(None, None).unwrap().master, true),
             (File::open("/dev/null").unwrap().into(), false),
         ] {
-            let socket = ConsoleSocket::bind(dir.path()).unwrap();
+            let socket = ConsoleSocket::bind(dir.path(), deposit()).unwrap();
             let path = socket.path().to_owned();
             let sender = std::os::unix::net::UnixStream::connect(&path).unwrap();
             let fds = [sent.as_raw_fd()];
@@ -331,7 +399,7 @@ mod tests {
             assert_eq!(socket.accept(LIMIT).await.is_ok(), accepted);
             assert!(!path.exists());
         }
-        let socket = ConsoleSocket::bind(dir.path()).unwrap();
+        let socket = ConsoleSocket::bind(dir.path(), deposit()).unwrap();
         let late = socket.accept(Duration::from_millis(10)).await.unwrap_err();
         assert!(matches!(late, StdioError::NoConsole(_)), "{late}");
     }

@@ -1,24 +1,26 @@
 //! The copying between a terminal's master and a client's files. Nothing is lost to a slow reader: it makes the process wait.
-//! No memory is held while nothing flows.
+//! No memory is held while nothing flows, and nothing is read before there is room for it: what was read from a terminal and not
+//! written is lost with the daemon.
 
 use std::fs::File;
 use std::future::pending;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::AsyncWriteExt;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use super::StdioError;
-use super::logger::LoggerPipes;
 use super::plan::{Kind, Output, append, open_output};
 use crate::sys;
 
-/// What is read at once. On the stack: it is never held across a wait.
+/// What is read at once: no more than a pipe that can be written to takes at once (`PIPE_BUF`). On the stack: it is never held across
+/// a wait.
 const CHUNK: usize = 4096;
 /// After the end of its process a terminal that others hold open is done when it has been silent for this long. Long
 /// enough for the kernel's own buffering, which goes through a work queue.
@@ -33,8 +35,8 @@ pub(super) enum Sink {
 }
 
 impl Sink {
-    /// `pipes` are the logger's, if the output goes to one.
-    pub(super) fn open(output: &Output, pipes: Option<LoggerPipes>) -> Result<Self, StdioError> {
+    /// `pipe` is the logger's, if the output goes to one.
+    pub(super) fn open(output: &Output, pipe: Option<OwnedFd>) -> Result<Self, StdioError> {
         let failed = |source| StdioError::Console {
             doing: "watch the terminal's output",
             source,
@@ -42,8 +44,8 @@ impl Sink {
         Ok(match output {
             Output::Null => Self::Null,
             // A terminal has no error output of its own: that pipe is closed here.
-            Output::Logger(_) => match pipes {
-                Some(pipes) => Self::Fifo(non_blocking(pipes.stdout).map_err(failed)?),
+            Output::Logger(_) => match pipe {
+                Some(pipe) => Self::Fifo(non_blocking(pipe).map_err(failed)?),
                 None => Self::Null,
             },
             Output::File(path) => {
@@ -54,6 +56,22 @@ impl Sink {
                 (file, Kind::File) => Self::File(tokio::fs::File::from_std(file)),
             },
         })
+    }
+
+    /// Waits until a chunk can be written at once.
+    async fn has_room(&self) -> io::Result<()> {
+        let Self::Fifo(fifo) = self else {
+            return Ok(());
+        };
+        loop {
+            let mut ready = fifo.writable().await?;
+            // The runtime remembers a readiness until a write fails; the kernel knows better.
+            let mut fds = [PollFd::new(fifo.get_ref().as_fd(), PollFlags::POLLOUT)];
+            if poll(&mut fds, PollTimeout::ZERO)? > 0 {
+                return Ok(());
+            }
+            ready.clear_ready();
+        }
     }
 
     async fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
@@ -87,16 +105,13 @@ pub(super) async fn copy_output(
     mut process_ended: watch::Receiver<bool>,
 ) -> io::Result<()> {
     loop {
-        let silent = async {
-            // The sender is gone only with the whole console.
-            if process_ended.wait_for(|ended| *ended).await.is_err() {
-                pending::<()>().await;
-            }
-            tokio::time::sleep(SILENCE).await;
+        let next = async {
+            sink.has_room().await?;
+            read_chunk(&master).await
         };
         let chunk = tokio::select! {
-            chunk = read_chunk(&master) => chunk?,
-            () = silent => return Ok(()),
+            chunk = next => chunk?,
+            () = exhausted(&master, &mut process_ended) => return Ok(()),
         };
         if chunk.is_empty() {
             return Ok(());
@@ -105,10 +120,31 @@ pub(super) async fn copy_output(
     }
 }
 
+/// Waits until the process has ended and its terminal has been silent and is empty.
+async fn exhausted(master: &AsyncFd<File>, process_ended: &mut watch::Receiver<bool>) {
+    // The sender is gone only with the whole console.
+    if process_ended.wait_for(|ended| *ended).await.is_err() {
+        pending::<()>().await;
+    }
+    loop {
+        tokio::time::sleep(SILENCE).await;
+        let mut fds = [PollFd::new(master.get_ref().as_fd(), PollFlags::POLLIN)];
+        let polled = poll(&mut fds, PollTimeout::ZERO);
+        let [fd] = fds;
+        let has_more = fd
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLIN));
+        if polled.is_err() || !has_more {
+            return;
+        }
+    }
+}
+
 /// Copies until the client's and our own writers are gone, or the terminal is.
 pub(super) async fn copy_input(stdin: AsyncFd<File>, master: AsyncFd<File>) -> io::Result<()> {
     let mut terminal = Sink::Fifo(master);
     loop {
+        terminal.has_room().await?;
         let chunk = read_chunk(&stdin).await?;
         if chunk.is_empty() {
             return Ok(());

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::plan::{Output, Plan, keep_reader, keep_writer};
+use crate::descriptor::{Deposit, Role};
 
 /// The streams for the process. Whoever starts it lets go of them right after: a writer of ours would hide EOF.
 #[derive(Debug)]
@@ -19,10 +20,12 @@ pub(crate) struct ChildStdio {
     pub(crate) stderr: OwnedFd,
 }
 
-/// Our ends: a writer to its input until that is closed, and readers of its outputs that never read.
+/// Our ends: a writer to its input until that is closed, and readers of its outputs that never read. All are deposited: a moment without
+/// the writer would be an end of the input, and what nobody holds at the process's end is lost unread.
 #[derive(Debug)]
 pub(crate) struct HeldStdio {
     stdin: Mutex<Input>,
+    deposit: Deposit,
     #[cfg_attr(
         not(test),
         expect(dead_code, reason = "held for what holding them does")
@@ -38,36 +41,69 @@ pub(super) enum Input {
     /// Nothing does yet: the process does not read before it is started. The reader tells who has come and gone.
     Undecided { reader: OwnedFd, path: PathBuf },
     /// A writer of ours does.
-    Held {
-        #[expect(dead_code, reason = "held for what holding it does")]
-        writer: OwnedFd,
-    },
+    Held { writer: OwnedFd },
 }
 
 impl HeldStdio {
-    pub(super) fn new(stdin: Input, readers: Vec<OwnedFd>) -> Self {
+    pub(super) fn new(stdin: Input, readers: Vec<(Role, OwnedFd)>, deposit: Deposit) -> Self {
+        match &stdin {
+            Input::Closed => {}
+            Input::Undecided { reader, .. } => deposit.keep(Role::StdinReader, reader),
+            Input::Held { writer } => deposit.keep(Role::Stdin, writer),
+        }
+        for (role, reader) in &readers {
+            deposit.keep(*role, reader);
+        }
+        Self::with(stdin, readers, deposit)
+    }
+
+    fn with(stdin: Input, readers: Vec<(Role, OwnedFd)>, deposit: Deposit) -> Self {
         Self {
             stdin: Mutex::new(stdin),
-            readers,
+            deposit,
+            readers: readers.into_iter().map(|(_, reader)| reader).collect(),
         }
     }
 
-    /// Takes the ends up again after a restart, as far as the fifos are still there. Blocks on the file system.
-    pub(crate) fn reopen(plan: &Plan) -> Self {
+    /// Takes the ends up again after a restart: those that were deposited, or else what can be opened again. Blocks on the file system.
+    pub(crate) fn reopen(plan: &Plan, kept: Vec<(Role, OwnedFd)>, deposit: Deposit) -> Self {
+        if kept.is_empty() {
+            return Self::open_again(plan, deposit);
+        }
+        let (mut writer, mut reader, mut outputs) = (None, None, Vec::new());
+        for (role, end) in kept {
+            match role {
+                Role::Stdin => writer = Some(end),
+                Role::StdinReader => reader = Some(end),
+                _ => outputs.push((role, end)),
+            }
+        }
+        let stdin = match (writer, reader, &plan.stdin) {
+            (Some(writer), ..) => Input::Held { writer },
+            (None, Some(reader), Some(path)) => Input::Undecided {
+                reader,
+                path: path.clone(),
+            },
+            _ => Input::Closed,
+        };
+        Self::with(stdin, outputs, deposit)
+    }
+
+    fn open_again(plan: &Plan, deposit: Deposit) -> Self {
         let stdin = plan
             .stdin
             .as_deref()
             .and_then(|path| keep_writer(path).ok())
             .map_or(Input::Closed, |writer| Input::Held { writer });
-        let reader = |stream, output: &Output| match output {
-            Output::Path(path) => keep_reader(stream, path).ok(),
+        let reader = |role, stream, output: &Output| match output {
+            Output::Path(path) => Some((role, keep_reader(stream, path).ok()?)),
             _ => None,
         };
         let readers = [
-            reader("stdout", &plan.stdout),
-            reader("stderr", &plan.stderr),
+            reader(Role::Stdout, "stdout", &plan.stdout),
+            reader(Role::Stderr, "stderr", &plan.stderr),
         ];
-        Self::new(stdin, readers.into_iter().flatten().collect())
+        Self::new(stdin, readers.into_iter().flatten().collect(), deposit)
     }
 
     /// Decides, right before the process may read, whether its input outlives its client. Returns false if it ends with
@@ -83,6 +119,10 @@ impl HeldStdio {
             } else {
                 keep_writer(path).ok()
             };
+            if let Some(writer) = &writer {
+                self.deposit.keep(Role::Stdin, writer);
+            }
+            self.deposit.forget(Role::StdinReader);
             *stdin = writer.map_or(Input::Closed, |writer| Input::Held { writer });
         }
         matches!(*stdin, Input::Held { .. })
@@ -91,6 +131,8 @@ impl HeldStdio {
     /// Gives up our writer to the input. Idempotent.
     pub(crate) fn close_stdin(&self) {
         *self.stdin() = Input::Closed;
+        self.deposit.forget(Role::Stdin);
+        self.deposit.forget(Role::StdinReader);
     }
 
     fn stdin(&self) -> MutexGuard<'_, Input> {
@@ -115,11 +157,17 @@ mod tests {
     use std::io::{ErrorKind, Read, Write};
     use std::os::unix::fs::OpenOptionsExt;
     use std::path::{Path, PathBuf};
+    use std::sync::Arc;
 
     use nix::sys::stat::Mode;
 
     use super::*;
+    use crate::descriptor::Unkept;
     use crate::stdio::{StdioError, StdioPaths};
+
+    fn deposit() -> Deposit {
+        Deposit::new(Arc::new(Unkept), 1)
+    }
 
     struct Fifos {
         dir: tempfile::TempDir,
@@ -163,7 +211,7 @@ mod tests {
     #[test]
     fn opening_waits_for_nobody_and_eof_needs_only_the_process_to_let_go() {
         let fifos = fifos();
-        let (child, held) = fifos.plan.open(None, None).unwrap();
+        let (child, held) = fifos.plan.open(None, None, deposit()).unwrap();
         File::from(child.stdout).write_all(b"hello").unwrap();
         // The client comes late; the keeper has kept the output, and is no writer that would hide EOF.
         let mut client = reader(&fifos.dir.path().join("out"));
@@ -176,7 +224,7 @@ mod tests {
     #[test]
     fn a_reader_that_goes_away_costs_neither_epipe_nor_output() {
         let fifos = fifos();
-        let (child, _held) = fifos.plan.open(None, None).unwrap();
+        let (child, _held) = fifos.plan.open(None, None, deposit()).unwrap();
         let mut stdout = File::from(child.stdout);
         drop(reader(&fifos.dir.path().join("out")));
         stdout.write_all(b"while away").unwrap();
@@ -190,7 +238,7 @@ mod tests {
     #[test]
     fn input_ends_with_close_io_and_not_with_a_client() {
         let fifos = fifos();
-        let (child, held) = fifos.plan.open(None, None).unwrap();
+        let (child, held) = fifos.plan.open(None, None, deposit()).unwrap();
         let mut stdin = File::from(child.stdin);
         let path = fifos.dir.path().join("in");
         assert!(held.hold_stdin());
@@ -210,7 +258,7 @@ mod tests {
     #[test]
     fn input_ends_for_a_client_that_was_gone_before_the_start() {
         let fifos = fifos();
-        let (child, held) = fifos.plan.open(None, None).unwrap();
+        let (child, held) = fifos.plan.open(None, None, deposit()).unwrap();
         write(&fifos.dir.path().join("in"), b"hi");
         assert!(!held.hold_stdin());
         let mut text = String::new();
@@ -221,14 +269,19 @@ mod tests {
     #[test]
     fn a_restarted_daemon_takes_the_ends_up_again() {
         let fifos = fifos();
-        let (child, held) = fifos.plan.open(None, None).unwrap();
+        let (child, held) = fifos.plan.open(None, None, deposit()).unwrap();
         drop(held);
-        let again = HeldStdio::reopen(&fifos.plan);
+        let again = HeldStdio::reopen(&fifos.plan, Vec::new(), deposit());
         assert!(matches!(*again.stdin(), Input::Held { .. }));
         assert_eq!(again.readers.len(), 2);
         drop(child);
         fs::remove_file(fifos.dir.path().join("out")).unwrap();
-        assert_eq!(HeldStdio::reopen(&fifos.plan).readers.len(), 1);
+        assert_eq!(
+            HeldStdio::reopen(&fifos.plan, Vec::new(), deposit())
+                .readers
+                .len(),
+            1
+        );
     }
 
     #[test]
@@ -239,7 +292,10 @@ mod tests {
             stdout: format!("file://{}", log.display()),
             ..StdioPaths::default()
         };
-        let (child, _held) = Plan::parse(&paths).unwrap().open(None, None).unwrap();
+        let (child, _held) = Plan::parse(&paths)
+            .unwrap()
+            .open(None, None, deposit())
+            .unwrap();
         File::from(child.stdout).write_all(b"out ").unwrap();
         File::from(child.stderr).write_all(b"err").unwrap();
         assert_eq!(fs::read_to_string(log).unwrap(), "out err");
@@ -253,7 +309,10 @@ mod tests {
                 stdout: stdout.display().to_string(),
                 ..StdioPaths::default()
             };
-            Plan::parse(&paths).unwrap().open(None, None).unwrap_err()
+            Plan::parse(&paths)
+                .unwrap()
+                .open(None, None, deposit())
+                .unwrap_err()
         };
         let missing = open(dir.path().join("missing"));
         assert!(

@@ -62,6 +62,13 @@ pub(crate) struct LoggerPipes {
     pub(super) stderr: OwnedFd,
 }
 
+impl LoggerPipes {
+    /// The only one that a terminal needs: it has no error output of its own.
+    pub(crate) fn into_stdout(self) -> OwnedFd {
+        self.stdout
+    }
+}
+
 impl Logger {
     /// Reads what follows `scheme://`: a path and a query whose keys and values become arguments.
     pub(super) fn parse(scheme: &str, rest: &str) -> Result<Self, StdioError> {

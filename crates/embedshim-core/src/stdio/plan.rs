@@ -11,6 +11,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use super::held::{ChildStdio, HeldStdio, Input};
 use super::logger::{LoggedProcess, Logger, LoggerPipes};
 use super::{StdioError, StdioPaths};
+use crate::descriptor::{Deposit, Role};
 use crate::process::ProcessIdentity;
 
 /// What is to become of each stream.
@@ -20,6 +21,13 @@ pub(crate) struct Plan {
     pub(super) stdout: Output,
     pub(super) stderr: Output,
     terminal: bool,
+}
+
+/// The input of a terminal: a non-blocking reader, and the writer that keeps it open.
+#[derive(Debug)]
+pub(super) struct TerminalInput {
+    pub(super) reader: File,
+    pub(super) writer: OwnedFd,
 }
 
 /// Where output goes.
@@ -107,11 +115,12 @@ impl Plan {
 
     /// Opens the streams of a process without a terminal: the ends for the process, and those we keep. `owner` is
     /// who the fifos are given to, so that a remapped root may reopen `/dev/stdout`. Blocks on the file system,
-    /// never on a missing peer. `pipes` are the logger's, if there is one.
+    /// never on a missing peer. `pipes` are the logger's, if there is one; what we keep is put into `deposit`.
     pub(crate) fn open(
         &self,
         owner: Option<(u32, u32)>,
         pipes: Option<LoggerPipes>,
+        deposit: Deposit,
     ) -> Result<(ChildStdio, HeldStdio), StdioError> {
         let (logged_stdout, logged_stderr) =
             pipes.map(|pipes| (pipes.stdout, pipes.stderr)).unzip();
@@ -127,7 +136,7 @@ impl Plan {
         };
         let mut readers = Vec::new();
         let mut output =
-            |stream, output: &Output, pipe: Option<OwnedFd>| -> Result<OwnedFd, StdioError> {
+            |role, stream, output: &Output, pipe: Option<OwnedFd>| -> Result<OwnedFd, StdioError> {
                 match output {
                     Output::Null => null(stream),
                     Output::Logger(_) => {
@@ -142,7 +151,7 @@ impl Plan {
                             Ok(existing(stream, path, OpenOptions::new().append(true), 0)?.into())
                         }
                         Kind::Fifo => {
-                            readers.push(keep_reader(stream, path)?);
+                            readers.push((role, keep_reader(stream, path)?));
                             let file = open_fifo(stream, path, 0)?;
                             give(stream, path, &file)?;
                             Ok(file.into())
@@ -150,7 +159,7 @@ impl Plan {
                     },
                 }
             };
-        let stdout = output("stdout", &self.stdout, logged_stdout)?;
+        let stdout = output(Role::Stdout, "stdout", &self.stdout, logged_stdout)?;
         let stderr = match (&self.stdout, &self.stderr) {
             (Output::File(one), Output::File(other)) if one == other => {
                 stdout.try_clone().map_err(|source| StdioError::Open {
@@ -159,7 +168,7 @@ impl Plan {
                     source,
                 })?
             }
-            (_, stderr) => output("stderr", stderr, logged_stderr)?,
+            (_, stderr) => output(Role::Stderr, "stderr", stderr, logged_stderr)?,
         };
         let (stdin, input) = match &self.stdin {
             None => (null("stdin")?, Input::Closed),
@@ -187,13 +196,18 @@ impl Plan {
                 stdout,
                 stderr,
             },
-            HeldStdio::new(input, readers),
+            HeldStdio::new(input, readers, deposit),
         ))
     }
 
-    /// The input of a terminal, for our own reading: a non-blocking reader, and the writer that keeps it open.
-    pub(super) fn open_input(&self) -> Result<Option<(File, OwnedFd)>, StdioError> {
-        let open = |path| Ok((open_stdin(path)?, keep_writer(path)?));
+    /// The input of a terminal, for our own reading.
+    pub(super) fn open_input(&self) -> Result<Option<TerminalInput>, StdioError> {
+        let open = |path| {
+            Ok(TerminalInput {
+                reader: open_stdin(path)?,
+                writer: keep_writer(path)?,
+            })
+        };
         self.stdin.as_deref().map(open).transpose()
     }
 }

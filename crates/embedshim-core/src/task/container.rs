@@ -10,10 +10,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 
 use super::detached::blocking;
+use super::errand::RequestId;
 use super::process::TaskProcess;
 use super::request::{CreateTask, RuntimeOptions};
 use super::shared::Shared;
 use crate::cgroup::{Cgroup, Metrics};
+use crate::descriptor::Deposit;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::id::{ExecId, TaskKey};
@@ -46,6 +48,9 @@ pub(crate) struct Task {
     exit_told: watch::Sender<bool>,
     complete: AtomicBool,
     silent: AtomicBool,
+    /// A predecessor died within its creation: it is being removed, and its id will be free again.
+    is_debris: AtomicBool,
+    released: watch::Sender<bool>,
     saving: tokio::sync::Mutex<()>,
 }
 
@@ -72,6 +77,8 @@ impl Task {
         bundle: Bundle,
         runtime: Runtime,
         has_own_pid_namespace: bool,
+        made_by: Option<RequestId>,
+        deposit: Deposit,
     ) -> Self {
         let CreateTask {
             key,
@@ -82,7 +89,7 @@ impl Task {
             checkpoint,
             ..
         } = request;
-        let init = TaskProcess::new(None, stdio, None);
+        let init = TaskProcess::new(None, stdio, None, made_by, deposit);
         let task = Self::with(
             key,
             bundle,
@@ -127,6 +134,8 @@ impl Task {
             exit_told: watch::Sender::new(false),
             complete: AtomicBool::new(false),
             silent: AtomicBool::new(false),
+            is_debris: AtomicBool::new(false),
+            released: watch::Sender::new(false),
             saving: tokio::sync::Mutex::default(),
         }
     }
@@ -136,12 +145,14 @@ impl Task {
         record: TaskRecord,
         runtime: Runtime,
         has_own_pid_namespace: bool,
+        deposit: impl Fn(u64) -> Deposit,
     ) -> Self {
         let key = TaskKey {
             namespace: record.namespace,
             id: record.id,
         };
-        let init = TaskProcess::restored(None, record.init);
+        let own = deposit(record.init.number);
+        let init = TaskProcess::restored(None, record.init, own);
         let task = Self::with(
             key,
             record.bundle,
@@ -162,7 +173,13 @@ impl Task {
         *task.execs() = record
             .execs
             .into_iter()
-            .map(|(id, exec)| (id.clone(), Arc::new(TaskProcess::restored(Some(id), exec))))
+            .map(|(id, exec)| {
+                let own = deposit(exec.number);
+                (
+                    id.clone(),
+                    Arc::new(TaskProcess::restored(Some(id), exec, own)),
+                )
+            })
             .collect();
         Self {
             checkpoint: record.checkpoint,
@@ -243,6 +260,31 @@ impl Task {
     /// It may not be seen after all.
     pub(crate) fn uncompleted(&self) {
         self.complete.store(false, Ordering::Release);
+    }
+
+    /// It is to be removed, and whoever wants its id has to wait for that.
+    pub(crate) fn is_to_be_removed(&self) {
+        self.is_debris.store(true, Ordering::Release);
+    }
+
+    /// Whether its id will be free soon.
+    pub(crate) fn is_debris(&self) -> bool {
+        self.is_debris.load(Ordering::Acquire)
+    }
+
+    /// Its id is free.
+    pub(crate) fn was_released(&self) {
+        self.released.send_replace(true);
+    }
+
+    /// Waits until its id is free.
+    pub(crate) async fn until_released(&self) {
+        // The sender is a field of ours: it cannot be gone.
+        let _ = self
+            .released
+            .subscribe()
+            .wait_for(|released| *released)
+            .await;
     }
 
     /// Nobody wants to hear of it any more: whoever gave it up tells its end himself.

@@ -16,14 +16,26 @@ use crate::event::EventKind;
 use crate::id::{ProcessKey, TaskKey};
 use crate::runtime::Checkpoint;
 
+/// What CRIU writes last of an image.
+const INVENTORY: &str = "inventory.img";
+
 /// Sends a signal to one process, or with `all` to all of its container.
 pub(super) async fn kill(
     shared: Arc<Shared>,
     key: ProcessKey,
     signal: u32,
     all: bool,
+    is_again: bool,
 ) -> Result<(), Error> {
-    let (task, process) = shared.process(&key)?;
+    match deliver(&shared, &key, signal, all).await {
+        // It was sent before, perhaps, and this is what came of it.
+        Err(Error::AlreadyFinished) if is_again => Ok(()),
+        other => other,
+    }
+}
+
+async fn deliver(shared: &Shared, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
+    let (task, process) = shared.process(key)?;
     if process.exec.is_some() {
         return kill_exec(&process, signal).await;
     }
@@ -66,11 +78,17 @@ fn send(process: &TaskProcess, signal: u32) -> Result<(), Error> {
 }
 
 /// Freezes the container.
-pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey) -> Result<(), Error> {
+pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey, is_again: bool) -> Result<(), Error> {
     let task = shared.task(&key)?;
     let _turn = task.init.turn().await?;
-    task.init.now().phase.admit(Operation::Pause)?;
+    let phase = task.init.now().phase;
+    if is_again && phase == Phase::Paused {
+        return Ok(());
+    }
+    phase.admit(Operation::Pause)?;
     task.init.advance(Phase::Running, Phase::Pausing);
+    // A successor has to look whether it is frozen.
+    task.save(&shared).await?;
     if let Err(error) = task.runtime.pause(task.id(), &task.log()).await {
         task.init.advance(Phase::Pausing, Phase::Running);
         return Err(error);
@@ -91,10 +109,14 @@ pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey) -> Result<(), Error
 }
 
 /// Thaws it.
-pub(super) async fn resume(shared: Arc<Shared>, key: TaskKey) -> Result<(), Error> {
+pub(super) async fn resume(shared: Arc<Shared>, key: TaskKey, is_again: bool) -> Result<(), Error> {
     let task = shared.task(&key)?;
     let _turn = task.init.turn().await?;
-    task.init.now().phase.admit(Operation::Resume)?;
+    let phase = task.init.now().phase;
+    if is_again && phase == Phase::Running {
+        return Ok(());
+    }
+    phase.admit(Operation::Resume)?;
     task.runtime.resume(task.id(), &task.log()).await?;
     settle(
         &shared,
@@ -138,9 +160,15 @@ pub(super) async fn checkpoint(
     shared: Arc<Shared>,
     key: TaskKey,
     request: CheckpointTask,
+    is_again: bool,
 ) -> Result<(), Error> {
     let task = shared.task(&key)?;
     let _turn = task.init.turn().await?;
+    let has_ended = task.init.now().phase == Phase::Stopped;
+    if is_again && request.exit && has_ended && request.image.join(INVENTORY).exists() {
+        // It ended because that was asked for.
+        return Ok(());
+    }
     task.init.now().phase.admit(Operation::Checkpoint)?;
     if !request.image.is_absolute() {
         let path = request.image.display();

@@ -9,13 +9,16 @@ use tracing::{info, warn};
 
 use super::container::Task;
 use super::detached::blocking;
+use super::errand::Errand;
 use super::exits;
 use super::process::TaskProcess;
 use super::request::CreateTask;
 use super::shared::Shared;
 use crate::cgroup::Cgroup;
+use crate::descriptor::Role;
 use crate::error::Error;
 use crate::event::EventKind;
+use crate::failpoint;
 use crate::process::Process;
 use crate::rootfs;
 use crate::runtime::{Create, Input, Restore, Runtime};
@@ -24,10 +27,19 @@ use crate::stdio::{self, Console, ConsoleSocket, LoggedProcess, LoggerPipes, Pla
 use crate::store::Bundle;
 
 /// How long a runtime that says it has started a terminal may take to hand it over.
-const CONSOLE_DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const CONSOLE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Creates the task. On failure nothing of it is left.
-pub(super) async fn create(shared: Arc<Shared>, request: CreateTask) -> Result<u32, Error> {
+/// Creates the task. On failure nothing of it is left. What a predecessor has begun of the same is gone by then, or was finished.
+pub(super) async fn create(
+    shared: Arc<Shared>,
+    request: CreateTask,
+    errand: Errand,
+) -> Result<u32, Error> {
+    if let Ok(task) = shared.task(&request.key)
+        && errand.left(task.init.made_by)
+    {
+        return Ok(task.init.now().pid);
+    }
     let plan = Plan::parse(&request.stdio)?;
     let path = request.bundle.clone();
     if !path.is_absolute() {
@@ -67,8 +79,10 @@ pub(super) async fn create(shared: Arc<Shared>, request: CreateTask) -> Result<u
         bundle,
         runtime,
         spec.has_own_pid_namespace(),
+        errand.request,
+        shared.deposit(),
     ));
-    shared.reserve(&task)?;
+    reserve(&shared, &task).await?;
     let _turn = task.init.turn().await?;
     task.init.starting();
     let mut runtime_was_called = false;
@@ -81,6 +95,24 @@ pub(super) async fn create(shared: Arc<Shared>, request: CreateTask) -> Result<u
         Err(error) => {
             abandon(&shared, &task, runtime_was_called).await;
             Err(error)
+        }
+    }
+}
+
+/// Takes the id. What is left of a creation that was cut short is waited for.
+async fn reserve(shared: &Shared, task: &Arc<Task>) -> Result<(), Error> {
+    let deadline = shared.config.runtime_deadline;
+    loop {
+        let taken = shared.reserve(task);
+        match shared.task_even_unfinished(&task.key) {
+            Some(debris) if taken.is_err() && debris.is_debris() => {
+                let released = tokio::time::timeout(deadline, debris.until_released()).await;
+                released.map_err(|_| Error::Deadline {
+                    what: "the removal of what an earlier creation has left",
+                    seconds: deadline.as_secs(),
+                })?;
+            }
+            _ => return taken,
         }
     }
 }
@@ -98,10 +130,6 @@ async fn establish(
         launch(shared, task, plan).await?;
     }
     task.completed();
-    if let Err(error) = task.save(shared).await {
-        task.uncompleted();
-        return Err(error);
-    }
     let pid = task.init.now().pid;
     shared.emit(
         task,
@@ -113,6 +141,10 @@ async fn establish(
             pid,
         },
     );
+    if let Err(error) = task.save(shared).await {
+        task.uncompleted();
+        return Err(error);
+    }
     Ok(pid)
 }
 
@@ -178,7 +210,8 @@ pub(super) async fn with_streams(
     let pipes = start_logger(task, process, plan).await?;
     if !plan.terminal() {
         let (opening, owner) = (plan.clone(), task.io_owner());
-        let (child, held) = blocking(move || opening.open(owner, pipes)).await??;
+        let deposit = process.deposit.clone();
+        let (child, held) = blocking(move || opening.open(owner, pipes, deposit)).await??;
         if process.exec.is_some() || task.checkpoint.is_some() {
             // These read as soon as the runtime has begun them.
             held.hold_stdin();
@@ -186,13 +219,17 @@ pub(super) async fn with_streams(
         call(Input::Container(child), None).await?;
         return Ok(Streams::Held(held));
     }
-    let directory = shared.config.state_dir.clone();
-    let socket = blocking(move || ConsoleSocket::bind(&directory)).await??;
+    let pipe = pipes.map(LoggerPipes::into_stdout);
+    if let Some(pipe) = &pipe {
+        process.deposit.keep(Role::Stdout, pipe);
+    }
+    let (directory, deposit) = (shared.config.state_dir.clone(), process.deposit.clone());
+    let socket = blocking(move || ConsoleSocket::bind(&directory, deposit)).await??;
     let path = socket.path().to_owned();
     // The runtime sends the master before it returns, and the socket's buffer keeps it: no need to accept meanwhile.
     call(Input::Null, Some(&path)).await?;
     let master = socket.accept(CONSOLE_DEADLINE).await?;
-    let console = Console::start(master, plan, pipes)?;
+    let console = Console::start(master, plan, pipe, process.deposit.clone())?;
     Ok(Streams::Terminal(console))
 }
 
@@ -227,9 +264,10 @@ async fn mount_rootfs(task: &Task) -> Result<(), Error> {
         return Ok(());
     }
     let (mounts, target) = (task.rootfs.clone(), task.rootfs_path());
-    blocking(move || rootfs::mount_all(&mounts, &target))
-        .await?
-        .map_err(Error::Rootfs)
+    failpoint::step("before the root is mounted");
+    let mounted = blocking(move || rootfs::mount_all(&mounts, &target)).await?;
+    failpoint::step("after the root was mounted");
+    mounted.map_err(Error::Rootfs)
 }
 
 /// Undoes whatever a failed [`establish`] did. Each step is tried, whatever became of the others.

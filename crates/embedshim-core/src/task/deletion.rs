@@ -10,12 +10,14 @@ use tracing::{info, warn};
 use super::container::Task;
 use super::creation::{end_logger, remove_traces};
 use super::detached::blocking;
+use super::errand::Errand;
 use super::process::TaskProcess;
 use super::request::{Cleaned, Deleted, Exit};
 use super::shared::Shared;
 use super::state::{Operation, Phase};
 use crate::error::Error;
 use crate::event::EventKind;
+use crate::failpoint;
 use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::rootfs;
 use crate::store::Bundle;
@@ -28,7 +30,11 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 const CLEANUP_KILL_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Deletes a stopped or never started process; with the init, the task.
-pub(super) async fn delete(shared: Arc<Shared>, key: ProcessKey) -> Result<Deleted, Error> {
+pub(super) async fn delete(
+    shared: Arc<Shared>,
+    key: ProcessKey,
+    errand: Errand,
+) -> Result<Deleted, Error> {
     let (task, process) = shared.process(&key)?;
     let _turn = process.turn().await?;
     // A deletion we waited for may have done it.
@@ -36,7 +42,7 @@ pub(super) async fn delete(shared: Arc<Shared>, key: ProcessKey) -> Result<Delet
     let now = process.now();
     now.phase.admit(Operation::Delete)?;
     if let Some(exec) = &process.exec {
-        return delete_exec(&shared, &task, &process, exec).await;
+        return delete_exec(&shared, &task, &process, exec, &errand).await;
     }
     if now.phase == Phase::Created {
         end_created(&task).await?;
@@ -45,7 +51,8 @@ pub(super) async fn delete(shared: Arc<Shared>, key: ProcessKey) -> Result<Delet
         pid: now.pid,
         exit: process.now().exit,
     };
-    remove(&shared, &task, false).await?;
+    dismantle(&shared, &task, false).await?;
+    tell(&errand, deleted).await;
     if let Some(exit) = deleted.exit {
         shared.emit(
             &task,
@@ -56,6 +63,7 @@ pub(super) async fn delete(shared: Arc<Shared>, key: ProcessKey) -> Result<Delet
             },
         );
     }
+    forget(&shared, &task).await?;
     info!(namespace = %task.key.namespace, id = %task.id(), pid = now.pid, "deleted");
     Ok(deleted)
 }
@@ -65,17 +73,27 @@ async fn delete_exec(
     task: &Arc<Task>,
     process: &Arc<TaskProcess>,
     exec: &ExecId,
+    errand: &Errand,
 ) -> Result<Deleted, Error> {
     drain(process).await;
     process.disconnect();
     end_logger(process).await;
-    task.remove_exec(exec);
-    task.save(shared).await?;
     let now = process.now();
-    Ok(Deleted {
+    let deleted = Deleted {
         pid: now.pid,
         exit: now.exit,
-    })
+    };
+    tell(errand, deleted).await;
+    task.remove_exec(exec);
+    task.save(shared).await?;
+    Ok(deleted)
+}
+
+/// With the next step the last trace is gone from which a successor could answer.
+async fn tell(errand: &Errand, deleted: Deleted) {
+    if let Some(witness) = &errand.witness {
+        witness.deleted(deleted).await;
+    }
 }
 
 /// An init that was never started has to end before its container can go; its exit is told like any other.
@@ -98,7 +116,7 @@ async fn end_created(task: &Arc<Task>) -> Result<(), Error> {
 }
 
 /// The steps, each of which finds out by itself whether it was done before.
-async fn remove(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(), Error> {
+async fn dismantle(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(), Error> {
     let told = tokio::time::timeout(KILL_DEADLINE, task.exit_told());
     if task.init.identity().is_some() && told.await.is_err() {
         warn!(id = %task.id(), "deleted while an exec of it still runs");
@@ -107,9 +125,10 @@ async fn remove(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(
     delete_container(task, force).await?;
     if !task.rootfs.is_empty() {
         let target = task.rootfs_path();
-        blocking(move || rootfs::unmount_recursive(&target))
-            .await?
-            .map_err(Error::Rootfs)?;
+        failpoint::step("before the root is unmounted");
+        let unmounted = blocking(move || rootfs::unmount_recursive(&target)).await?;
+        failpoint::step("after the root was unmounted");
+        unmounted.map_err(Error::Rootfs)?;
     }
     shared.oom.unwatch(task.serial);
     for process in task.all_execs().iter().chain([&task.init]) {
@@ -120,6 +139,11 @@ async fn remove(shared: &Arc<Shared>, task: &Arc<Task>, force: bool) -> Result<(
             let _ = shared.monitor.unwatch(identity).await;
         }
     }
+    Ok(())
+}
+
+/// The last step: the id is free.
+async fn forget(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<(), Error> {
     let (store, key) = (shared.store.clone(), task.key.clone());
     blocking(move || store.remove(&key)).await??;
     shared.release(task);
@@ -166,7 +190,11 @@ pub(super) async fn cleanup(
     }
     let exit = end_all(&task).await?;
     let pid = task.init.now().pid;
-    if let Err(error) = remove(&shared, &task, true).await {
+    let removed = match dismantle(&shared, &task, true).await {
+        Ok(()) => forget(&shared, &task).await,
+        failed => failed,
+    };
+    if let Err(error) = removed {
         warn!(id = %task.id(), %error, "a clean-up step failed; going on");
         remove_traces(&shared, &task, true).await;
         shared.release(&task);

@@ -1,13 +1,23 @@
 //! Work that outlives its caller: a mutation must not end half-way because a client hung up.
 
 use std::future::Future;
+use std::sync::Arc;
 
+use super::shared::Shared;
 use crate::error::Error;
 
-/// Runs `work` as a task of its own and waits for it; dropping this future abandons the answer only.
+/// Runs `work` as a task of its own and waits for it; dropping this future abandons the answer only. `shared` knows that it is under
+/// way.
 pub(super) async fn detached<T: Send + 'static>(
+    shared: &Arc<Shared>,
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<T, Error> {
+    let under_way = shared.work();
+    let work = async move {
+        let result = work.await;
+        drop(under_way);
+        result
+    };
     match tokio::spawn(work).await {
         Ok(result) => result,
         Err(panic) => Err(Error::Internal(panic.to_string())),

@@ -10,6 +10,7 @@ use tracing::{info, warn};
 use super::container::Task;
 use super::creation::{end_logger, launch, opened, read_pid, with_streams};
 use super::detached::blocking;
+use super::errand::{Errand, RequestId};
 use super::exits;
 use super::process::TaskProcess;
 use super::request::ExecProcess;
@@ -22,23 +23,40 @@ use crate::runtime::Exec;
 use crate::stdio::Plan;
 
 /// Starts the init or an exec.
-pub(super) async fn start(shared: Arc<Shared>, key: ProcessKey) -> Result<u32, Error> {
-    if key.exec.is_some() {
+pub(super) async fn start(
+    shared: Arc<Shared>,
+    key: ProcessKey,
+    errand: Errand,
+) -> Result<u32, Error> {
+    if key.exec.is_some() && !errand.is_again {
         // Before anything about the exec itself, as runc-v2 does (e7357916b in containerd).
         shared.task(&key.task)?.admit_exec_start()?;
     }
     let (task, process) = shared.process(&key)?;
     let _turn = process.turn().await?;
+    if process.was_started_by(&errand) {
+        return Ok(process.now().pid);
+    }
     match process.exec.clone() {
-        None => start_init(&shared, &task).await,
-        Some(exec) => start_exec(&shared, &task, &process, &exec).await,
+        None => start_init(&shared, &task, errand.request).await,
+        Some(exec) => start_exec(&shared, &task, &process, &exec, errand.request).await,
     }
 }
 
-async fn start_init(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<u32, Error> {
+async fn start_init(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    request: Option<RequestId>,
+) -> Result<u32, Error> {
     let init = &task.init;
     init.now().phase.admit(Operation::Start)?;
     init.starting();
+    init.mark_start(request);
+    if let Err(error) = task.save(shared).await {
+        init.unmark_start();
+        exits::release_early(shared, task, init);
+        return Err(error);
+    }
     let result = if task.checkpoint.is_some() {
         restore(shared, task).await
     } else {
@@ -51,7 +69,10 @@ async fn start_init(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<u32, Error
         shared.emit(task, EventKind::Started { pid });
         info!(namespace = %task.key.namespace, id = %task.id(), pid, "started");
     }
-    // Not saved yet: after a crash a live process whose record says "created" is looked at (restoration).
+    if result.is_err() {
+        init.unmark_start();
+    }
+    // After a crash before this, a process that was marked and is not said to run is looked at (resumption).
     let saved = task.save(shared).await;
     exits::release_early(shared, task, init);
     result?;
@@ -83,28 +104,18 @@ async fn start_exec(
     task: &Arc<Task>,
     process: &Arc<TaskProcess>,
     exec: &ExecId,
+    request: Option<RequestId>,
 ) -> Result<u32, Error> {
     process.now().phase.admit(Operation::Start)?;
     task.enter_exec()?;
     process.starting();
+    process.mark_start(request);
     let files = ExecFiles::new(&task.bundle.path, exec);
     let result = run_exec(shared, task, process, &files).await;
     files.remove().await;
     match result {
         Ok(pid) => {
-            process.advance(Phase::Created, Phase::Running);
-            process.forget_spec();
-            let saved = task.save(shared).await;
-            shared.emit(
-                task,
-                EventKind::ExecStarted {
-                    exec: exec.clone(),
-                    pid,
-                },
-            );
-            info!(namespace = %task.key.namespace, id = %task.id(), exec_id = %exec, pid, "exec started");
-            exits::release_early(shared, task, process);
-            saved?;
+            exec_started(shared, task, process, exec).await?;
             Ok(pid)
         }
         Err(error) => {
@@ -118,10 +129,30 @@ async fn start_exec(
             process.start_failed();
             // First: the init's exit may wait for this, and a logger may take its 12 s.
             task.leave_exec(shared);
+            if let Err(unsaved) = task.save(shared).await {
+                warn!(id = %task.id(), exec_id = %exec, error = %unsaved, "that an exec could not be started is not durable");
+            }
             end_logger(process).await;
             Err(error)
         }
     }
+}
+
+/// It runs and is watched: everything that follows from that.
+pub(super) async fn exec_started(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    process: &Arc<TaskProcess>,
+    exec: &ExecId,
+) -> Result<(), Error> {
+    process.advance(Phase::Created, Phase::Running);
+    process.forget_spec();
+    let (exec, pid) = (exec.clone(), process.now().pid);
+    info!(namespace = %task.key.namespace, id = %task.id(), exec_id = %exec, pid, "exec started");
+    shared.emit(task, EventKind::ExecStarted { exec, pid });
+    let saved = task.save(shared).await;
+    exits::release_early(shared, task, process);
+    saved
 }
 
 async fn run_exec(
@@ -134,7 +165,10 @@ async fn run_exec(
     let spec = process
         .spec()
         .ok_or_else(|| Error::Internal("the exec has no process document".into()))?;
+    // A pid file of an earlier attempt would be taken for this one's.
+    files.remove().await;
     files.write_process(spec).await?;
+    task.save(shared).await?;
     // Until the exec is watched, no orphan is reaped: it might be the exec, ended already.
     let _ticket = shared.orphans.ticket();
     let streams = with_streams(
@@ -161,14 +195,15 @@ async fn run_exec(
 }
 
 /// The files of one `exec` call in the bundle. Exec ids can't hold a slash, nor begin with a dot.
-struct ExecFiles {
+pub(super) struct ExecFiles {
     process: PathBuf,
-    pid: PathBuf,
+    /// Where the runtime writes the pid.
+    pub(super) pid: PathBuf,
     log: PathBuf,
 }
 
 impl ExecFiles {
-    fn new(bundle: &Path, exec: &ExecId) -> Self {
+    pub(super) fn new(bundle: &Path, exec: &ExecId) -> Self {
         let file = |suffix| bundle.join(format!(".exec-{exec}.{suffix}"));
         Self {
             process: file("process.json"),
@@ -188,7 +223,7 @@ impl ExecFiles {
             })
     }
 
-    async fn remove(&self) {
+    pub(super) async fn remove(&self) {
         let files = [self.process.clone(), self.pid.clone(), self.log.clone()];
         // Left-overs would go with the bundle.
         let _ = blocking(move || files.map(|file| std::fs::remove_file(file).is_ok())).await;
@@ -203,9 +238,16 @@ struct ProcessTerminal {
 }
 
 /// Declares an exec; nothing runs yet.
-pub(super) async fn exec(shared: Arc<Shared>, request: ExecProcess) -> Result<(), Error> {
+pub(super) async fn exec(
+    shared: Arc<Shared>,
+    request: ExecProcess,
+    errand: Errand,
+) -> Result<(), Error> {
     let task = shared.task(&request.task)?;
-    if task.find(Some(&request.exec)).is_ok() {
+    if let Ok(known) = task.find(Some(&request.exec)) {
+        if errand.left(known.made_by) {
+            return Ok(());
+        }
         return Err(Error::IdTaken {
             id: request.exec.to_string(),
         });
@@ -219,14 +261,21 @@ pub(super) async fn exec(shared: Arc<Shared>, request: ExecProcess) -> Result<()
     let spec = process_document(&request.spec, request.stdio.terminal)?;
     task.add_exec(
         request.exec.clone(),
-        TaskProcess::new(Some(request.exec.clone()), request.stdio, Some(spec)),
+        TaskProcess::new(
+            Some(request.exec.clone()),
+            request.stdio,
+            Some(spec),
+            errand.request,
+            shared.deposit(),
+        ),
     )?;
-    if let Err(error) = task.save(&shared).await {
+    let exec = request.exec.clone();
+    shared.emit(&task, EventKind::ExecAdded { exec });
+    let saved = task.save(&shared).await;
+    if saved.is_err() {
         task.remove_exec(&request.exec);
-        return Err(error);
     }
-    shared.emit(&task, EventKind::ExecAdded { exec: request.exec });
-    Ok(())
+    saved
 }
 
 /// The document as the runtime is to get it: its `terminal` is the request's, as runc-v2 sets it.

@@ -6,15 +6,18 @@ mod control;
 mod creation;
 mod deletion;
 mod detached;
+mod errand;
 mod execution;
 mod exits;
 mod node;
 mod process;
 mod request;
 mod restoration;
+mod resumption;
 mod shared;
 mod state;
 
+pub use errand::{Errand, RequestId, Witness};
 pub use node::{Node, NodeConfig};
 pub use request::{
     CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,

@@ -10,6 +10,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 
 use super::detached::{blocking, detached};
+use super::errand::Errand;
 use super::request::{
     CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
     ProcessStatus,
@@ -18,6 +19,7 @@ use super::shared::Shared;
 use super::state::Phase;
 use super::{control, creation, deletion, execution, exits, restoration};
 use crate::cgroup::{Metrics, OomWatcher};
+use crate::descriptor::{DescriptorStore, Inherited, Unkept};
 use crate::error::Error;
 use crate::event::{Event, EventSink};
 use crate::exit::ExitMonitor;
@@ -39,8 +41,24 @@ pub struct NodeConfig {
     /// processes that outlive their parents. It cannot know who else in this process waits for children, so it is only for a
     /// program that has one node and lets nobody else start any. Without it only children that are watched are reaped.
     pub reap_orphans: bool,
+    /// Who keeps descriptors that have to outlive this process: terminals, the ends of fifos. Without anybody
+    /// ([`Unkept`](crate::descriptor::Unkept)), terminals end with this process.
+    pub descriptors: Arc<dyn DescriptorStore>,
     /// Who hears of events; without one they are to be had from [`Node::next_event`].
     pub events: Option<Arc<dyn EventSink>>,
+}
+
+impl NodeConfig {
+    /// A node whose descriptors nobody keeps, that reaps watched children only and whose runtime has five minutes for a call.
+    pub fn new(state_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            state_dir: state_dir.into(),
+            runtime_deadline: Duration::from_mins(5),
+            reap_orphans: false,
+            descriptors: Arc::new(Unkept),
+            events: None,
+        }
+    }
 }
 
 /// The tasks of one machine.
@@ -53,6 +71,7 @@ pub struct NodeConfig {
 #[derive(Clone, Debug)]
 pub struct Node {
     shared: Arc<Shared>,
+    errand: Errand,
     events: Arc<Mutex<mpsc::UnboundedReceiver<Event>>>,
     _background: Arc<Background>,
 }
@@ -70,10 +89,21 @@ impl Drop for Background {
 impl Node {
     /// Takes over what is in the state directory and starts to work. Needs a tokio runtime.
     ///
+    /// What a predecessor has left half done is finished or undone; each operation on such a task waits for that.
+    ///
     /// Where the monitor is not sure of others' children, the program should inherit the containers' processes, as a child
     /// subreaper (`PR_SET_CHILD_SUBREAPER`, and [`NodeConfig::reap_orphans`]). Dropping the last clone of a node ends its work;
     /// the containers run on, for the next one that is opened on the state directory.
     pub async fn open(config: NodeConfig, monitor: Arc<dyn ExitMonitor>) -> Result<Self, Error> {
+        Self::take_over(config, monitor, &mut Inherited::default()).await
+    }
+
+    /// The same with the descriptors that a predecessor's store gave back; what belongs to a task is taken out.
+    pub async fn take_over(
+        config: NodeConfig,
+        monitor: Arc<dyn ExitMonitor>,
+        inherited: &mut Inherited,
+    ) -> Result<Self, Error> {
         let state_dir = config.state_dir.clone();
         let (store, boot_id) =
             blocking(move || Ok::<_, Error>((Store::open(&state_dir)?, boot_id()))).await??;
@@ -84,7 +114,7 @@ impl Node {
         })?;
         let (sender, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared::new(config, boot_id, store, monitor, oom, sender));
-        restoration::restore(&shared).await?;
+        restoration::restore(&shared, inherited).await?;
         let mut background: Vec<JoinHandle<()>> = vec![
             tokio::spawn(exits::dispatch(Arc::clone(&shared))),
             tokio::spawn(exits::watch_oom(Arc::clone(&shared))),
@@ -96,6 +126,7 @@ impl Node {
         }
         Ok(Self {
             shared,
+            errand: Errand::default(),
             events: Arc::new(Mutex::new(receiver)),
             _background: Arc::new(Background(
                 background.iter().map(JoinHandle::abort_handle).collect(),
@@ -103,54 +134,91 @@ impl Node {
         })
     }
 
+    /// The same node, whose operations are done on somebody's behalf.
+    pub fn on_behalf_of(&self, errand: Errand) -> Self {
+        Self {
+            errand,
+            ..self.clone()
+        }
+    }
+
+    /// Waits until no operation is under way that changes anything.
+    pub async fn quiet(&self) {
+        self.shared.quiet().await;
+    }
+
     /// Mounts the rootfs, runs `runc create`, watches the init. Returns its pid.
     pub async fn create(&self, request: CreateTask) -> Result<u32, Error> {
-        detached(creation::create(self.shared(), request)).await
+        self.detached(creation::create(self.shared(), request, self.errand()))
+            .await
     }
 
     /// Starts the init or an exec. Returns its pid.
     pub async fn start(&self, key: &ProcessKey) -> Result<u32, Error> {
-        detached(execution::start(self.shared(), key.clone())).await
+        self.detached(execution::start(self.shared(), key.clone(), self.errand()))
+            .await
     }
 
     /// Declares an exec; [`start`](Self::start) runs it.
     pub async fn exec(&self, request: ExecProcess) -> Result<(), Error> {
-        detached(execution::exec(self.shared(), request)).await
+        self.detached(execution::exec(self.shared(), request, self.errand()))
+            .await
     }
 
     /// Deletes a stopped (or never started) process; with the init, the whole task.
     pub async fn delete(&self, key: &ProcessKey) -> Result<Deleted, Error> {
-        detached(deletion::delete(self.shared(), key.clone())).await
+        self.detached(deletion::delete(self.shared(), key.clone(), self.errand()))
+            .await
     }
 
     /// Sends a signal to one process, or with `all` to all of the container.
     pub async fn kill(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
-        detached(control::kill(self.shared(), key.clone(), signal, all)).await
+        let again = self.errand.is_again;
+        self.detached(control::kill(
+            self.shared(),
+            key.clone(),
+            signal,
+            all,
+            again,
+        ))
+        .await
     }
 
     /// Freezes the container.
     pub async fn pause(&self, key: &TaskKey) -> Result<(), Error> {
-        detached(control::pause(self.shared(), key.clone())).await
+        let again = self.errand.is_again;
+        self.detached(control::pause(self.shared(), key.clone(), again))
+            .await
     }
 
     /// Thaws it.
     pub async fn resume(&self, key: &TaskKey) -> Result<(), Error> {
-        detached(control::resume(self.shared(), key.clone())).await
+        let again = self.errand.is_again;
+        self.detached(control::resume(self.shared(), key.clone(), again))
+            .await
     }
 
     /// Changes resources; `resources` is an OCI `LinuxResources` as JSON.
     pub async fn update(&self, key: &TaskKey, resources: Vec<u8>) -> Result<(), Error> {
-        detached(control::update(self.shared(), key.clone(), resources)).await
+        self.detached(control::update(self.shared(), key.clone(), resources))
+            .await
     }
 
     /// Writes the container's state to files from which [`CreateTask::checkpoint`] restores it.
     pub async fn checkpoint(&self, key: &TaskKey, request: CheckpointTask) -> Result<(), Error> {
-        detached(control::checkpoint(self.shared(), key.clone(), request)).await
+        let again = self.errand.is_again;
+        self.detached(control::checkpoint(
+            self.shared(),
+            key.clone(),
+            request,
+            again,
+        ))
+        .await
     }
 
     /// containerd has given this bundle up: kills what lives, removes everything. Waits for operations under way.
     pub async fn cleanup(&self, key: &TaskKey, bundle: &Path) -> Result<Cleaned, Error> {
-        detached(deletion::cleanup(
+        self.detached(deletion::cleanup(
             self.shared(),
             key.clone(),
             bundle.to_owned(),
@@ -163,7 +231,7 @@ impl Node {
         let (task, process) = self.shared.process(key)?;
         process.close_stdin();
         let shared = self.shared();
-        detached(async move { task.save(&shared).await }).await
+        self.detached(async move { task.save(&shared).await }).await
     }
 
     /// Resizes the terminal, if there is one.
@@ -255,6 +323,17 @@ impl Node {
     /// with several, each event goes to one of them.
     pub async fn next_event(&self) -> Option<Event> {
         self.events.lock().await.recv().await
+    }
+
+    async fn detached<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        detached(&self.shared, work).await
+    }
+
+    fn errand(&self) -> Errand {
+        self.errand.clone()
     }
 
     fn shared(&self) -> Arc<Shared> {

@@ -4,24 +4,30 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::errand::{Errand, RequestId};
 use super::request::Exit;
 use super::state::Phase;
+use crate::descriptor::Deposit;
 use crate::error::Error;
 use crate::exit::ExitRecord;
 use crate::id::ExecId;
 use crate::process::{Process, ProcessIdentity};
 use crate::stdio::{StdioPaths, Streams};
-use crate::store::ProcessRecord;
+use crate::store::{ProcessRecord, StartMark};
 
 /// A process of a task.
 #[derive(Debug)]
 pub(crate) struct TaskProcess {
     pub(crate) exec: Option<ExecId>,
     pub(crate) stdio: StdioPaths,
+    /// The request that made it; an init's is its task's.
+    pub(crate) made_by: Option<RequestId>,
+    /// What outlives this daemon of its descriptors.
+    pub(crate) deposit: Deposit,
     /// The queue of mutations: one at a time, first come, first served. Reads and exits don't take it.
-    turn: Semaphore,
+    turn: Arc<Semaphore>,
     published: watch::Sender<Published>,
     live: Mutex<Live>,
 }
@@ -44,6 +50,7 @@ struct Live {
     stdin_closed: bool,
     logger: Option<ProcessIdentity>,
     spec: Option<String>,
+    start: Option<StartMark>,
     /// An operation is between its effect and its event: an exit has to wait behind it.
     starting: bool,
     early_exit: Option<ExitRecord>,
@@ -53,54 +60,61 @@ struct Live {
 
 impl TaskProcess {
     /// A process that does not exist yet.
-    pub(crate) fn new(exec: Option<ExecId>, stdio: StdioPaths, spec: Option<String>) -> Self {
-        Self::with(
-            exec,
+    pub(crate) fn new(
+        exec: Option<ExecId>,
+        stdio: StdioPaths,
+        spec: Option<String>,
+        made_by: Option<RequestId>,
+        deposit: Deposit,
+    ) -> Self {
+        let record = ProcessRecord {
             stdio,
-            Phase::Created,
-            Live {
-                spec,
-                ..Live::default()
-            },
-        )
+            spec,
+            made_by,
+            ..ProcessRecord::default()
+        };
+        Self::restored(exec, record, deposit)
     }
 
     /// A process as it was remembered. It has no descriptors yet.
-    pub(crate) fn restored(exec: Option<ExecId>, record: ProcessRecord) -> Self {
+    pub(crate) fn restored(exec: Option<ExecId>, record: ProcessRecord, deposit: Deposit) -> Self {
+        let published = Published {
+            phase: record.phase,
+            pid: record.identity.map_or(0, |identity| positive(identity.pid)),
+            exit: record.exit,
+            start_failed: record.start_failed,
+        };
         let live = Live {
             identity: record.identity,
             spec: record.spec,
             stdin_closed: record.stdin_closed,
             logger: record.logger,
             ended: record.exit,
+            start: record.start,
             ..Live::default()
         };
-        Self::with(exec, record.stdio, record.phase, live)
-    }
-
-    fn with(exec: Option<ExecId>, stdio: StdioPaths, phase: Phase, live: Live) -> Self {
-        let pid = live.identity.map_or(0, |identity| positive(identity.pid));
-        let published = watch::Sender::new(Published {
-            phase,
-            pid,
-            exit: live.ended,
-            start_failed: false,
-        });
         Self {
             exec,
-            stdio,
-            turn: Semaphore::new(1),
-            published,
+            stdio: record.stdio,
+            made_by: record.made_by,
+            deposit,
+            turn: Arc::new(Semaphore::new(1)),
+            published: watch::Sender::new(published),
             live: Mutex::new(live),
         }
     }
 
     /// Waits for this process's turn.
-    pub(crate) async fn turn(&self) -> Result<SemaphorePermit<'_>, Error> {
-        self.turn
-            .acquire()
+    pub(crate) async fn turn(&self) -> Result<OwnedSemaphorePermit, Error> {
+        Arc::clone(&self.turn)
+            .acquire_owned()
             .await
             .map_err(|closed| Error::Internal(closed.to_string()))
+    }
+
+    /// Its turn, if it is free: before anybody knows of the process it is.
+    pub(crate) fn turn_now(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.turn).try_acquire_owned().ok()
     }
 
     /// What everybody may see now.
@@ -129,6 +143,28 @@ impl TaskProcess {
         })
     }
 
+    /// The runtime is about to start it: what is found of it after a restart is this request's work.
+    pub(crate) fn mark_start(&self, request: Option<RequestId>) {
+        self.live().start = Some(StartMark { request });
+    }
+
+    /// It was not started after all.
+    pub(crate) fn unmark_start(&self) {
+        self.live().start = None;
+    }
+
+    /// Who began to start it, if anybody did.
+    pub(crate) fn start_mark(&self) -> Option<StartMark> {
+        self.live().start
+    }
+
+    /// Whether this errand is the one that started it, in an earlier life.
+    pub(crate) fn was_started_by(&self, errand: &Errand) -> bool {
+        self.start_mark()
+            .is_some_and(|mark| errand.left(mark.request))
+            && (self.now().phase != Phase::Created)
+    }
+
     /// From here until [`started`](Self::started) an exit is kept back.
     pub(crate) fn starting(&self) {
         self.live().starting = true;
@@ -147,7 +183,9 @@ impl TaskProcess {
         live.starting = false;
         live.early_exit = None;
         live.streams = None;
+        live.start = None;
         drop(live);
+        self.deposit.forget_all();
         self.published.send_modify(|now| now.start_failed = true);
     }
 
@@ -159,6 +197,7 @@ impl TaskProcess {
         live.streams = None;
         live.early_exit = None;
         drop(live);
+        self.deposit.forget_all();
         self.published.send_modify(|now| now.pid = 0);
     }
 
@@ -183,6 +222,13 @@ impl TaskProcess {
             .send_modify(|now| now.pid = positive(identity.pid));
     }
 
+    /// It had this pid, and is gone.
+    pub(crate) fn ran_as(&self, identity: ProcessIdentity) {
+        self.live().identity = Some(identity);
+        self.published
+            .send_modify(|now| now.pid = positive(identity.pid));
+    }
+
     /// Keeps its streams.
     pub(crate) fn connect(&self, streams: Streams) {
         let mut live = self.live();
@@ -197,9 +243,10 @@ impl TaskProcess {
         self.live().streams.clone()
     }
 
-    /// Lets go of its streams.
+    /// Lets go of its streams, for good.
     pub(crate) fn disconnect(&self) {
         self.live().streams = None;
+        self.deposit.forget_all();
     }
 
     /// Closes our end of its input, now or as soon as there is one.
@@ -283,6 +330,10 @@ impl TaskProcess {
             identity: live.identity,
             exit: live.ended,
             spec: live.spec.clone(),
+            number: self.deposit.number(),
+            made_by: self.made_by,
+            start: live.start,
+            start_failed: self.now().start_failed,
         }
     }
 

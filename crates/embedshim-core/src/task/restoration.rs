@@ -1,6 +1,7 @@
 //! A new daemon takes over what its predecessor left: records on disk, processes in the kernel, mounts, descriptors.
 //! Owns the comparison of the two; the truth about a process is the kernel's, about everything else the record's.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use tracing::{info, warn};
@@ -10,65 +11,101 @@ use super::creation::{remove_traces, watch_for_oom};
 use super::detached::blocking;
 use super::exits;
 use super::process::TaskProcess;
+use super::request::Exit;
+use super::resumption::{Kept, Unfinished, connect, undo};
 use super::shared::Shared;
-use super::state::Phase;
 use crate::clock::BootTime;
+use crate::descriptor::{Inherited, Role};
 use crate::error::Error;
 use crate::event::EventKind;
-use crate::exit::{Adopted, Evidence, ExitRecord, ExitStatus, UnknownReason};
+use crate::exit::{Adopted, Evidence, ExitRecord, ExitStatus, Known, UnknownReason};
 use crate::process::{Process, ProcessIdentity};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, UnderWay};
 use crate::spec::Spec;
-use crate::stdio::{HeldStdio, Plan, Streams};
 use crate::store::{Bundle, TaskRecord};
 
 /// A process that the record believes alive.
 struct Believed {
     identity: ProcessIdentity,
+    pidfd: Option<OwnedFd>,
+    kept: Kept,
     task: Arc<Task>,
     process: Arc<TaskProcess>,
 }
 
+/// What is found out about all tasks, before anything is done about it.
+#[derive(Default)]
+struct Findings {
+    believed: Vec<Believed>,
+    /// Of an earlier boot: nobody knows how they ended.
+    lost: Vec<Believed>,
+    unfinished: Vec<Unfinished>,
+}
+
 /// Takes over everything in the store. Afterwards every task is there, and every exit that happened meanwhile is on its way.
-pub(super) async fn restore(shared: &Arc<Shared>) -> Result<(), Error> {
+pub(super) async fn restore(shared: &Arc<Shared>, inherited: &mut Inherited) -> Result<(), Error> {
     let store = shared.store.clone();
-    let records = blocking(move || store.load()).await??;
-    let mut believed = Vec::new();
-    let mut of_this_boot = Vec::new();
-    for record in records {
-        let same_boot = record.boot_id == shared.boot_id;
-        let Some(task) = restore_task(shared, record).await? else {
-            continue;
-        };
-        let alive = believed_alive(&task);
-        if same_boot {
-            of_this_boot.extend(alive.iter().map(|believed| believed.identity.into()));
-            believed.extend(alive);
+    let (records, mut calls) = blocking(move || {
+        let records = store.load()?;
+        // Nothing was under way where there is no record.
+        let calls = if records.is_empty() {
+            UnderWay::default()
         } else {
-            warn!(
-                id = %task.id(),
-                "the task is of an earlier boot: its processes are gone"
-            );
-            for dead in alive {
-                lost(shared, dead);
-            }
+            UnderWay::find()
+        };
+        Ok::<_, Error>((records, calls))
+    })
+    .await??;
+    let mut findings = Findings::default();
+    for record in records {
+        let calls = calls.take(&record.bundle.path);
+        let is_of_this_boot = record.boot_id == shared.boot_id;
+        if let Some(task) = restore_task(shared, record, &calls).await? {
+            examine(
+                shared,
+                &task,
+                is_of_this_boot,
+                calls,
+                inherited,
+                &mut findings,
+            )
+            .await;
         }
     }
-    let found = shared.monitor.adopt(of_this_boot).await?;
+    let known = findings.believed.iter_mut().map(|believed| Known {
+        identity: believed.identity,
+        pidfd: believed.pidfd.take(),
+    });
+    let found = shared.monitor.adopt(known.collect()).await?;
     info!(processes = found.len(), "took over");
-    for (believed, found) in believed.into_iter().zip(found) {
+    // First: it keeps ends back that must not come before what they end.
+    for unfinished in findings.unfinished {
+        unfinished.finish(shared);
+    }
+    for (believed, found) in findings.believed.into_iter().zip(found) {
         shared.own(believed.identity, &believed.task, &believed.process);
-        match found {
-            Adopted::Armed(process) => {
-                believed.process.runs_as(process);
-                reconnect(&believed).await;
-                agree_on_phase(&believed).await;
-                if believed.process.exec.is_none() {
-                    watch_for_oom(shared, &believed.task);
-                }
+        let (task, process) = (&believed.task, &believed.process);
+        if let Adopted::Armed(alive) = &found {
+            process.runs_as(Arc::clone(alive));
+            if process.exec.is_none() {
+                watch_for_oom(shared, task);
             }
-            Adopted::Ended(record) => spawn_settle(shared, believed, record),
         }
+        reconnect(task, process, believed.kept).await;
+        if let Adopted::Ended(record) = found {
+            end(shared, task, process, record);
+        }
+    }
+    for lost in findings.lost {
+        let record = ExitRecord {
+            process: lost.identity,
+            status: ExitStatus::Unknown {
+                reason: UnknownReason::Unwatched,
+            },
+            at: BootTime::now(),
+            evidence: Evidence::None,
+        };
+        end(shared, &lost.task, &lost.process, record);
     }
     Ok(())
 }
@@ -76,6 +113,7 @@ pub(super) async fn restore(shared: &Arc<Shared>) -> Result<(), Error> {
 async fn restore_task(
     shared: &Arc<Shared>,
     record: TaskRecord,
+    calls: &[Process],
 ) -> Result<Option<Arc<Task>>, Error> {
     let path = record.bundle.path.clone();
     let spec = match blocking(move || Spec::read(&path)).await? {
@@ -93,39 +131,103 @@ async fn restore_task(
         deadline,
         shared.orphans.clone(),
     );
-    let complete = record.complete;
     let task = Arc::new(Task::restored(
         record,
         runtime,
         spec.has_own_pid_namespace(),
+        |number| shared.deposit_of(number),
     ));
-    if !complete {
-        warn!(
-            id = %task.id(),
-            "removing a task whose creation was cut short"
-        );
-        remove_traces(shared, &task, true).await;
-        return Ok(None);
-    }
-    if is_forsaken(&task).await? {
+    if task.is_complete() && calls.is_empty() && is_forsaken(&task).await? {
         warn!(id = %task.id(), "removing a dead task whose bundle is gone: nobody will ever ask for it");
         remove_traces(shared, &task, true).await;
         return Ok(None);
     }
     shared.reserve(&task)?;
-    if let Some(exit) = task.init.now().exit {
+    Ok(Some(task))
+}
+
+/// Looks at one task: what of it is alive, what has ended, what is half done.
+async fn examine(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    is_of_this_boot: bool,
+    calls: Vec<Process>,
+    inherited: &mut Inherited,
+    findings: &mut Findings,
+) {
+    if !task.is_complete() {
+        drop(task.init.deposit.inherit(inherited));
+        undo(shared, Arc::clone(task), calls);
+        return;
+    }
+    if !is_of_this_boot {
+        warn!(id = %task.id(), "the task is of an earlier boot: its processes are gone");
+    }
+    let mut unfinished = Unfinished::of(task, calls);
+    // Execs first, since the init's end is the last of its container.
+    for process in task.all_execs().into_iter().chain([Arc::clone(&task.init)]) {
+        let (pidfds, kept): (Kept, Kept) = process
+            .deposit
+            .inherit(inherited)
+            .into_iter()
+            .partition(|(role, _)| *role == Role::Pidfd);
+        let now = process.now();
+        if let Some(exit) = now.exit {
+            has_ended(shared, task, &process, exit, kept).await;
+        } else if let Some(identity) = process.identity().filter(|_| !now.start_failed) {
+            if process.exec.is_some() && task.enter_exec().is_err() {
+                // The init has ended before: the exec's end is only to be learned, nothing waits for it.
+                warn!(id = %task.id(), "an exec outlived its init");
+            }
+            let believed = Believed {
+                identity,
+                pidfd: pidfds.into_iter().next().map(|(_, pidfd)| pidfd),
+                kept,
+                task: Arc::clone(task),
+                process,
+            };
+            if is_of_this_boot {
+                findings.believed.push(believed);
+            } else {
+                findings.lost.push(believed);
+            }
+        } else if process.exec.is_some() && process.start_mark().is_some() && is_of_this_boot {
+            unfinished.exec(process, kept);
+        } else {
+            process.deposit.forget_all();
+        }
+    }
+    if is_of_this_boot && unfinished.is_something() {
+        findings.unfinished.push(unfinished);
+    }
+}
+
+/// It ended and is not deleted: nobody has acted on this exit, so perhaps nobody heard of it.
+async fn has_ended(
+    shared: &Shared,
+    task: &Arc<Task>,
+    process: &Arc<TaskProcess>,
+    exit: Exit,
+    kept: Kept,
+) {
+    if !kept.is_empty() {
+        reconnect(task, process, kept).await;
+    }
+    if let Some(streams) = process.streams() {
+        streams.end_of_process();
+    }
+    let told = EventKind::Exited {
+        exec: process.exec.clone(),
+        pid: process.now().pid,
+        exit_code: exit.code,
+        exited_at: exit.at,
+    };
+    if process.exec.is_some() {
+        shared.emit(task, told);
+    } else {
         task.init_ended();
-        // Stopped and not deleted: nobody has acted on this exit, so perhaps nobody heard of it.
-        let pid = task.init.now().pid;
-        let told = EventKind::Exited {
-            exec: None,
-            pid,
-            exit_code: exit.code,
-            exited_at: exit.at,
-        };
         task.tell_init_exit(shared, told);
     }
-    Ok(Some(task))
 }
 
 /// containerd removed the bundle while no daemon was there to clean up with it, and nothing of the task lives.
@@ -141,94 +243,27 @@ async fn is_forsaken(task: &Arc<Task>) -> Result<bool, Error> {
     .await
 }
 
-fn believed_alive(task: &Arc<Task>) -> Vec<Believed> {
-    let mut alive = Vec::new();
-    for process in task.all_execs().into_iter().chain([Arc::clone(&task.init)]) {
-        let Some(identity) = process.identity() else {
-            continue;
-        };
-        if process.now().exit.is_some() {
-            continue;
-        }
-        if process.exec.is_some() && task.enter_exec().is_err() {
-            // The init has ended before: the exec's end is only to be learned, nothing waits for it.
-            warn!(id = %task.id(), "an exec outlived its init");
-        }
-        alive.push(Believed {
-            identity,
-            task: Arc::clone(task),
-            process,
-        });
-    }
-    alive
-}
-
-fn lost(shared: &Arc<Shared>, dead: Believed) {
-    let record = ExitRecord {
-        process: dead.identity,
-        status: ExitStatus::Unknown {
-            reason: UnknownReason::Unwatched,
-        },
-        at: BootTime::now(),
-        evidence: Evidence::None,
-    };
-    spawn_settle(shared, dead, record);
-}
-
-fn spawn_settle(shared: &Arc<Shared>, dead: Believed, record: ExitRecord) {
-    tokio::spawn(exits::settle(
-        Arc::clone(shared),
-        dead.task,
-        dead.process,
-        record,
-    ));
-}
-
-/// Fifos can be opened again. A terminal's master died with its holder.
-async fn reconnect(believed: &Believed) {
-    let process = &believed.process;
-    let plan = match Plan::parse(&process.stdio) {
-        Ok(plan) if plan.terminal() => {
-            warn!(
-                id = %believed.task.id(),
-                "its terminal is lost: it went with the daemon that held it"
-            );
-            return;
-        }
-        Ok(plan) => plan,
-        Err(error) => {
-            warn!(id = %believed.task.id(), %error, "cannot reopen its standard streams");
-            return;
-        }
-    };
-    if let Ok(held) = blocking(move || HeldStdio::reopen(&plan)).await {
-        process.connect(Streams::Held(held));
+/// Its end is told when nothing that has to come first is under way.
+fn end(shared: &Arc<Shared>, task: &Arc<Task>, process: &Arc<TaskProcess>, record: ExitRecord) {
+    if let Some(record) = process.hold(record) {
+        tokio::spawn(exits::settle(
+            Arc::clone(shared),
+            Arc::clone(task),
+            Arc::clone(process),
+            record,
+        ));
     }
 }
 
-/// The record may be one step behind the container: then the runtime knows.
-async fn agree_on_phase(believed: &Believed) {
-    let (task, process) = (&believed.task, &believed.process);
-    if process.exec.is_some() {
-        // An exec with a pid runs.
-        process.advance(Phase::Created, Phase::Running);
-        return;
-    }
-    let recorded = process.now().phase;
-    if !matches!(recorded, Phase::Created | Phase::Pausing) {
-        return;
-    }
-    match task.runtime.status(task.id(), &task.log()).await {
-        Ok(status) => {
-            let phase = match status.as_str() {
-                "running" => Phase::Running,
-                "paused" => Phase::Paused,
-                _ => return,
-            };
-            process.advance(recorded, phase);
+/// Takes its standard streams up again. A terminal goes on if somebody has kept its master, and is lost if not.
+async fn reconnect(task: &Task, process: &TaskProcess, kept: Kept) {
+    match connect(process, kept).await {
+        Ok(Some(streams)) => process.connect(streams),
+        Ok(None) => {
+            warn!(id = %task.id(), "its terminal is lost: it went with the daemon that held it");
         }
         Err(error) => {
-            warn!(id = %task.id(), %error, "cannot ask the runtime for the container's state");
+            warn!(id = %task.id(), %error, "cannot take up its standard streams again");
         }
     }
 }

@@ -3,18 +3,21 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::container::Task;
 use super::node::NodeConfig;
 use super::process::TaskProcess;
 use crate::cgroup::OomWatcher;
+use crate::clock::BootTime;
+use crate::descriptor::{Deposit, Role};
 use crate::error::Error;
 use crate::event::{Event, EventKind};
-use crate::exit::{ExitMonitor, Watched};
+use crate::exit::{ExitMonitor, Survives, Watched};
 use crate::id::{ProcessKey, TaskKey};
 use crate::orphans::Orphans;
 use crate::process::{Process, ProcessIdentity};
@@ -30,6 +33,10 @@ pub(crate) struct Shared {
     pub(crate) orphans: Orphans,
     pub(crate) oom: OomWatcher,
     pub(crate) events: mpsc::UnboundedSender<Event>,
+    /// The newest number of a process's deposit.
+    newest: AtomicU64,
+    /// Mutations under way.
+    at_work: watch::Sender<usize>,
     tasks: Mutex<HashMap<TaskKey, Arc<Task>>>,
     watched: Mutex<HashMap<i32, Vec<Owner>>>,
 }
@@ -40,6 +47,16 @@ pub(crate) struct Owner {
     identity: ProcessIdentity,
     pub(crate) task: Arc<Task>,
     pub(crate) process: Arc<TaskProcess>,
+}
+
+/// A mutation under way.
+#[derive(Debug)]
+pub(crate) struct Work(Arc<Shared>);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.0.at_work.send_modify(|count| *count -= 1);
+    }
 }
 
 impl Shared {
@@ -59,6 +76,8 @@ impl Shared {
             orphans: Orphans::default(),
             oom,
             events,
+            newest: AtomicU64::new(0),
+            at_work: watch::Sender::new(0),
             tasks: Mutex::default(),
             watched: Mutex::default(),
         }
@@ -86,6 +105,8 @@ impl Shared {
         {
             tasks.remove(&task.key);
         }
+        drop(tasks);
+        task.was_released();
     }
 
     /// The task of that name, if its creation is over.
@@ -116,6 +137,39 @@ impl Shared {
             .collect()
     }
 
+    /// A place for the descriptors of a new process.
+    pub(crate) fn deposit(&self) -> Deposit {
+        // The clock goes on where a predecessor's has been, so a number is never used again in this boot.
+        let now = BootTime::now().0 / 1000;
+        let older = self.newest.fetch_max(now, Ordering::Relaxed);
+        let number = if older < now {
+            now
+        } else {
+            self.newest.fetch_add(1, Ordering::Relaxed) + 1
+        };
+        self.deposit_of(number)
+    }
+
+    /// The place that a record names.
+    pub(crate) fn deposit_of(&self, number: u64) -> Deposit {
+        if number == 0 {
+            return self.deposit();
+        }
+        Deposit::new(Arc::clone(&self.config.descriptors), number)
+    }
+
+    /// A mutation is under way for as long as this lives.
+    pub(crate) fn work(self: &Arc<Self>) -> Work {
+        self.at_work.send_modify(|count| *count += 1);
+        Work(Arc::clone(self))
+    }
+
+    /// Waits until no mutation is under way.
+    pub(crate) async fn quiet(&self) {
+        // The sender is a field of ours: it cannot be gone.
+        let _ = self.at_work.subscribe().wait_for(|count| *count == 0).await;
+    }
+
     /// Watches a process that was just started. From here on its exit finds its owner; if it is over already, the
     /// exit is kept back in the process as one that came early.
     pub(crate) async fn watch(
@@ -126,6 +180,16 @@ impl Shared {
     ) -> Result<(), Error> {
         self.own(process.identity(), task, owner);
         owner.runs_as(Arc::clone(&process));
+        if owner.exec.is_some() {
+            // Known before it is watched: a successor finds the kernel's record of its end by this alone. (An init cannot end before
+            // it is durable: it waits to be started, and a creation that is cut short is undone.)
+            task.save(self).await?;
+        }
+        if self.monitor.guarantees().survives == Survives::WithDescriptors
+            && let Some(pidfd) = process.pidfd()
+        {
+            owner.deposit.keep(Role::Pidfd, &pidfd);
+        }
         match self.monitor.watch(process).await? {
             Watched::Armed => {}
             Watched::Ended(record) => drop(owner.hold(record)),

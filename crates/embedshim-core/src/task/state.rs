@@ -16,9 +16,10 @@ use super::request::ProcessStatus;
 use crate::error::Error;
 
 /// Where a process is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Phase {
+    #[default]
     Created,
     Running,
     Pausing,

@@ -6,9 +6,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use embedshim_core::failpoint;
+use embedshim_core::task::RequestId;
 use protobuf::Message;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 use tracing::{debug, error, warn};
 use ttrpc::{Code, Request, Status};
@@ -24,13 +26,55 @@ const MAX_CALLS: usize = 1024;
 
 type Answer = Result<Vec<u8>, Status>;
 
+/// The way of an answer into the journal before it is given: for a deletion, after which nobody could tell any more how the process ended.
+#[derive(Clone, Debug)]
+pub struct Outcomes {
+    stream: u32,
+    sender: mpsc::Sender<Outcome>,
+}
+
+/// An answer that is to be noted.
+#[derive(Debug)]
+struct Outcome {
+    stream: u32,
+    answer: Vec<u8>,
+    noted: oneshot::Sender<()>,
+}
+
+impl Outcomes {
+    /// Returns when the answer is noted, or when its connection is gone and nobody waits for it.
+    pub async fn note(&self, answer: Vec<u8>) {
+        let (noted, is_noted) = oneshot::channel();
+        let outcome = Outcome {
+            stream: self.stream,
+            answer,
+            noted,
+        };
+        if self.sender.send(outcome).await.is_ok() {
+            let _ = is_noted.await;
+        }
+    }
+}
+
 /// The calls under way: what each answers, and on which stream.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Calls {
+    /// Of the connection, if it is kept.
+    number: Option<u64>,
     tasks: JoinSet<Answer>,
     streams: HashMap<Id, u32>,
     session: Arc<Session>,
     is_namespace_noted: bool,
+    outcomes: mpsc::Sender<Outcome>,
+}
+
+/// A request frame, and what is known of it beside.
+struct Begin<'a> {
+    header: Header,
+    payload: &'a [u8],
+    is_again: bool,
+    /// What another daemon was about to answer.
+    outcome: Option<Vec<u8>>,
 }
 
 /// One connection, new or taken over.
@@ -40,6 +84,7 @@ pub(super) struct Connection {
     journal: Journal,
     intake: Intake,
     calls: Calls,
+    outcomes: mpsc::Receiver<Outcome>,
     last_stream: u32,
     /// What to do first: answers, or the end of one, that another daemon owed.
     owed: Recovered,
@@ -47,12 +92,14 @@ pub(super) struct Connection {
 
 impl Connection {
     /// One that was just accepted.
-    pub(super) fn new(stream: UnixStream, journal: Journal) -> Self {
+    pub(super) fn new(stream: UnixStream, number: Option<u64>, journal: Journal) -> Self {
+        let (calls, outcomes) = Calls::new(number);
         Self {
             stream,
             journal,
             intake: Intake::default(),
-            calls: Calls::default(),
+            calls,
+            outcomes,
             last_stream: 0,
             owed: Recovered::default(),
         }
@@ -61,11 +108,12 @@ impl Connection {
     /// One that another daemon has left.
     pub(super) fn resume(
         stream: UnixStream,
+        number: u64,
         journal: Journal,
         owed: Recovered,
     ) -> io::Result<Self> {
         let intake = Intake::resume(&stream, &owed)?;
-        let calls = Calls::default();
+        let (calls, outcomes) = Calls::new(Some(number));
         if let Some(namespace) = owed.namespace.clone() {
             calls.session.namespace.get_or_init(|| namespace);
         }
@@ -75,6 +123,7 @@ impl Connection {
             journal,
             intake,
             calls,
+            outcomes,
             last_stream,
             owed,
         })
@@ -108,6 +157,11 @@ impl Connection {
                         self.answer(stream, answer).await?;
                     }
                 }
+                Some(outcome) = self.outcomes.recv() => {
+                    self.journal.outcome(outcome.stream, &outcome.answer);
+                    // Whoever waited for it may have been dropped.
+                    let _ = outcome.noted.send(());
+                }
                 // Who stops reads no more: what is not read yet is his successor's.
                 frame = self.intake.next(&self.stream, &mut self.journal), if !is_stopping => {
                     let Some(frame) = frame? else { return Ok(()) };
@@ -133,9 +187,19 @@ impl Connection {
             self.answer(stream, Err(ttrpc::get_status(Code::DATA_LOSS, text)))
                 .await?;
         }
+        let mut outcomes = owed.outcomes;
         for (stream, frame) in owed.pending {
+            let outcome = outcomes.remove(&stream);
             let begun = match intake::whole(&frame) {
-                Some((header, payload)) => begin(header, payload, true, &mut self.calls, handler),
+                Some((header, payload)) => {
+                    let again = Begin {
+                        header,
+                        payload,
+                        is_again: true,
+                        outcome,
+                    };
+                    begin(again, &mut self.calls, handler)
+                }
                 None => Err(status::internal("a note of a request is no frame")),
             };
             if let Err(refusal) = begun {
@@ -147,7 +211,9 @@ impl Connection {
 
     /// Sends an answer, and notes that it is sent: sent twice does no harm, never would.
     async fn answer(&mut self, stream: u32, answer: Answer) -> io::Result<()> {
+        failpoint::step("before an answer is sent");
         self.write(&frame::response(stream, answer)).await?;
+        failpoint::step("after an answer was sent");
         self.journal.answered(stream);
         Ok(())
     }
@@ -222,17 +288,23 @@ fn receive<H: Handler>(
         return refuse("StreamID cannot be re-used and must increment");
     }
     *last_stream = header.stream;
-    begin(header, &payload, false, calls, handler).map_err(|refusal| (header.stream, refusal))
+    let new = Begin {
+        header,
+        payload: &payload,
+        is_again: false,
+        outcome: None,
+    };
+    begin(new, calls, handler).map_err(|refusal| (header.stream, refusal))
 }
 
 /// Starts the call that a request frame asks for.
-fn begin<H: Handler>(
-    header: Header,
-    payload: &[u8],
-    is_again: bool,
-    calls: &mut Calls,
-    handler: &Arc<H>,
-) -> Result<(), Status> {
+fn begin<H: Handler>(frame: Begin<'_>, calls: &mut Calls, handler: &Arc<H>) -> Result<(), Status> {
+    let Begin {
+        header,
+        payload,
+        is_again,
+        outcome,
+    } = frame;
     let request = Request::parse_from_bytes(payload)
         .map_err(|error| status::invalid(format!("unmarshal request error: {error}")))?;
     if calls.tasks.len() >= MAX_CALLS {
@@ -245,10 +317,14 @@ fn begin<H: Handler>(
         .filter(|&nanos| nanos > 0 && !is_again)
         .map(Duration::from_nanos);
     let handler = Arc::clone(handler);
-    let call = call_of(request, is_again, Arc::clone(&calls.session));
+    let call = calls.call(request, header.stream, is_again);
     let task = calls.tasks.spawn(async move {
         match limit {
-            None => handler.call(call).await,
+            None => match (handler.call(call).await, outcome) {
+                // What was to be deleted is gone: it was this request that did it, in an earlier life.
+                (Err(refusal), Some(outcome)) if refusal.code() == Code::NOT_FOUND => Ok(outcome),
+                (answer, _) => answer,
+            },
             Some(limit) => tokio::time::timeout(limit, handler.call(call))
                 .await
                 .unwrap_or_else(|_| {
@@ -263,22 +339,43 @@ fn begin<H: Handler>(
     Ok(())
 }
 
-fn call_of(request: Request, is_again: bool, session: Arc<Session>) -> Call {
-    let mut metadata = HashMap::new();
-    for pair in request.metadata {
-        metadata.entry(pair.key).or_insert(pair.value);
-    }
-    Call {
-        service: request.service,
-        method: request.method,
-        payload: request.payload,
-        metadata,
-        is_again,
-        session,
-    }
-}
-
 impl Calls {
+    fn new(number: Option<u64>) -> (Self, mpsc::Receiver<Outcome>) {
+        let (outcomes, receiver) = mpsc::channel(1);
+        let calls = Self {
+            number,
+            tasks: JoinSet::new(),
+            streams: HashMap::new(),
+            session: Arc::default(),
+            is_namespace_noted: false,
+            outcomes,
+        };
+        (calls, receiver)
+    }
+
+    fn call(&self, request: Request, stream: u32, is_again: bool) -> Call {
+        let mut metadata = HashMap::new();
+        for pair in request.metadata {
+            metadata.entry(pair.key).or_insert(pair.value);
+        }
+        let request_id = self
+            .number
+            .map(|connection| RequestId { connection, stream });
+        Call {
+            service: request.service,
+            method: request.method,
+            payload: request.payload,
+            metadata,
+            request: request_id,
+            is_again,
+            outcomes: self.number.map(|_| Outcomes {
+                stream,
+                sender: self.outcomes.clone(),
+            }),
+            session: Arc::clone(&self.session),
+        }
+    }
+
     /// The answer of a call that ended, and where it belongs.
     fn take(&mut self, ended: Result<(Id, Answer), JoinError>) -> Option<(u32, Answer)> {
         let (id, answer) = ended.unwrap_or_else(|failure| {

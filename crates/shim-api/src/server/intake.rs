@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
+use embedshim_core::failpoint;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, getsockopt, recv, setsockopt};
 use tokio::io::Interest;
@@ -107,6 +108,7 @@ impl Intake {
                     journal.request(header.stream, seen.get(..length).unwrap_or_default());
                 }
                 consume(stream, length)?;
+                failpoint::step("after a request was consumed");
                 return Ok(if is_again {
                     Look::Nothing
                 } else {

@@ -23,13 +23,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use embedshim_core::clock::BootTime;
 use embedshim_core::descriptor::{DescriptorName, DescriptorStore};
+use embedshim_core::failpoint;
 use embedshim_core::id::Namespace;
+use embedshim_core::task::RequestId;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 use ttrpc::Status;
 
 use connection::Connection;
+pub use connection::Outcomes;
 use journal::{Journal, Journals};
 
 /// After a failed accept: descriptors or memory are short, and the next attempt would fail at once.
@@ -46,8 +49,12 @@ pub struct Call {
     pub payload: Vec<u8>,
     /// ttrpc's metadata, the first value of each key.
     pub metadata: HashMap<String, String>,
+    /// Which request it is, if its connection is kept.
+    pub request: Option<RequestId>,
     /// Another daemon took this call and died before it was answered: perhaps it is done, or half done.
     pub is_again: bool,
+    /// Where an answer goes whose evidence is about to be removed, if its connection is kept.
+    pub outcomes: Option<Outcomes>,
     /// The connection it came on.
     pub session: Arc<Session>,
 }
@@ -126,8 +133,8 @@ impl<H: Handler> Server<H> {
         for (number, descriptor) in connections {
             kept.newest.fetch_max(number, Ordering::Relaxed);
             let (journal, owed) = kept.journals.resume(number);
-            let connection =
-                take_over(descriptor).and_then(|stream| Connection::resume(stream, journal, owed));
+            let connection = take_over(descriptor)
+                .and_then(|stream| Connection::resume(stream, number, journal, owed));
             match connection {
                 Ok(connection) => self.spawn(connection, Some(number)),
                 Err(error) => {
@@ -171,7 +178,7 @@ impl<H: Handler> Server<H> {
                 (Some(number), kept.journals.begin(number))
             }
         };
-        self.spawn(Connection::new(stream, journal), number);
+        self.spawn(Connection::new(stream, number, journal), number);
     }
 
     fn spawn(&self, connection: Connection, number: Option<u64>) {
@@ -200,6 +207,7 @@ impl Kept {
             self.newest.fetch_add(1, Ordering::Relaxed) + 1
         };
         let name = DescriptorName::Connection(number);
+        failpoint::step("before a connection is kept");
         if let Err(error) = self.store.keep(&name, stream.as_fd()) {
             warn!(%error, "a connection is not kept: it will be lost with this daemon, and its container with it");
         }
@@ -227,7 +235,7 @@ fn take_over(descriptor: OwnedFd) -> io::Result<UnixStream> {
 #[cfg(fuzzing)]
 pub(crate) async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> io::Result<()> {
     let (_running, stop) = watch::channel(false);
-    Connection::new(stream, Journal::none())
+    Connection::new(stream, None, Journal::none())
         .run(handler, stop)
         .await
 }

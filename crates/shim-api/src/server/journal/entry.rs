@@ -29,6 +29,8 @@ pub(super) enum Kind {
     RestSent = 6,
     /// So many bytes of a payload that is too long, about to be thrown away.
     Skipped = 7,
+    /// What the request of this stream is about to be answered, and could not be answered again.
+    Outcome = 8,
 }
 
 impl Kind {
@@ -41,6 +43,7 @@ impl Kind {
             Self::Rest,
             Self::RestSent,
             Self::Skipped,
+            Self::Outcome,
         ]
         .into_iter()
         .find(|&kind| kind as u8 == byte)

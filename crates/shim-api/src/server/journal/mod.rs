@@ -7,12 +7,13 @@
 
 mod entry;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use embedshim_core::failpoint;
 use embedshim_core::id::Namespace;
 use tracing::warn;
 
@@ -86,6 +87,8 @@ pub(super) struct Journal {
     pending: BTreeMap<u32, (u64, usize)>,
     /// A frame or an answer is half here: nothing may be cut off.
     is_amid: bool,
+    /// Whose outcome is noted and not answered yet: those notes are not moved.
+    outcomes: BTreeSet<u32>,
 }
 
 impl Journal {
@@ -96,6 +99,7 @@ impl Journal {
             length,
             pending: BTreeMap::new(),
             is_amid: false,
+            outcomes: BTreeSet::new(),
         }
     }
 
@@ -155,8 +159,17 @@ impl Journal {
         self.is_amid = false;
     }
 
+    /// Notes what this stream's request will be answered.
+    pub(super) fn outcome(&mut self, stream: u32, answer: &[u8]) {
+        if self.pending.contains_key(&stream) {
+            self.append(Kind::Outcome, stream, answer);
+            self.outcomes.insert(stream);
+        }
+    }
+
     /// Notes that this stream's request is answered.
     pub(super) fn answered(&mut self, stream: u32) {
+        self.outcomes.remove(&stream);
         if self.pending.remove(&stream).is_none() {
             return;
         }
@@ -186,6 +199,7 @@ impl Journal {
 
     fn append(&mut self, kind: Kind, stream: u32, payload: &[u8]) -> bool {
         let Some(file) = &self.file else { return false };
+        failpoint::step("before a request's fate is noted");
         let entry = entry(kind, stream, payload);
         let length = self.length.saturating_add(entry.len() as u64);
         let written = if length > LONGEST {
@@ -195,6 +209,7 @@ impl Journal {
         };
         match written {
             Ok(()) => {
+                failpoint::step("after a request's fate was noted");
                 self.length = length;
                 true
             }
@@ -217,7 +232,8 @@ impl Journal {
     /// Rewrites a long journal of mostly answered requests.
     fn compact(&mut self) {
         let needed: u64 = self.pending.values().map(|&(_, size)| size as u64).sum();
-        if self.length < COMPACT_FROM || self.length / 4 < needed || self.is_amid {
+        let is_fixed = self.is_amid || !self.outcomes.is_empty();
+        if self.length < COMPACT_FROM || self.length / 4 < needed || is_fixed {
             return;
         }
         if let Err(error) = self.rewrite() {
@@ -257,6 +273,8 @@ pub(super) struct Recovered {
     pub(super) pending: BTreeMap<u32, Vec<u8>>,
     /// Streams whose request cannot be read any more.
     pub(super) unreadable: Vec<u32>,
+    /// What those of them were about to be answered that cannot be answered again.
+    pub(super) outcomes: BTreeMap<u32, Vec<u8>>,
     /// The beginning of a frame.
     pub(super) partial: Vec<u8>,
     /// How much of it was thrown away.
@@ -313,6 +331,10 @@ impl Recovered {
             return;
         }
         match entry.kind {
+            Kind::Outcome => {
+                journal.outcomes.insert(stream);
+                self.outcomes.insert(stream, entry.payload.to_vec());
+            }
             Kind::Request => {
                 self.partial.clear();
                 self.skipped = 0;
@@ -327,7 +349,9 @@ impl Recovered {
             Kind::Answered => {
                 self.pending.remove(&stream);
                 self.unreadable.retain(|&lost| lost != stream);
+                self.outcomes.remove(&stream);
                 journal.pending.remove(&stream);
+                journal.outcomes.remove(&stream);
             }
             Kind::Part => {
                 self.part_is_doubtful = true;
@@ -391,6 +415,20 @@ mod tests {
         assert_eq!(fs::metadata(&journal.path).unwrap().len(), HEADER);
         let (_, recovered) = journals.resume(7);
         assert!(recovered.pending.is_empty() && recovered.namespace.is_some());
+    }
+
+    #[test]
+    fn what_a_deletion_was_about_to_answer_comes_back() {
+        let (_directory, journals) = journals();
+        let mut journal = journals.begin(7);
+        journal.request(1, b"wait");
+        journal.request(3, b"delete");
+        journal.outcome(3, b"code 9");
+        let (mut journal, recovered) = journals.resume(7);
+        assert_eq!(recovered.outcomes.get(&3), Some(&b"code 9".to_vec()));
+        journal.answered(3);
+        let (_, recovered) = journals.resume(7);
+        assert!(recovered.outcomes.is_empty() && recovered.pending.contains_key(&1));
     }
 
     #[test]

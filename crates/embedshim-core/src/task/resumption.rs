@@ -1,0 +1,254 @@
+//! What a predecessor was about when it died: finished if it has taken effect, left to be asked for again if not, undone if it cannot be
+//! either. Owns that nothing else is done to a task before that: it holds the turns of the processes concerned.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use tokio::sync::OwnedSemaphorePermit;
+use tracing::{info, warn};
+
+use super::container::Task;
+use super::creation::{CONSOLE_DEADLINE, end_logger, read_pid, remove_traces};
+use super::detached::blocking;
+use super::execution::{ExecFiles, exec_started};
+use super::exits;
+use super::process::TaskProcess;
+use super::shared::Shared;
+use super::state::Phase;
+use crate::clock::BootTime;
+use crate::descriptor::Role;
+use crate::error::Error;
+use crate::event::EventKind;
+use crate::exit::{Evidence, ExitRecord, ExitStatus, UnknownReason};
+use crate::process::{OpenError, Process, ProcessIdentity};
+use crate::runtime::wait_for;
+use crate::stdio::{Console, ConsoleSocket, HeldStdio, Plan, Streams};
+
+/// Descriptors that were kept for one process.
+pub(super) type Kept = Vec<(Role, OwnedFd)>;
+
+/// One task's unfinished business.
+pub(super) struct Unfinished {
+    task: Arc<Task>,
+    /// Calls of the OCI runtime that still run.
+    calls: Vec<Process>,
+    /// Execs that somebody has begun to start.
+    execs: Vec<(Arc<TaskProcess>, Kept)>,
+    /// Whose turns are held.
+    turns: Vec<OwnedSemaphorePermit>,
+}
+
+impl Unfinished {
+    /// Nothing yet, but nobody else's turn.
+    pub(super) fn of(task: &Arc<Task>, calls: Vec<Process>) -> Self {
+        Self {
+            task: Arc::clone(task),
+            calls,
+            execs: Vec::new(),
+            turns: task.init.turn_now().into_iter().collect(),
+        }
+    }
+
+    /// The start of this exec, which may have an end already.
+    pub(super) fn exec(&mut self, exec: Arc<TaskProcess>, kept: Kept) {
+        exec.starting();
+        self.turns.extend(exec.turn_now());
+        self.execs.push((exec, kept));
+    }
+
+    /// Whether there is anything to finish.
+    pub(super) fn is_something(&self) -> bool {
+        let phase = self.task.init.now().phase;
+        !self.calls.is_empty()
+            || !self.execs.is_empty()
+            || matches!(phase, Phase::Created | Phase::Pausing | Phase::Paused)
+    }
+
+    /// Finishes it, in a task of its own.
+    pub(super) fn finish(self, shared: &Arc<Shared>) {
+        let (shared, work) = (Arc::clone(shared), shared.work());
+        if self.task.init.now().phase == Phase::Created {
+            // The start of the init comes before its end, whenever that was.
+            self.task.init.starting();
+        }
+        tokio::spawn(async move {
+            wait_for(&self.calls, shared.config.runtime_deadline).await;
+            agree_on_phase(&shared, &self.task).await;
+            for (exec, kept) in self.execs {
+                if let Err(error) = finish_exec(&shared, &self.task, &exec, kept).await {
+                    warn!(id = %self.task.id(), exec_id = ?exec.exec, %error, "an exec's start cannot be finished");
+                    exec.deposit.forget_all();
+                    exits::release_early(&shared, &self.task, &exec);
+                    self.task.leave_exec(&shared);
+                }
+            }
+            drop((self.turns, work));
+        });
+    }
+}
+
+/// Removes a task whose creation was cut short. Its id is free afterwards, for whoever asks for it again.
+pub(super) fn undo(shared: &Arc<Shared>, task: Arc<Task>, calls: Vec<Process>) {
+    warn!(id = %task.id(), "removing a task whose creation was cut short");
+    task.is_to_be_removed();
+    let (shared, work) = (Arc::clone(shared), shared.work());
+    tokio::spawn(async move {
+        wait_for(&calls, shared.config.runtime_deadline).await;
+        end_logger(&task.init).await;
+        remove_traces(&shared, &task, true).await;
+        task.init.deposit.forget_all();
+        shared.release(&task);
+        drop(work);
+    });
+}
+
+/// The record may be one step behind the container: then the runtime knows. The init's end, if it came, is let go afterwards.
+async fn agree_on_phase(shared: &Arc<Shared>, task: &Arc<Task>) {
+    let init = &task.init;
+    let recorded = init.now().phase;
+    if init.identity().is_none() {
+        undo_restore(task).await;
+    } else if matches!(recorded, Phase::Created | Phase::Pausing | Phase::Paused) {
+        let status = match task.runtime.status(task.id(), &task.log()).await {
+            Ok(status) => status,
+            Err(error) => {
+                warn!(id = %task.id(), %error, "cannot ask the runtime for the container's state");
+                String::new()
+            }
+        };
+        let started = EventKind::Started {
+            pid: init.now().pid,
+        };
+        let change = match (recorded, status.as_str()) {
+            (Phase::Created, "running") => Some((Phase::Running, Some(started))),
+            // It has ended, and so it ran, or was killed while it was being started.
+            (Phase::Created, "stopped") if init.start_mark().is_some() => {
+                Some((Phase::Running, Some(started)))
+            }
+            (Phase::Pausing, "paused") => Some((Phase::Paused, Some(EventKind::Paused))),
+            (Phase::Pausing, "running") => Some((Phase::Running, None)),
+            (Phase::Paused, "running") => Some((Phase::Running, Some(EventKind::Resumed))),
+            _ => None,
+        };
+        if let Some((phase, told)) = change
+            && init.advance(recorded, phase)
+        {
+            info!(namespace = %task.key.namespace, id = %task.id(), ?phase, "a predecessor has done this");
+            if let Some(told) = told {
+                shared.emit(task, told);
+            }
+            if let Err(error) = task.save(shared).await {
+                warn!(id = %task.id(), %error, "a container's state is not durable");
+            }
+        }
+    }
+    exits::release_early(shared, task, init);
+}
+
+/// A restore that was cut short: whatever there is of it has never been told of, nor is watched.
+async fn undo_restore(task: &Arc<Task>) {
+    let is_half_done = task.init.start_mark().is_some() && task.checkpoint.is_some();
+    if !is_half_done {
+        return;
+    }
+    if let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await {
+        warn!(id = %task.id(), %error, "cannot delete a container that was half restored");
+    }
+    task.init.unmark_start();
+    task.init.unmake();
+}
+
+/// The runtime tells by the pid file whether it has started the exec. If not, nothing has happened.
+async fn finish_exec(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    process: &Arc<TaskProcess>,
+    kept: Kept,
+) -> Result<(), Error> {
+    let Some(exec) = process.exec.clone() else {
+        return Ok(());
+    };
+    let files = ExecFiles::new(&task.bundle.path, &exec);
+    let Ok(pid) = read_pid(&files.pid).await else {
+        process.deposit.forget_all();
+        end_logger(process).await;
+        exits::release_early(shared, task, process);
+        return Ok(());
+    };
+    files.remove().await;
+    if task.enter_exec().is_err() {
+        warn!(id = %task.id(), exec_id = %exec, "an exec outlived its init");
+    }
+    let Some(opened) = open(task, pid).await? else {
+        // Its zombie is gone: whoever inherited it has reaped it.
+        let identity = ProcessIdentity {
+            pid,
+            start_ticks: 0,
+            inode: None,
+        };
+        process.ran_as(identity);
+        let _ = process.hold(ExitRecord {
+            process: identity,
+            status: ExitStatus::Unknown {
+                reason: UnknownReason::Unwatched,
+            },
+            at: BootTime::now(),
+            evidence: Evidence::None,
+        });
+        return exec_started(shared, task, process, &exec).await;
+    };
+    match connect(process, kept).await {
+        Ok(Some(streams)) => process.connect(streams),
+        Ok(None) => warn!(id = %task.id(), exec_id = %exec, "its terminal is lost"),
+        Err(error) => {
+            warn!(id = %task.id(), exec_id = %exec, %error, "cannot reconnect its standard streams");
+        }
+    }
+    shared.watch(task, process, Arc::new(opened)).await?;
+    exec_started(shared, task, process, &exec).await
+}
+
+/// The process that the pid file names; `None` if the number is another's by now, or nobody's.
+async fn open(task: &Task, pid: i32) -> Result<Option<Process>, Error> {
+    let process = match Process::open(pid) {
+        Err(OpenError::Gone { .. }) => return Ok(None),
+        Err(error) => return Err(Error::Internal(format!("cannot watch an exec: {error}"))),
+        Ok(process) => process,
+    };
+    // A zombie's cgroup may be forgotten already, but its number is not free.
+    if process.has_ended().unwrap_or(true) {
+        return Ok(Some(process));
+    }
+    let Some(cgroup) = task.cgroup() else {
+        return Ok(Some(process));
+    };
+    let members = blocking(move || cgroup.pids()).await?.unwrap_or_default();
+    Ok(members.contains(&pid).then_some(process))
+}
+
+/// A process's streams, out of what was kept or opened again; `None` if its terminal is lost.
+pub(super) async fn connect(
+    process: &TaskProcess,
+    mut kept: Kept,
+) -> Result<Option<Streams>, Error> {
+    let (plan, deposit) = (Plan::parse(&process.stdio)?, process.deposit.clone());
+    if !plan.terminal() {
+        let held = blocking(move || HeldStdio::reopen(&plan, kept, deposit)).await?;
+        return Ok(Some(Streams::Held(held)));
+    }
+    let socket = kept.iter().position(|(role, _)| *role == Role::Console);
+    let has_master = kept.iter().any(|(role, _)| *role == Role::Terminal);
+    if let Some(socket) = socket {
+        let (_, listener) = kept.swap_remove(socket);
+        let resumed = ConsoleSocket::resume(listener, deposit.clone());
+        let pipe = kept.iter().position(|(role, _)| *role == Role::Stdout);
+        if let (Ok(socket), false) = (resumed, has_master) {
+            let pipe = pipe.map(|pipe| kept.swap_remove(pipe).1);
+            let master = socket.accept(CONSOLE_DEADLINE).await?;
+            let console = Console::start(master, &plan, pipe, deposit)?;
+            return Ok(Some(Streams::Terminal(console)));
+        }
+    }
+    let resumed = Console::resume(&plan, kept, deposit).transpose()?;
+    Ok(resumed.map(Streams::Terminal))
+}
