@@ -263,7 +263,7 @@ fn a_wrong_configuration_is_named(stage: &Stage) -> anyhow::Result<()> {
         &sandbox,
         &["--rm"],
         &["true"],
-        &["embedshimd did not start"],
+        &["embedshimd did not start", "telepathy"],
     )
 }
 
@@ -303,8 +303,10 @@ fn serve_under(stage: &Stage, wrapper: &[&str], words: &str) -> anyhow::Result<(
         .arg(sandbox.state_dir())
         .stderr(log);
     let _daemon = Running::spawn(&mut command)?;
-    xtask::sandbox::until("embedshimd listens", || Ok(sandbox.daemon_pid().is_some()))
-        .with_context(|| sandbox.daemon_log())?;
+    xtask::sandbox::until("embedshimd serves", || {
+        Ok(sandbox.daemon_log().contains(" serving "))
+    })
+    .with_context(|| sandbox.daemon_log())?;
     let log = sandbox.daemon_log();
     ensure!(
         log.contains(words) && log.contains("exits can be lost"),
@@ -343,6 +345,7 @@ fn without_bpf_permission_containers_run_and_probe_says_so(stage: &Stage) -> any
 fn a_second_daemon_is_refused(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;
+    let daemon = sandbox.daemon_pid();
     let mut command = Command::new(stage.binary("embedshimd"));
     command
         .args(["serve", "--state-dir"])
@@ -352,6 +355,16 @@ fn a_second_daemon_is_refused(stage: &Stage) -> anyhow::Result<()> {
         finished.code == Some(6) && finished.stderr.contains("another embedshimd works on"),
         "{finished:?}"
     );
-    ensure!(sandbox.daemon_pid().is_some(), "the first daemon is gone");
+    // Nor a second keeper: the first one holds what must not be lost.
+    let mut command = Command::new(stage.binary("embedshimd"));
+    command
+        .args(["keep", "--state-dir"])
+        .arg(sandbox.state_dir());
+    let finished = Running::capture(&mut command)?.finish(PATIENCE)?;
+    ensure!(
+        finished.code == Some(6) && finished.stderr.contains("another keeper works on"),
+        "{finished:?}"
+    );
+    ensure!(sandbox.daemon_pid() == daemon, "the first daemon is gone");
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use xtask::sandbox::{Sandbox, until};
 
-/// Mounts, cgroups, runtime state, bundles, records, and the daemon's descriptors and children.
+/// Mounts, cgroups, runtime state, bundles, records, the daemon's descriptors, and its and its keeper's children.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint {
     traces: BTreeSet<String>,
@@ -51,14 +51,16 @@ impl Footprint {
             );
         }
         let daemon = sandbox.daemon_pid();
-        let children = daemon
-            .and_then(|pid| fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok());
-        traces.extend(
-            children
-                .unwrap_or_default()
+        let keeper = sandbox.keeper_pid();
+        // The children of a daemon that has ended are the keeper's.
+        for parent in daemon.into_iter().chain(keeper) {
+            let path = format!("/proc/{parent}/task/{parent}/children");
+            let children = fs::read_to_string(path).unwrap_or_default();
+            let others = children
                 .split_whitespace()
-                .map(|child| format!("child {child}")),
-        );
+                .filter(|child| child.parse().ok() != daemon);
+            traces.extend(others.map(|child| format!("child {child}")));
+        }
         let descriptors = daemon.map(descriptors).unwrap_or_default();
         Self {
             traces,
@@ -87,13 +89,13 @@ impl Footprint {
     }
 }
 
-/// What the daemon's descriptors point to. Connections of our own probing come and go and are not counted.
+/// What the daemon's descriptors point to. Connections of our own probing come and go, with their journals, and are not counted.
 fn descriptors(pid: i32) -> Vec<String> {
     let links = entries(Path::new(&format!("/proc/{pid}/fd")));
     let targets = links.iter().filter_map(|link| fs::read_link(link).ok());
     targets
         .map(|target| target.display().to_string())
-        .filter(|target| !target.starts_with("socket:"))
+        .filter(|target| !target.starts_with("socket:") && !target.contains("/es/connections/"))
         .collect()
 }
 

@@ -72,13 +72,15 @@ fn time_one(sandbox: &Sandbox, id: &str) -> anyhow::Result<Duration> {
 
 fn memory(ours: &Sandbox, theirs: &Sandbox, containers: u32) -> anyhow::Result<()> {
     let daemon = ours.daemon_pid().context("the daemon is not there")?;
-    let idle = pss(daemon)?;
+    let keeper = ours.keeper_pid().context("the keeper is not there")?;
+    let both = || anyhow::Ok(pss(daemon)? + pss(keeper)?);
+    let idle = both()?;
     fill(ours, containers)?;
-    let full = pss(daemon)?;
+    let full = both()?;
     fill(theirs, containers)?;
     let shims = shims_pss(theirs)?;
     println!("memory (Pss) for {containers} containers");
-    println!("  embed.v1  {full:7} kB in one process; {idle} kB with none");
+    println!("  embed.v1  {full:7} kB in daemon and keeper; {idle} kB with none");
     println!("  runc.v2   {shims:7} kB in {containers} shims");
     Ok(())
 }

@@ -1,40 +1,44 @@
 //! `embedshimd serve`: the phases of the daemon, in order, each with the failure it can have.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use embedshim_core::descriptor::{DescriptorName, DescriptorStore, Inherited, Unkept};
 use embedshim_core::exit::Promise;
 use embedshim_core::task::{Node, NodeConfig};
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::SigSet;
 use shim_api::bootstrap::location;
 use shim_api::events::EventForwarder;
-use shim_api::server::Server;
+use shim_api::server::{Keeping, Server};
 use shim_api::services::Services;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
 use crate::cli::Serve;
 use crate::config::Config;
+use crate::inherited::Start;
+use crate::notify::Manager;
 use crate::outcome::{Code, Failure};
-use crate::{backend, logging, sys};
+use crate::{backend, lock, logging, sys};
 
 /// Blocking file-system work of that many containers goes on at once; more wait.
 const BLOCKING_THREADS: usize = 32;
 /// How long a daemon that is asked to leave finishes what it has begun.
 const LEAVE: Duration = Duration::from_secs(10);
+/// With fewer descriptors not even a node of the usual size can be full.
+const FEW_DESCRIPTORS: u64 = 4096;
 /// An idle daemon keeps no thread but its own.
 const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(2);
 
-/// Serves until SIGTERM or SIGINT.
-pub(crate) fn run(options: &Serve) -> Result<Code, Failure> {
-    if options.detached {
-        detach()?;
-    }
+/// Serves until SIGTERM, SIGINT or SIGHUP.
+pub(crate) fn run(options: &Serve, start: Start) -> Result<Code, Failure> {
     // Signals that somebody blocked before he started us would stay blocked in every container.
     SigSet::empty()
         .thread_set_mask()
@@ -44,6 +48,8 @@ pub(crate) fn run(options: &Serve) -> Result<Code, Failure> {
     logging::start(&config.log, options.log_level.as_deref())?;
     let state_dir = &options.locations.state_dir;
     let _lock = lock(state_dir)?;
+    #[cfg(feature = "failpoints")]
+    embedshim_core::failpoint::arm(state_dir);
     raise_descriptor_limit();
     // Containers are left behind by `runc create`: as a subreaper we inherit them and learn their status by waitid.
     nix::sys::prctl::set_child_subreaper(true)
@@ -55,10 +61,10 @@ pub(crate) fn run(options: &Serve) -> Result<Code, Failure> {
         .thread_keep_alive(BLOCKING_KEEP_ALIVE)
         .build()
         .context("cannot start the async runtime")?;
-    runtime.block_on(serve(&config, state_dir))
+    runtime.block_on(serve(&config, state_dir, start))
 }
 
-async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
+async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, Failure> {
     let report = backend::probe(state_dir, config);
     let choice = report
         .choice()
@@ -72,51 +78,79 @@ async fn serve(config: &Config, state_dir: &Path) -> Result<Code, Failure> {
     let monitor = backend::open(choice, config, state_dir)
         .with_context(|| format!("cannot start the {} exit monitor", choice.backend))?;
     let socket = location::socket(state_dir).context("cannot listen")?;
-    let listener = shim_api::socket::listen(&socket)
-        .with_context(|| format!("cannot listen on {}", socket.display()))?;
+    let manager = manager(&start);
+    let store: Arc<dyn DescriptorStore> = match &manager {
+        Some(manager) => Arc::clone(manager) as Arc<dyn DescriptorStore>,
+        None => Arc::new(Unkept),
+    };
+    let mut inherited = start.inherited;
+    let listener = listen(&socket, &mut inherited, store.as_ref())?;
     let node_config = NodeConfig {
         runtime_deadline: config.runtime_deadline(),
         reap_orphans: true,
+        descriptors: Arc::clone(&store),
         ..NodeConfig::new(state_dir)
     };
-    let node = Node::open(node_config, monitor)
+    let node = Node::take_over(node_config, monitor, &mut inherited)
         .await
         .context("cannot take over the tasks of this node")?;
     let forwarder = tokio::spawn(EventForwarder::new(node.clone()).run());
     sys::trim_heap();
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), backend = %choice.backend, "serving");
-    Server::new(Services::new(node.clone()))
-        .serve(&listener, stop())
-        .await;
+    let keeping = Keeping {
+        store: Arc::clone(&store),
+        directory: state_dir.join("connections"),
+    };
+    let server = Server::keeping(Services::new(node.clone()), keeping)
+        .context("cannot note what is read from connections")?;
+    server.resume(inherited.take_connections());
+    settle(inherited, start.unknown, store.as_ref(), manager.as_deref());
+    server.serve(&listener, stop()).await;
     if tokio::time::timeout(LEAVE, node.quiet()).await.is_err() {
         info!("what is still under way is left to the next daemon");
+    }
+    if let Some(Err(error)) = manager.map(|manager| manager.stopping()) {
+        warn!(%error, "whoever keeps us has not heard that we leave");
     }
     forwarder.abort();
     info!("stopped; containers run on");
     Ok(Code::Ok)
 }
 
-/// Leaves the launcher's session, and the descriptors that containerd was itself started with.
-fn detach() -> anyhow::Result<()> {
-    // Fails only for the leader of a process group, which a launcher's child is not.
-    nix::unistd::setsid().context("cannot begin a session of its own")?;
-    let open = std::fs::read_dir("/proc/self/fd").context("cannot read /proc/self/fd")?;
-    let descriptors: Vec<i32> = open
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|&descriptor| descriptor > 2)
-        .collect();
-    for descriptor in descriptors {
-        // Nothing of ours is open yet; the one that listed them is closed already.
-        let _ = nix::unistd::close(descriptor);
+/// Closes and forgets what nobody took, and tells that we serve.
+fn settle(
+    inherited: Inherited,
+    unknown: Vec<String>,
+    store: &dyn DescriptorStore,
+    manager: Option<&Manager>,
+) {
+    for name in inherited.close_rest() {
+        info!(%name, "nobody needs a descriptor that was kept");
+        if let Err(error) = store.forget(&name) {
+            warn!(%name, %error, "it is still kept");
+        }
     }
-    Ok(())
+    let Some(manager) = manager else { return };
+    for name in unknown {
+        warn!(
+            name,
+            "a descriptor was kept whose name says nothing to this version; closed"
+        );
+        if let Err(error) = manager.forget_text(&name) {
+            warn!(name, %error, "it is still kept");
+        }
+    }
+    if let Err(error) = manager.ready() {
+        warn!(%error, "whoever keeps us has not heard that we serve");
+    }
 }
 
-/// Completes at SIGTERM or SIGINT.
+/// Completes at SIGTERM, SIGINT, or SIGHUP: whoever keeps us starts the next one.
 async fn stop() {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (
+    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
+        signal(SignalKind::hangup()),
     ) else {
         warn!("cannot listen for SIGTERM");
         return std::future::pending().await;
@@ -124,43 +158,76 @@ async fn stop() {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        _ = hangup.recv() => {}
     }
 }
 
 /// Makes the state directory and takes it for this process alone.
 fn lock(state_dir: &Path) -> Result<Flock<File>, Failure> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(state_dir)
-        .with_context(|| format!("cannot create the state directory {}", state_dir.display()))?;
-    let path = state_dir.join("lock");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .with_context(|| format!("cannot write to the state directory: {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        nix::errno::Errno::EWOULDBLOCK => Failure::new(
+    lock::take(state_dir, &lock::of_daemon(state_dir))?.ok_or_else(|| {
+        Failure::new(
             Code::AlreadyRunning,
             anyhow!(
                 "another embedshimd works on {}; stop it first, or use another --state-dir",
                 state_dir.display()
             ),
-        ),
-        other => Failure::from(
-            anyhow::Error::from(other).context(format!("cannot lock {}", path.display())),
-        ),
+        )
     })
+}
+
+/// A predecessor's listener if we can use it, or a new one; kept for our successors either way.
+fn listen(
+    path: &Path,
+    inherited: &mut Inherited,
+    store: &dyn DescriptorStore,
+) -> anyhow::Result<UnixListener> {
+    if let Some(descriptor) = inherited.take(&DescriptorName::Listener) {
+        match shim_api::socket::resume(descriptor, path) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => {
+                warn!(%error, "the listener that was kept is of no use; listening anew");
+                let _ = store.forget(&DescriptorName::Listener);
+            }
+        }
+    }
+    let listener = shim_api::socket::listen(path)
+        .with_context(|| format!("cannot listen on {}", path.display()))?;
+    if let Err(error) = store.keep(&DescriptorName::Listener, listener.as_fd()) {
+        warn!(%error, "the listener is not kept: nobody can connect while the daemon is replaced");
+    }
+    Ok(listener)
+}
+
+/// Who keeps our descriptors, if anybody does.
+fn manager(start: &Start) -> Option<Arc<Manager>> {
+    let Some(address) = &start.notify_socket else {
+        warn!(
+            "nobody keeps our connections: started by neither systemd nor `embedshimd keep`, they end with this daemon"
+        );
+        return None;
+    };
+    match Manager::new(address) {
+        Ok(manager) => Some(Arc::new(manager)),
+        Err(error) => {
+            warn!(%error, address = %address.display(), "NOTIFY_SOCKET is of no use: our connections end with this daemon");
+            None
+        }
+    }
 }
 
 /// A container costs a handful of descriptors; the usual soft limit of 1,024 is for programs that use select(2).
 fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        warn!(%error, "cannot raise the limit of open files");
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        Ok(hard)
+    });
+    match raised {
+        Ok(hard) if hard < FEW_DESCRIPTORS => warn!(
+            hard,
+            "few files may be open at once (RLIMIT_NOFILE): each container needs up to ten here and thirty with the keeper; raise the \
+             hard limit of containerd or of the unit (LimitNOFILE=)"
+        ),
+        Ok(_) => {}
+        Err(error) => warn!(%error, "cannot raise the limit of open files"),
     }
 }

@@ -8,6 +8,16 @@ use tracing_subscriber::EnvFilter;
 use crate::config::{Log, LogFormat};
 use crate::outcome::{Code, Failure};
 
+/// Starts logging as text, what is `info` and above: for the keeper, which reads no configuration.
+pub(crate) fn start_plain() {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::INFO)
+        .with_target(false)
+        .with_ansi(stderr().is_terminal())
+        .with_writer(stderr)
+        .init();
+}
+
 /// Starts logging; `level` overrides the configuration.
 pub(crate) fn start(config: &Log, level: Option<&str>) -> Result<(), Failure> {
     let level = level.unwrap_or(&config.level);

@@ -5,23 +5,32 @@ mod backend;
 mod cli;
 mod config;
 mod daemon;
+mod inherited;
+mod keep;
+mod lock;
 mod logging;
+mod notify;
 mod outcome;
 mod probe;
 mod sys;
+mod upgrade;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use cli::{Cli, Command};
+use inherited::Start;
 use outcome::Failure;
 
 fn main() -> ExitCode {
+    let start = Start::take();
     let cli = Cli::parse();
     let result = match &cli.command {
-        Command::Serve(options) => daemon::run(options),
+        Command::Keep(options) => keep::run(options),
+        Command::Serve(options) => daemon::run(options, start),
         Command::Probe(options) => probe::run(options),
+        Command::Upgrade(options) => upgrade::run(options),
     };
     match result {
         Ok(code) => code.into(),

@@ -19,6 +19,23 @@ pub(crate) enum Code {
     Partly = 7,
 }
 
+impl Code {
+    /// The one of another of our processes.
+    pub(crate) fn from_number(number: i32) -> Self {
+        let known = [
+            Self::Ok,
+            Self::Config,
+            Self::Unsupported,
+            Self::AlreadyRunning,
+            Self::Partly,
+        ];
+        known
+            .into_iter()
+            .find(|code| *code as i32 == number)
+            .unwrap_or(Self::Failed)
+    }
+}
+
 impl From<Code> for ExitCode {
     fn from(code: Code) -> Self {
         Self::from(code as u8)

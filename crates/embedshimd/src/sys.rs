@@ -1,4 +1,8 @@
-//! The one call into the C library that no crate wraps.
+//! What no crate wraps safely: the only unsafe code of this crate, each block with its reason.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// Gives freed memory back to the system. Starting reads the kernel's type information (5 MB), and glibc would keep that much
 /// of its heap for as long as the daemon runs.
@@ -11,3 +15,22 @@ pub(crate) fn trim_heap() {
 /// Other allocators give memory back by themselves.
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn trim_heap() {}
+
+/// Takes a variable out of the environment, so that no child ever sees it. Only for the first steps of `main`, before any thread.
+pub(crate) fn take_variable(name: &str) -> Option<OsString> {
+    let value = std::env::var_os(name)?;
+    // SAFETY: this process has one thread yet, so nobody reads the environment meanwhile.
+    unsafe { std::env::remove_var(name) };
+    Some(value)
+}
+
+/// Owns a descriptor that came to this process, with `execve` or in a message, and keeps it from its children. Only for a number that
+/// whoever gave it has named, and only once for each.
+pub(crate) fn own(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: plain numbers; a number that is not open is refused with EBADF.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, it was given to us, and the caller names it once: nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}

@@ -6,7 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen as listen_on, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen as listen_on,
+    socket, sockopt::AcceptConn,
 };
 use nix::sys::stat::{Mode, umask};
 use tokio::net::UnixListener;
@@ -36,6 +37,23 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     UnixListener::from_std(fd.into())
 }
 
+/// Goes on with a listener that a predecessor, or systemd, has made: it must be the one of `path`. Needs a tokio runtime.
+pub fn resume(listener: OwnedFd, path: &Path) -> io::Result<UnixListener> {
+    if !getsockopt(&listener, AcceptConn)? {
+        return Err(io::Error::other("the socket does not listen"));
+    }
+    let listener = std::os::unix::net::UnixListener::from(listener);
+    let own = listener.local_addr()?;
+    if own.as_pathname() != Some(path) || path.symlink_metadata().is_err() {
+        return Err(io::Error::other(format!(
+            "the socket is not that of {}: {own:?}",
+            path.display()
+        )));
+    }
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
@@ -51,5 +69,22 @@ mod tests {
         assert_eq!(listen(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(first);
         listen(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_listener_of_another_path_is_not_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("s"), dir.path().join("o"));
+        let kept = |listener: &UnixListener| {
+            use std::os::fd::AsFd;
+            listener.as_fd().try_clone_to_owned().unwrap()
+        };
+        let first = listen(&path).unwrap();
+        resume(kept(&first), &path).unwrap();
+        resume(kept(&first), &other).unwrap_err();
+        let stream = UnixStream::connect(&path).unwrap();
+        resume(stream.into(), &path).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        resume(kept(&first), &path).unwrap_err();
     }
 }

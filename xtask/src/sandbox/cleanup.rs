@@ -82,11 +82,12 @@ fn end_processes(directory: &Path) {
         };
         pid != own && (has("cmdline") || has("environ"))
     };
-    let found: Vec<i32> = pids().filter(|&pid| concerned(pid)).collect();
-    for &pid in &found {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-    }
+    // Until nobody is left: a keeper may have started another daemon while we looked.
     let _ = until("processes end", || {
+        let found: Vec<i32> = pids().filter(|&pid| concerned(pid)).collect();
+        for &pid in &found {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
         Ok(!found.iter().any(|&pid| is_alive(pid)))
     });
 }

@@ -3,11 +3,11 @@
 
 mod cleanup;
 mod config;
+mod daemon;
 mod process;
 mod tasks;
 
 use std::fs::{self, File};
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 pub use cleanup::{clean_up_all, clean_up_on_signals};
 pub use process::{Finished, Running};
@@ -183,61 +182,6 @@ impl Sandbox {
     /// containerd's log.
     pub fn containerd_log(&self) -> PathBuf {
         self.directory.join("containerd.log")
-    }
-
-    /// The daemon's log.
-    pub fn daemon_log(&self) -> String {
-        fs::read_to_string(self.state_dir().join("embedshimd.log")).unwrap_or_default()
-    }
-
-    /// The daemon's pid, if one listens.
-    pub fn daemon_pid(&self) -> Option<i32> {
-        let stream = UnixStream::connect(self.state_dir().join("shim.sock")).ok()?;
-        getsockopt(&stream, PeerCredentials)
-            .ok()
-            .map(|peer| peer.pid())
-    }
-
-    /// Ends the daemon with a signal and waits until it is gone.
-    pub fn end_daemon(&self, signal: Signal) -> anyhow::Result<()> {
-        let Some(pid) = self.daemon_pid() else {
-            return Ok(());
-        };
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal)
-            .context("cannot signal embedshimd")?;
-        until("embedshimd ends", || Ok(!is_alive(pid)))
-    }
-
-    /// Starts the daemon by hand, as the launcher would, and waits until it listens.
-    pub fn start_daemon(&self) -> anyhow::Result<()> {
-        let times_served = || self.daemon_log().matches(" serving ").count();
-        let before = times_served();
-        let daemon = self.spawn_daemon()?;
-        let pid = daemon.pid();
-        daemon.leave();
-        // It listens before it has taken over its predecessor's tasks, and serves afterwards.
-        until("embedshimd serves", || {
-            Ok(self.daemon_pid() == Some(pid) && times_served() > before)
-        })
-        .with_context(|| self.daemon_log())
-    }
-
-    /// Starts the daemon by hand.
-    pub fn spawn_daemon(&self) -> anyhow::Result<Running> {
-        fs::create_dir_all(self.state_dir())?;
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.state_dir().join("embedshimd.log"))?;
-        let mut command = Command::new(self.binaries.join("embedshimd"));
-        command
-            .args(["serve", "--detached", "--state-dir"])
-            .arg(self.state_dir())
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        Running::spawn(&mut command)
     }
 
     /// `ctr` for this containerd.

@@ -1,5 +1,5 @@
-//! Makes sure that a daemon listens: starts `embedshimd serve` when nobody does, detached from containerd's process group and
-//! environment. Owns the lock that lets one of many launchers do it.
+//! Makes sure that a daemon listens: starts `embedshimd keep` when nobody does, which starts the daemon and keeps it running, detached
+//! from containerd's session, process group and environment (but in its cgroup). Owns the lock that lets one of many launchers do it.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -35,7 +35,7 @@ impl Place {
         Ok(Self { state_dir, socket })
     }
 
-    /// Whether somebody listens.
+    /// Whether somebody listens; the keeper does while a daemon is replaced by another.
     fn is_served(&self) -> bool {
         UnixStream::connect(&self.socket).is_ok()
     }
@@ -77,7 +77,7 @@ impl Place {
         let stream = |log: &File| log.try_clone().map(Stdio::from);
         let mut command = Command::new(&program);
         command
-            .args(["serve", "--detached", "--state-dir"])
+            .args(["keep", "--detached", "--state-dir"])
             .arg(&self.state_dir)
             .env_clear()
             .envs(kept_environment())
@@ -93,7 +93,7 @@ impl Place {
     }
 }
 
-/// The daemon beside our own binary, or else on `PATH`.
+/// The daemon's program, the keeper's too, beside our own binary, or else on `PATH`.
 fn program() -> PathBuf {
     const NAME: &str = "embedshimd";
     let beside = std::env::current_exe()

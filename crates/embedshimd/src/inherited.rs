@@ -1,0 +1,89 @@
+//! The descriptors that whoever started us has kept for us: `LISTEN_FDS` and its companions, as of sd_listen_fds(3). Owns taking
+//! them out of the environment, once; what they are for is the daemon's.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+
+use embedshim_core::descriptor::{DescriptorName, Inherited};
+
+use crate::sys;
+
+/// The first one.
+const FIRST: RawFd = 3;
+/// What sd_listen_fds_with_names(3) says of one without a name.
+const NAMELESS: &str = "unknown";
+
+/// What came with the start of this process.
+#[derive(Debug, Default)]
+pub(crate) struct Start {
+    /// What a predecessor has left.
+    pub(crate) inherited: Inherited,
+    /// Names that say nothing to us; their descriptors are closed.
+    pub(crate) unknown: Vec<String>,
+    /// Where the manager listens.
+    pub(crate) notify_socket: Option<OsString>,
+}
+
+impl Start {
+    /// Takes everything, and the variables out of the environment: no child may take them for its own. Must be the first thing that
+    /// `main` does.
+    pub(crate) fn take() -> Self {
+        let [count, names, pid, parent] =
+            ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID", "LISTEN_PPID"]
+                .map(|name| Some(sys::take_variable(name)?.to_string_lossy().into_owned()));
+        let mut start = Self {
+            notify_socket: sys::take_variable("NOTIFY_SOCKET").filter(|path| !path.is_empty()),
+            ..Self::default()
+        };
+        if !is_for_us(pid.as_deref(), parent.as_deref()) {
+            return start;
+        }
+        let count = count.and_then(|count| count.parse().ok()).unwrap_or(0);
+        let names = names.unwrap_or_default();
+        let mut names = names.split(':');
+        for number in (FIRST..).take(count) {
+            // A count that is too high ends at the first number that is not open.
+            let Ok(descriptor) = sys::own(number) else {
+                break;
+            };
+            let text = names.next().unwrap_or(NAMELESS);
+            match text.parse::<DescriptorName>() {
+                Ok(name) => start.inherited.insert(name, descriptor),
+                Err(_) => start.unknown.push(text.into()),
+            }
+        }
+        start
+    }
+}
+
+/// Variables can be inherited by whom they are not meant for. The keeper cannot know our pid before we exist, so it tells its own.
+fn is_for_us(pid: Option<&str>, parent: Option<&str>) -> bool {
+    let is = |text: &str, pid: nix::unistd::Pid| text.parse() == Ok(pid.as_raw());
+    match (pid, parent) {
+        (Some(pid), _) => is(pid, nix::unistd::getpid()),
+        (None, Some(parent)) => is(parent, nix::unistd::getppid()),
+        (None, None) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_our_own_descriptors_are_taken() {
+        let own = nix::unistd::getpid().to_string();
+        let parent = nix::unistd::getppid().to_string();
+        assert!(is_for_us(Some(&own), None));
+        assert!(is_for_us(None, Some(&parent)));
+        for (pid, of_parent) in [
+            (None, None),
+            (Some("1"), Some(parent.as_str())),
+            (Some(""), Some(&parent)),
+            (Some("x"), None),
+            (None, Some(own.as_str())),
+        ] {
+            assert!(!is_for_us(pid, of_parent), "{pid:?} {of_parent:?}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! [`Program`]: the file that the daemon, and another keeper, are started from. Owns that it is looked for by its path each time, so
+//! that a file that was replaced is used next.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{env, fs, io};
+
+use anyhow::{Context, bail};
+use command_fds::{CommandFdExt, FdMapping};
+use rustix::process::Pid;
+
+use super::handover;
+use super::kept::Kept;
+use crate::cli::{Keep, UNDERSTANDS};
+
+const SELF: &str = "/proc/self/exe";
+/// How long a program may take to say that it can be the next keeper.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// The program and what it is told.
+#[derive(Debug)]
+pub(super) struct Program {
+    path: PathBuf,
+    options: Vec<OsString>,
+}
+
+impl Program {
+    /// Our own, by the name that we were called by if that is a path: a link may lead elsewhere after an upgrade.
+    pub(super) fn own(options: &Keep) -> io::Result<Self> {
+        let called = env::args_os().next().map(PathBuf::from);
+        let called = called.filter(|path| path.is_absolute() && is_same(path, Path::new(SELF)));
+        let path = match called {
+            Some(path) => path,
+            None => env::current_exe()?,
+        };
+        let locations = &options.locations;
+        let mut words = vec!["--state-dir".into(), locations.state_dir.clone().into()];
+        if let Some(config) = &locations.config {
+            words.extend(["--config".into(), config.into()]);
+        }
+        if let Some(level) = &options.log_level {
+            words.extend(["--log-level".into(), level.into()]);
+        }
+        Ok(Self {
+            path,
+            options: words,
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Starts the daemon with everything that is kept.
+    pub(super) fn start_daemon(&self, kept: &Kept, inbox: &Path) -> anyhow::Result<Pid> {
+        let child = match self.spawn(self.path.as_os_str(), kept, inbox) {
+            // It may be on its way to be replaced; the one we run is there still.
+            Err(error) if error.is_not_there() => self.spawn(OsStr::new(SELF), kept, inbox),
+            result => result,
+        };
+        let id = child.map_err(|NotStarted(error)| error)?;
+        i32::try_from(id)
+            .ok()
+            .and_then(Pid::from_raw)
+            .context("the kernel gave a process no number")
+    }
+
+    fn spawn(&self, file: &OsStr, kept: &Kept, inbox: &Path) -> Result<u32, NotStarted> {
+        let mut names = String::new();
+        let mut mappings = Vec::with_capacity(kept.len());
+        for (child_fd, (name, descriptor)) in (3..).zip(kept.iter()) {
+            let parent_fd: OwnedFd = descriptor
+                .try_clone_to_owned()
+                .context("no descriptors are left to start embedshimd with")?;
+            mappings.push(FdMapping {
+                parent_fd,
+                child_fd,
+            });
+            if child_fd > 3 {
+                names.push(':');
+            }
+            names.push_str(name);
+        }
+        let mut command = Command::new(file);
+        command
+            .arg0(&self.path)
+            .arg("serve")
+            .args(&self.options)
+            .env_remove("LISTEN_PID")
+            .env("LISTEN_PPID", std::process::id().to_string())
+            .env("LISTEN_FDS", kept.len().to_string())
+            .env("LISTEN_FDNAMES", names)
+            .env("NOTIFY_SOCKET", inbox)
+            .stdin(Stdio::null())
+            // Ctrl-C is for us, who then end it in order.
+            .process_group(0);
+        command.fd_mappings(mappings).map_err(anyhow::Error::from)?;
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot run {}", file.display()))?;
+        Ok(child.id())
+    }
+
+    /// Becomes another keeper; returns only if that fails.
+    pub(super) fn become_next(&self, handover: i32) -> io::Error {
+        Command::new(&self.path)
+            .arg0(&self.path)
+            .arg("keep")
+            .args(&self.options)
+            .args(["--resume", &handover.to_string()])
+            .exec()
+    }
+}
+
+/// Asks the program whether it can be the next keeper: an `execve` that succeeds cannot be taken back. `meanwhile` is done again
+/// and again until it answers.
+pub(super) fn check(path: &Path, mut meanwhile: impl FnMut()) -> anyhow::Result<()> {
+    let name = path.display();
+    let mut child = Command::new(path)
+        .args(["keep", UNDERSTANDS, handover::FORMAT])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot run {name}"))?;
+    let deadline = Instant::now() + ANSWER_LIMIT;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("{name} does not say within {ANSWER_LIMIT:?} that it can keep");
+        }
+        meanwhile();
+        std::thread::sleep(PAUSE);
+    };
+    if !status.success() {
+        bail!("{name} cannot go on with what this keeper keeps ({status})");
+    }
+    Ok(())
+}
+
+/// Why a program was not started.
+struct NotStarted(anyhow::Error);
+
+impl NotStarted {
+    fn is_not_there(&self) -> bool {
+        self.0
+            .downcast_ref::<io::Error>()
+            .is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+impl From<anyhow::Error> for NotStarted {
+    fn from(error: anyhow::Error) -> Self {
+        Self(error)
+    }
+}
+
+fn is_same(one: &Path, other: &Path) -> bool {
+    match (fs::metadata(one), fs::metadata(other)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
+}

@@ -1,0 +1,109 @@
+//! The sandbox's `embedshimd`: its keeper and its daemon, who they are, and how they are started and ended.
+
+use std::fs::{self, File};
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{Running, Sandbox, is_alive, until};
+
+impl Sandbox {
+    /// The daemon's log, which is the keeper's too.
+    pub fn daemon_log(&self) -> String {
+        fs::read_to_string(self.state_dir().join("embedshimd.log")).unwrap_or_default()
+    }
+
+    /// The daemon's pid, if it is there. It serves a moment later.
+    pub fn daemon_pid(&self) -> Option<i32> {
+        self.owner("lock")
+    }
+
+    /// The keeper's pid, if it is there.
+    pub fn keeper_pid(&self) -> Option<i32> {
+        self.owner("keeper.lock")
+    }
+
+    fn owner(&self, lock: &str) -> Option<i32> {
+        let text = fs::read_to_string(self.state_dir().join(lock)).ok()?;
+        let pid = text.lines().next()?.parse().ok()?;
+        is_alive(pid).then_some(pid)
+    }
+
+    /// The daemon that the keeper has heard to serve.
+    fn ready_daemon(&self) -> Option<i32> {
+        self.keeper_pid()?;
+        let text = fs::read_to_string(self.state_dir().join("keeper.lock")).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("daemon "));
+        let pid = line?.parse().ok()?;
+        (self.daemon_pid() == Some(pid)).then_some(pid)
+    }
+
+    /// Ends everything of ours: the keeper by SIGKILL, which would start the daemon again, then the daemon with this signal.
+    pub fn end_daemon(&self, signal: Signal) -> anyhow::Result<()> {
+        self.end_keeper()?;
+        end("embedshimd", self.daemon_pid(), signal)
+    }
+
+    /// Kills the keeper alone.
+    pub fn end_keeper(&self) -> anyhow::Result<()> {
+        end("the keeper", self.keeper_pid(), Signal::SIGKILL)
+    }
+
+    /// Kills the daemon alone, waits until the keeper has started the next one and that one serves, and returns its pid.
+    pub fn kill_daemon(&self) -> anyhow::Result<i32> {
+        self.replace_daemon(Signal::SIGKILL)
+    }
+
+    /// Sends the daemon alone a signal that ends it; the rest is the same.
+    pub fn replace_daemon(&self, signal: Signal) -> anyhow::Result<i32> {
+        let old = self.daemon_pid().context("the daemon is not there")?;
+        kill(Pid::from_raw(old), signal).context("cannot signal embedshimd")?;
+        self.successor_of(old)
+    }
+
+    /// Waits until another daemon than this one serves.
+    pub fn successor_of(&self, old: i32) -> anyhow::Result<i32> {
+        let mut next = None;
+        until("the next embedshimd serves", || {
+            next = self.ready_daemon().filter(|&pid| pid != old);
+            Ok(next.is_some())
+        })
+        .with_context(|| self.daemon_log())?;
+        next.context("no daemon")
+    }
+
+    /// Starts keeper and daemon by hand, as the launcher would, and waits until the daemon serves.
+    pub fn start_daemon(&self) -> anyhow::Result<()> {
+        self.spawn_daemon()?.leave();
+        until("embedshimd serves", || Ok(self.ready_daemon().is_some()))
+            .with_context(|| self.daemon_log())
+    }
+
+    /// Starts keeper and daemon by hand; what is returned is the keeper.
+    pub fn spawn_daemon(&self) -> anyhow::Result<Running> {
+        fs::create_dir_all(self.state_dir())?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.state_dir().join("embedshimd.log"))?;
+        let mut command = Command::new(self.binaries.join("embedshimd"));
+        command
+            .args(["keep", "--detached", "--state-dir"])
+            .arg(self.state_dir())
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        Running::spawn(&mut command)
+    }
+}
+
+fn end(what: &str, pid: Option<i32>, signal: Signal) -> anyhow::Result<()> {
+    let Some(pid) = pid else {
+        return Ok(());
+    };
+    kill(Pid::from_raw(pid), signal).with_context(|| format!("cannot signal {what}"))?;
+    until(&format!("{what} ends"), || Ok(!is_alive(pid)))
+}
