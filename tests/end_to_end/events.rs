@@ -4,9 +4,12 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Stage, Test};
+use embedshim_tests::{Bundle, Heard, Shim, Stage, Test};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
+use shim_api::bundle::BundleNote;
+use xtask::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
@@ -15,6 +18,9 @@ pub(crate) const TESTS: [Test; 4] = tests!(AnyRuntime:
     an_execs_exit_is_told_before_its_containers,
     pausing_is_told,
     running_out_of_memory_is_told_before_the_exit,
+);
+pub(crate) const OURS: [Test; 1] = tests!(EmbedshimOnly:
+    events_outlive_a_daemon_that_could_not_tell_them,
 );
 
 /// `ctr events`, reading along.
@@ -168,5 +174,56 @@ fn running_out_of_memory_is_told_before_the_exit(stage: &Stage) -> anyhow::Resul
         place("oom").is_some() && place("oom") < place("exit"),
         "{topics:?}"
     );
+    Ok(())
+}
+
+/// containerd's listener is away for all of a life and a part of another, and the daemon dies meanwhile.
+fn events_outlive_a_daemon_that_could_not_tell_them(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let note = BundleNote {
+        events: sandbox
+            .directory()
+            .join("events.ttrpc")
+            .display()
+            .to_string(),
+        ..BundleNote::default()
+    };
+    for (id, command) in [("whole", "true"), ("half", "sleep 1000")] {
+        let bundle = Bundle::new(&sandbox, id, &["sh", "-c", command])?;
+        note.write(bundle.path())?;
+        shim.create(id, bundle.path())?;
+        shim.start(id)?;
+    }
+    shim.wait("whole")?;
+    shim.delete("whole")?;
+    let pid = shim.state("half")?.pid;
+    sandbox.end_daemon(Signal::SIGKILL)?;
+    kill(Pid::from_raw(pid.try_into()?), Signal::SIGKILL)?;
+    until("it ends", || Ok(!is_alive(pid.try_into()?)))?;
+    sandbox.start_daemon()?;
+    let listener = embedshim_tests::Listener::listen(sandbox.directory())?;
+    let shim = Shim::connect(&sandbox)?;
+    ensure!(shim.wait("half")? == 137, "the code was lost");
+    shim.delete("half")?;
+    let is_last = |heard: &Heard| heard.container == "half" && heard.topic == "delete";
+    until("the last event is told", || {
+        Ok(listener.heard().iter().any(is_last))
+    })
+    .with_context(|| sandbox.daemon_log())?;
+    for id in ["whole", "half"] {
+        let told = listener.heard().into_iter();
+        let mut topics: Vec<_> = told
+            .filter(|heard| heard.container == id)
+            .map(|heard| heard.topic)
+            .collect();
+        // An event may be told twice.
+        topics.dedup();
+        ensure!(
+            topics == ["create", "start", "exit", "delete"],
+            "{id}: {topics:?}"
+        );
+    }
     Ok(())
 }

@@ -59,6 +59,7 @@ fn main() -> ExitCode {
         &exits::TESTS,
         &exits::OURS,
         &events::TESTS,
+        &events::OURS,
         &survival::TESTS,
         &survival::OURS,
         &survival::UPGRADES,

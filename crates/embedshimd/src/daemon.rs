@@ -14,7 +14,7 @@ use nix::fcntl::Flock;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::SigSet;
 use shim_api::bootstrap::location;
-use shim_api::events::EventForwarder;
+use shim_api::events::Outboxes;
 use shim_api::server::{Keeping, Server};
 use shim_api::services::Services;
 use tokio::net::UnixListener;
@@ -85,16 +85,19 @@ async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, 
     };
     let mut inherited = start.inherited;
     let listener = listen(&socket, &mut inherited, store.as_ref())?;
+    let outboxes = Outboxes::open(state_dir.join("events"))
+        .context("cannot take over the events of this node")?;
     let node_config = NodeConfig {
         runtime_deadline: config.runtime_deadline(),
         reap_orphans: true,
         descriptors: Arc::clone(&store),
+        events: Some(outboxes.clone()),
         ..NodeConfig::new(state_dir)
     };
     let node = Node::take_over(node_config, monitor, &mut inherited)
         .await
         .context("cannot take over the tasks of this node")?;
-    let forwarder = tokio::spawn(EventForwarder::new(node.clone()).run());
+    outboxes.start();
     sys::trim_heap();
     info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), backend = %choice.backend, "serving");
     let keeping = Keeping {
@@ -112,7 +115,6 @@ async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, 
     if let Some(Err(error)) = manager.map(|manager| manager.stopping()) {
         warn!(%error, "whoever keeps us has not heard that we leave");
     }
-    forwarder.abort();
     info!("stopped; containers run on");
     Ok(Code::Ok)
 }

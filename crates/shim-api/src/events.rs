@@ -1,65 +1,178 @@
-//! [`EventForwarder`]: tells each containerd what happened to its tasks, in order, and again until it has heard.
-//! Owns one queue for each address; an address that nobody listens on any more delays no other.
+//! [`Outboxes`]: tells each containerd what happened to its tasks, in order, and again until it has heard.
+//! Owns one outbox for each address, on disk; an address that nobody listens on any more delays no other.
 
+mod entry;
+mod ledger;
 mod message;
 mod outbox;
+mod sender;
+mod unheeded;
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::shim::event::Envelope;
-use embedshim_core::event::Event;
-use embedshim_core::task::Node;
-use protobuf::MessageField;
+use embedshim_core::event::{Event, EventSink};
+use protobuf::{Message, MessageField};
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
 use tracing::warn;
 use ttrpc::Status;
 
-use crate::timestamp;
+use crate::{status, timestamp};
+use ledger::Ledger;
 use outbox::Outbox;
+use sender::Sender;
 
-/// Forwards the events of a node.
+/// The longest message that ttrpc carries is 4 MiB; what can never be sent must not block what comes after it.
+const LONGEST_EVENT: usize = (4 << 20) - (64 << 10);
+
+/// The events of a node that containerd has not acknowledged.
 #[derive(Debug)]
-pub struct EventForwarder {
-    node: Node,
-    outboxes: HashMap<String, Outbox>,
+pub struct Outboxes {
+    directory: PathBuf,
+    desks: Mutex<Desks>,
 }
 
-impl EventForwarder {
-    /// A forwarder for all events of `node`; there should be one.
-    pub fn new(node: Node) -> Self {
-        Self {
-            node,
-            outboxes: HashMap::new(),
-        }
-    }
+#[derive(Debug, Default)]
+struct Desks {
+    /// By address.
+    open: HashMap<String, Desk>,
+    /// Where to send from, as soon as we do.
+    runtime: Option<Handle>,
+}
 
-    /// Forwards until the node is gone.
-    pub async fn run(mut self) {
-        while let Some(event) = self.node.next_event().await {
-            if event.owner.is_empty() {
-                continue;
-            }
-            match envelope(&event) {
-                Ok(envelope) => self.outbox(&event.owner).send(envelope),
-                Err(status) => warn!(id = %event.id, text = status.message, "event not sent"),
-            }
-        }
-    }
+#[derive(Debug)]
+struct Desk {
+    outbox: Arc<Outbox>,
+    sender: Option<AbortHandle>,
+}
 
-    fn outbox(&mut self, address: &str) -> &Outbox {
-        self.outboxes
-            .entry(address.to_owned())
-            .or_insert_with(|| Outbox::open(address))
+impl Drop for Desk {
+    fn drop(&mut self) {
+        if let Some(sender) = &self.sender {
+            sender.abort();
+        }
     }
 }
 
-/// The event in containerd's envelope.
-fn envelope(event: &Event) -> Result<Envelope, Status> {
+impl Desk {
+    fn new(outbox: Outbox, runtime: Option<&Handle>) -> Self {
+        let mut desk = Self {
+            outbox: Arc::new(outbox),
+            sender: None,
+        };
+        if let Some(runtime) = runtime {
+            desk.start(runtime);
+        }
+        desk
+    }
+
+    fn start(&mut self, runtime: &Handle) {
+        let sender = Sender::new(Arc::clone(&self.outbox)).run();
+        self.sender = Some(runtime.spawn(sender).abort_handle());
+    }
+}
+
+impl Outboxes {
+    /// Takes over what predecessors left in `directory`, which is made if it is missing. Nothing is sent yet.
+    pub fn open(directory: PathBuf) -> io::Result<Arc<Self>> {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory)?;
+        let left = Ledger::all(&directory)?.into_iter().map(|(ledger, left)| {
+            let outbox = Outbox::resume(ledger, left);
+            (outbox.address().to_owned(), Desk::new(outbox, None))
+        });
+        let desks = Desks {
+            open: left.collect(),
+            runtime: None,
+        };
+        Ok(Arc::new(Self {
+            directory,
+            desks: Mutex::new(desks),
+        }))
+    }
+
+    /// Sends, from now on for as long as this lives. Call it when the node is open: then the exits that it tells again come before the
+    /// first connection. Needs a tokio runtime.
+    pub fn start(&self) {
+        let mut desks = self.desks();
+        let runtime = Handle::current();
+        for desk in desks.open.values_mut() {
+            if desk.sender.is_none() {
+                desk.start(&runtime);
+            }
+        }
+        desks.runtime = Some(runtime);
+    }
+
+    fn desks(&self) -> MutexGuard<'_, Desks> {
+        self.desks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn outbox(&self, address: &str) -> Arc<Outbox> {
+        let mut desks = self.desks();
+        if let Some(desk) = desks.open.get(address) {
+            return Arc::clone(&desk.outbox);
+        }
+        let outbox = Outbox::new(&self.directory, address);
+        let desk = Desk::new(outbox, desks.runtime.as_ref());
+        let outbox = Arc::clone(&desk.outbox);
+        desks.open.insert(address.to_owned(), desk);
+        outbox
+    }
+}
+
+impl EventSink for Outboxes {
+    /// Notes the event: one small write to tmpfs, which takes microseconds and is not waited for elsewhere.
+    fn accept(&self, event: Event) {
+        if event.owner.is_empty() {
+            return;
+        }
+        let address = event.owner.strip_prefix("unix://").unwrap_or(&event.owner);
+        if address.len() > entry::LONGEST_ADDRESS {
+            warn!(id = %event.id, address, "event not sent: nobody can listen on so long an address");
+            return;
+        }
+        match encode(&event) {
+            Ok(envelope) => self.outbox(address).push(&event, envelope),
+            Err(status) => warn!(id = %event.id, text = status.message, "event not sent"),
+        }
+    }
+}
+
+/// The event in containerd's envelope, encoded.
+fn encode(event: &Event) -> Result<Vec<u8>, Status> {
     let (topic, message) = message::of(&event.id, &event.kind)?;
-    Ok(Envelope {
+    let envelope = Envelope {
         timestamp: timestamp::of(event.at),
         namespace: event.namespace.as_str().to_owned(),
         topic: topic.to_owned(),
         event: MessageField::some(message),
         ..Envelope::default()
-    })
+    };
+    let encoded = envelope
+        .write_to_bytes()
+        .map_err(|error| status::internal(format!("{topic}: {error}")))?;
+    if encoded.len() > LONGEST_EVENT {
+        return Err(status::internal(format!(
+            "{topic}: {} bytes are more than containerd takes",
+            encoded.len()
+        )));
+    }
+    Ok(encoded)
+}
+
+/// Whether these bytes are an outbox, damaged or not.
+#[cfg(fuzzing)]
+pub(crate) fn understands(bytes: &[u8]) -> bool {
+    entry::Contents::read(bytes).is_some()
 }

@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 use crate::bundle::BundleNote;
 use crate::launcher_service::{CleanupRequest, CleanupResponse};
 use crate::server::{self, Handler};
-use crate::{bootstrap, options, task_service};
+use crate::{bootstrap, events, options, task_service};
 
 /// Serves one connection to its end.
 pub async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> bool {
@@ -58,4 +58,9 @@ pub fn notes(text: &[u8]) -> bool {
             CleanupResponse::Removed(removed) => removed.exited_at().elapsed().is_ok(),
             _ => true,
         })
+}
+
+/// Reads an outbox that a predecessor left; whether it is one.
+pub fn outbox(bytes: &[u8]) -> bool {
+    events::understands(bytes)
 }

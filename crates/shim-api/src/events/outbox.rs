@@ -1,187 +1,161 @@
-//! [`Outbox`]: the events for one containerd, first in, first out, each sent until it is acknowledged.
-//! Owns the connection to that containerd, opened when there is something to say.
+//! [`Outbox`]: the events for one containerd, first in, first out, each kept until it is acknowledged.
+//! Owns the queue, in memory and on disk, and its bounds; who sends is [`Sender`](super::sender::Sender)'s business.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use containerd_shim_protos::api::ForwardRequest;
-use containerd_shim_protos::shim::event::Envelope;
-use containerd_shim_protos::shim_async::{Client, EventsClient};
-use protobuf::MessageField;
-use tokio::net::UnixStream;
+use embedshim_core::event::Event;
+use embedshim_core::id::TaskKey;
 use tokio::sync::Notify;
-use tokio::task::AbortHandle;
-use tracing::{debug, warn};
-use ttrpc::asynchronous::transport::Socket;
-use ttrpc::context;
+use tracing::warn;
+
+use super::ledger::{Ledger, Left};
+use super::unheeded::Unheeded;
 
 /// As many as a busy node sends in some minutes. containerd asks for the state of its tasks when it comes back, so of a longer
 /// absence the oldest events are the ones to lose.
 const CAPACITY: usize = 10_000;
-/// The same as Go's publisher.
-const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// And no more bytes than this: `Created` tells of all mounts, so it can be long.
+const LARGEST: usize = 16 << 20;
 
 #[derive(Debug)]
 pub(super) struct Outbox {
-    queue: Arc<Queue>,
-    sender: AbortHandle,
-}
-
-impl Drop for Outbox {
-    fn drop(&mut self) {
-        self.sender.abort();
-    }
-}
-
-#[derive(Debug)]
-struct Queue {
     address: String,
-    waiting: Mutex<VecDeque<Envelope>>,
+    contents: Mutex<Contents>,
     arrived: Notify,
 }
 
-/// What became of one attempt.
-enum Attempt {
-    Delivered,
-    /// containerd will never take this one.
-    Refused(String),
-    Failed(String),
+#[derive(Debug)]
+struct Contents {
+    waiting: VecDeque<Waiting>,
+    /// How long the waiting events are together.
+    size: usize,
+    next: u64,
+    ledger: Ledger,
+    unheeded: Unheeded,
+}
+
+/// An event that is not acknowledged.
+#[derive(Clone, Debug)]
+pub(super) struct Waiting {
+    /// Counts the events.
+    number: u64,
+    /// What the ledger needs to acknowledge it.
+    span: u64,
+    /// The envelope, encoded.
+    pub(super) envelope: Arc<[u8]>,
 }
 
 impl Outbox {
-    /// The outbox for the containerd behind this socket.
-    pub(super) fn open(address: &str) -> Self {
-        let queue = Arc::new(Queue {
-            address: address
-                .strip_prefix("unix://")
-                .unwrap_or(address)
-                .to_owned(),
-            waiting: Mutex::default(),
-            arrived: Notify::new(),
-        });
-        let sender = tokio::spawn(Arc::clone(&queue).drain()).abort_handle();
-        Self { queue, sender }
+    /// The outbox for a containerd that nothing is known of.
+    pub(super) fn new(directory: &Path, address: &str) -> Self {
+        Self::resume(Ledger::new(directory, address), Vec::new())
     }
 
-    /// Puts an event in.
-    pub(super) fn send(&self, envelope: Envelope) {
-        self.queue.push(envelope);
-    }
-}
-
-impl Queue {
-    fn push(&self, envelope: Envelope) {
-        let dropped = {
-            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            let dropped = if waiting.len() >= CAPACITY {
-                waiting.pop_front()
-            } else {
-                None
-            };
-            waiting.push_back(envelope);
-            dropped
+    /// The outbox that a predecessor left.
+    pub(super) fn resume(ledger: Ledger, left: Vec<Left>) -> Self {
+        let address = ledger.address().to_owned();
+        let mut contents = Contents {
+            waiting: VecDeque::new(),
+            size: 0,
+            next: 0,
+            ledger,
+            unheeded: Unheeded::default(),
         };
-        if let Some(dropped) = dropped {
-            warn!(
-                address = self.address,
-                topic = dropped.topic,
-                "too many events wait for containerd: the oldest is lost"
-            );
+        for (span, envelope) in left {
+            contents.push(span, envelope.into());
+        }
+        Self {
+            address,
+            contents: Mutex::new(contents),
+            arrived: Notify::new(),
+        }
+    }
+
+    /// The socket of its containerd.
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Puts an event in, durably.
+    pub(super) fn push(&self, event: &Event, envelope: Vec<u8>) {
+        {
+            let mut contents = self.contents();
+            let span = contents.ledger.append(&envelope);
+            let envelope: Arc<[u8]> = envelope.into();
+            contents.unheeded.accept(event, &envelope);
+            contents.push(span, envelope);
         }
         self.arrived.notify_one();
     }
 
-    async fn next(&self) -> Envelope {
-        loop {
-            let next = self
-                .waiting
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .pop_front();
-            match next {
-                Some(envelope) => return envelope,
-                None => self.arrived.notified().await,
-            }
+    /// The oldest event.
+    pub(super) fn first(&self) -> Option<Waiting> {
+        self.contents().waiting.front().cloned()
+    }
+
+    /// containerd has this event, or will never take it.
+    pub(super) fn acknowledge(&self, event: &Waiting) {
+        let mut contents = self.contents();
+        // It may have been dropped meanwhile.
+        if contents
+            .waiting
+            .front()
+            .is_some_and(|first| first.number == event.number)
+        {
+            contents.pop();
         }
     }
 
-    async fn drain(self: Arc<Self>) {
-        let mut connection = None;
-        loop {
-            let envelope = self.next().await;
-            debug!(
-                topic = envelope.topic,
-                namespace = envelope.namespace,
-                "event"
+    /// Completes when an event was put in since the last time.
+    pub(super) async fn arrived(&self) {
+        self.arrived.notified().await;
+    }
+
+    /// Whether containerd knows of an exit and has not deleted its task.
+    pub(super) fn has_unheeded(&self) -> bool {
+        !self.contents().unheeded.is_empty()
+    }
+
+    /// Whose exits containerd was told of up to this moment, and has not deleted.
+    pub(super) fn unheeded_at(&self, moment: Instant) -> VecDeque<TaskKey> {
+        self.contents().unheeded.at(moment)
+    }
+
+    /// The exit of this task, if it is not deleted.
+    pub(super) fn unheeded(&self, task: &TaskKey) -> Option<Arc<[u8]>> {
+        self.contents().unheeded.of(task)
+    }
+
+    fn contents(&self) -> MutexGuard<'_, Contents> {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Contents {
+    fn push(&mut self, span: u64, envelope: Arc<[u8]>) {
+        self.size = self.size.saturating_add(envelope.len());
+        self.waiting.push_back(Waiting {
+            number: self.next,
+            span,
+            envelope,
+        });
+        self.next = self.next.wrapping_add(1);
+        while self.waiting.len() > CAPACITY || (self.size > LARGEST && self.waiting.len() > 1) {
+            warn!(
+                address = self.ledger.address(),
+                "too many events wait for containerd: the oldest is lost"
             );
-            self.deliver(envelope, &mut connection).await;
+            self.pop();
         }
     }
 
-    /// Sends one event until it is taken or refused for good.
-    async fn deliver(&self, envelope: Envelope, connection: &mut Option<EventsClient>) {
-        let request = ForwardRequest {
-            envelope: MessageField::some(envelope),
-            ..ForwardRequest::default()
-        };
-        let topic = request.envelope.topic.as_str();
-        let mut pause = FIRST_PAUSE;
-        loop {
-            let reused = connection.is_some();
-            let why = match self.attempt(&request, connection).await {
-                Attempt::Delivered => return,
-                Attempt::Refused(why) => {
-                    return warn!(
-                        address = self.address,
-                        topic, why, "containerd refuses an event"
-                    );
-                }
-                Attempt::Failed(why) => why,
-            };
-            *connection = None;
-            if reused {
-                // containerd was restarted since the last event; a new connection may do at once.
-                continue;
-            }
-            if pause == FIRST_PAUSE {
-                warn!(
-                    address = self.address,
-                    topic, why, "containerd does not take events; trying again until it does"
-                );
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
-        }
-    }
-
-    async fn attempt(
-        &self,
-        request: &ForwardRequest,
-        connection: &mut Option<EventsClient>,
-    ) -> Attempt {
-        let client = match connection {
-            Some(client) => client,
-            None => match UnixStream::connect(&self.address).await {
-                Ok(stream) => {
-                    connection.insert(EventsClient::new(Client::new(Socket::new(stream))))
-                }
-                Err(error) => return Attempt::Failed(error.to_string()),
-            },
-        };
-        let forwarded = client.forward(context::with_duration(FORWARD_DEADLINE), request);
-        // ttrpc's own timeout does not cover a peer that does not read.
-        match tokio::time::timeout(2 * FORWARD_DEADLINE, forwarded).await {
-            Ok(Ok(_)) => Attempt::Delivered,
-            Ok(Err(ttrpc::Error::RpcStatus(status)))
-                if status.code() == ttrpc::Code::INVALID_ARGUMENT =>
-            {
-                Attempt::Refused(status.message)
-            }
-            Ok(Err(error)) => Attempt::Failed(error.to_string()),
-            Err(_) => Attempt::Failed("no answer".into()),
+    fn pop(&mut self) {
+        if let Some(first) = self.waiting.pop_front() {
+            self.size = self.size.saturating_sub(first.envelope.len());
+            self.ledger.acknowledge(first.span);
         }
     }
 }
