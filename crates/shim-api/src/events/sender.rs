@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim::event::Envelope;
@@ -31,6 +31,8 @@ pub(super) struct Sender {
     pause: Duration,
     /// It was said that containerd does not take events.
     has_complained: bool,
+    /// There was a connection, or an attempt: the next one may be to a containerd that was restarted.
+    was_away: bool,
     rounds: Rounds,
 }
 
@@ -55,6 +57,7 @@ impl Sender {
             connection: None,
             pause: FIRST_PAUSE,
             has_complained: false,
+            was_away: false,
             rounds: Rounds::default(),
         }
     }
@@ -118,7 +121,7 @@ impl Sender {
     fn next_again(&mut self) -> Option<Arc<[u8]>> {
         // Without a connection there will be another one, and rounds after it.
         self.connection.as_ref()?;
-        self.rounds.next(&self.outbox)
+        self.rounds.next(&self.outbox, Instant::now())
     }
 
     /// Tells of an exit that nobody acts on, once; containerd has acknowledged it before.
@@ -197,13 +200,16 @@ impl Sender {
     }
 
     async fn connect(&mut self) -> io::Result<&EventsClient> {
-        let connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => {
-                let connection = Connection::open(self.outbox.address()).await?;
-                self.rounds.connected();
-                connection
+        let connection = if let Some(connection) = self.connection.take() {
+            connection
+        } else {
+            // Only the first connection of all is to a containerd that we know nothing of, unless it comes after exits.
+            let was_away = std::mem::replace(&mut self.was_away, true);
+            let connection = Connection::open(self.outbox.address()).await?;
+            if was_away || self.outbox.has_unheeded() {
+                self.rounds.begin(Instant::now());
             }
+            connection
         };
         Ok(&self.connection.insert(connection).client)
     }

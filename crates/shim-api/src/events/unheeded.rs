@@ -13,7 +13,8 @@ use embedshim_core::id::TaskKey;
 
 use super::outbox::Outbox;
 
-/// How long after a connection was made the exits from before are told again.
+/// How long after a connection was made exits are told again: in the first round those from before the connection, in the others
+/// those from before the last round, for who listened later than the connection was made.
 const AFTER: [Duration; 3] = [
     Duration::from_secs(2),
     Duration::from_secs(5),
@@ -34,10 +35,8 @@ impl Unheeded {
             id: event.id.clone(),
         };
         match &event.kind {
-            EventKind::Exited { exec: None, .. } => {
-                if self.0.len() < CAPACITY {
-                    self.0.insert(key(), (Instant::now(), Arc::clone(envelope)));
-                }
+            EventKind::Exited { exec: None, .. } if self.0.len() < CAPACITY => {
+                self.0.insert(key(), (Instant::now(), Arc::clone(envelope)));
             }
             EventKind::Created { .. } | EventKind::Deleted { .. } => {
                 self.0.remove(&key());
@@ -72,10 +71,10 @@ pub(super) struct Rounds {
 }
 
 impl Rounds {
-    /// A connection was made.
-    pub(super) fn connected(&mut self) {
+    /// A connection was made, to a containerd that may have been restarted.
+    pub(super) fn begin(&mut self, now: Instant) {
         *self = Self {
-            connected: Some(Instant::now()),
+            connected: Some(now),
             ..Self::default()
         };
     }
@@ -92,12 +91,13 @@ impl Rounds {
     }
 
     /// The next exit to tell again, now.
-    pub(super) fn next(&mut self, outbox: &Outbox) -> Option<Arc<[u8]>> {
-        if let (Some(due), Some(connected)) = (self.due(), self.connected)
-            && due <= Instant::now()
-        {
+    pub(super) fn next(&mut self, outbox: &Outbox, now: Instant) -> Option<Arc<[u8]>> {
+        if self.due().is_some_and(|due| due <= now) {
+            let last = self.begun.checked_sub(1).and_then(|last| AFTER.get(last));
+            let connected = self.connected?;
+            let from_before = connected.checked_add(last.copied().unwrap_or_default())?;
+            self.left = outbox.unheeded_at(from_before);
             self.begun += 1;
-            self.left = outbox.unheeded_at(connected);
         }
         // Who was deleted since the round began is not told of.
         while let Some(task) = self.left.pop_front() {
@@ -106,5 +106,54 @@ impl Rounds {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    #[test]
+    fn an_exit_soon_after_the_connection_is_told_again_until_its_task_is_deleted() {
+        let directory = tempfile::tempdir().unwrap();
+        let outbox = Outbox::new(directory.path(), "/a");
+        let tell = |kind| {
+            let event = Event {
+                namespace: "n".parse().unwrap(),
+                id: "c".parse().unwrap(),
+                owner: "/a".into(),
+                at: SystemTime::now(),
+                kind,
+            };
+            outbox.push(&event, b"exit".to_vec());
+        };
+        let (pid, exit_code, exited_at) = (1, 0, SystemTime::now());
+        let mut rounds = Rounds::default();
+        let begun = Instant::now();
+        rounds.begin(begun);
+        tell(EventKind::Exited {
+            exec: None,
+            pid,
+            exit_code,
+            exited_at,
+        });
+        let mut told = |after| {
+            let mut count = 0;
+            while rounds.next(&outbox, begun + after).is_some() {
+                count += 1;
+            }
+            count
+        };
+        assert_eq!(AFTER.map(&mut told), [0, 1, 1]);
+        rounds.begin(Instant::now());
+        tell(EventKind::Deleted {
+            pid,
+            exit_code,
+            exited_at,
+        });
+        let long_after = Instant::now() + Duration::from_mins(1);
+        assert!(rounds.next(&outbox, long_after).is_none());
     }
 }
