@@ -15,6 +15,7 @@ mod embedding;
 mod events;
 mod exits;
 mod failures;
+mod half_done;
 mod hostile;
 mod kubernetes;
 mod model;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         &survival::UPGRADES,
         &failures::TESTS,
         &failures::OURS,
+        &half_done::TESTS,
         &hostile::TESTS,
         &kubernetes::TESTS,
         &model::TESTS,

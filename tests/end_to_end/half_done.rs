@@ -1,0 +1,447 @@
+//! What a daemon was about when it was killed, and what its successor makes of it: requests, calls of the runtime, terminals, inputs.
+//! All of it is asked for on one connection, as containerd would, which never notices.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::PathBuf;
+use std::thread::{ScopedJoinHandle, scope};
+
+use anyhow::{Context, ensure};
+use containerd_shim_protos::api;
+use containerd_shim_protos::protobuf::{Message, MessageField, well_known_types::any::Any};
+use containerd_shim_protos::shim::oci::Options;
+use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use xtask::sandbox::{Sandbox, until};
+
+use crate::tests;
+
+pub(crate) const TESTS: [Test; 11] = tests!(EmbedshimOnly:
+    a_create_under_way_is_answered,
+    a_start_under_way_is_answered,
+    a_start_that_was_done_is_answered_and_not_done_again,
+    an_exec_that_starts_is_found_and_its_code_is_known,
+    an_exec_that_was_not_started_yet_is_started,
+    a_delete_under_way_is_answered_with_the_code,
+    a_pause_under_way_is_finished,
+    a_terminal_goes_on_under_the_next_daemon,
+    a_terminal_that_is_handed_over_while_nobody_is_there_is_taken,
+    input_does_not_end_with_a_daemon,
+    input_that_ended_before_the_start_ends_under_the_next_daemon_too,
+);
+
+/// A runtime that stops within one of its calls until it is let go.
+struct SlowRuntime<'a> {
+    sandbox: &'a Sandbox,
+    program: PathBuf,
+}
+
+impl<'a> SlowRuntime<'a> {
+    /// It stops before or after `runc`'s call of this name, once.
+    fn new(sandbox: &'a Sandbox, call: &str, is_after: bool) -> anyhow::Result<Self> {
+        let directory = sandbox.directory();
+        let program = directory.join("slow-runc");
+        let (first, then) = if is_after {
+            ("runc \"$@\"; code=$?", "exit $code")
+        } else {
+            ("true", "exec runc \"$@\"")
+        };
+        let script = format!(
+            "#!/bin/sh\ncd {0}\nfor word in \"$@\"; do\n\
+             if [ \"$word\" = {call} ] && mkdir once 2>/dev/null; then\n\
+             {first}\ntouch going\nwhile [ -e going ]; do sleep 0.02; done\n{then}\nfi\ndone\nexec runc \"$@\"\n",
+            directory.display()
+        );
+        fs::write(&program, script)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        Ok(Self { sandbox, program })
+    }
+
+    fn create(&self, shim: &Shim, bundle: &Bundle) -> ttrpc::Result<u32> {
+        shim.create_with("c", bundle.path(), |request| self.choose(request))
+    }
+
+    fn choose(&self, request: &mut api::CreateTaskRequest) {
+        let options = Options {
+            binary_name: self.program.to_string_lossy().into_owned(),
+            ..Options::default()
+        };
+        request.options = MessageField::some(Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            value: options.write_to_bytes().unwrap_or_default(),
+            ..Any::default()
+        });
+    }
+
+    /// Kills the daemon while the runtime is in the call, lets the call go on under the next one, and returns what the request gets.
+    fn kill_within<T>(
+        &self,
+        request: ScopedJoinHandle<'_, ttrpc::Result<T>>,
+    ) -> anyhow::Result<ttrpc::Result<T>> {
+        let going = self.sandbox.directory().join("going");
+        until("the runtime is in its call", || Ok(going.exists()))?;
+        self.sandbox.kill_daemon()?;
+        ensure!(!request.is_finished(), "the request has an answer already");
+        fs::remove_file(&going)?;
+        join(request)
+    }
+}
+
+fn join<T>(request: ScopedJoinHandle<'_, T>) -> anyhow::Result<T> {
+    request
+        .join()
+        .map_err(|_| anyhow::anyhow!("a request panicked"))
+}
+
+fn start(stage: &Stage) -> anyhow::Result<(Sandbox, Shim)> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    Ok((sandbox, shim))
+}
+
+fn terminal(bundle: &Bundle) -> anyhow::Result<()> {
+    bundle.edit(|spec| {
+        if let Some(terminal) = spec.pointer_mut("/process/terminal") {
+            *terminal = true.into();
+        }
+    })
+}
+
+fn fifo(sandbox: &Sandbox, name: &str) -> anyhow::Result<PathBuf> {
+    let path = sandbox.directory().join(name);
+    mkfifo(&path, Mode::S_IRWXU)?;
+    Ok(path)
+}
+
+/// The client's end of an output.
+struct Output {
+    file: File,
+    text: String,
+}
+
+impl Output {
+    fn open(path: &PathBuf) -> anyhow::Result<Self> {
+        let mut options = OpenOptions::new();
+        let file = options
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(path)?;
+        Ok(Self {
+            file,
+            text: String::new(),
+        })
+    }
+
+    fn wait_for(&mut self, wanted: &str) -> anyhow::Result<()> {
+        let arrived = until(&format!("{wanted:?} arrives"), || {
+            let mut chunk = [0; 4096];
+            if let Ok(count) = self.file.read(&mut chunk) {
+                self.text
+                    .push_str(&String::from_utf8_lossy(&chunk[..count]));
+            }
+            Ok(self.text.contains(wanted))
+        });
+        arrived.with_context(|| format!("what came: {:?}", self.text))
+    }
+}
+
+fn exec_request(exec: &str, command: &[&str]) -> api::ExecProcessRequest {
+    let spec = serde_json::json!({
+        "args": command, "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}
+    });
+    api::ExecProcessRequest {
+        id: "c".into(),
+        exec_id: exec.into(),
+        spec: MessageField::some(Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+            value: spec.to_string().into_bytes(),
+            ..Any::default()
+        }),
+        ..api::ExecProcessRequest::default()
+    }
+}
+
+fn start_exec(shim: &Shim, exec: &str) -> ttrpc::Result<u32> {
+    let request = api::StartRequest {
+        id: "c".into(),
+        exec_id: exec.into(),
+        ..api::StartRequest::default()
+    };
+    shim.tasks
+        .start(shim.metadata(), &request)
+        .map(|response| response.pid)
+}
+
+fn wait_exec(shim: &Shim, exec: &str) -> ttrpc::Result<u32> {
+    let request = api::WaitRequest {
+        id: "c".into(),
+        exec_id: exec.into(),
+        ..api::WaitRequest::default()
+    };
+    shim.tasks
+        .wait(shim.metadata(), &request)
+        .map(|response| response.exit_status)
+}
+
+/// Ends it, and looks whether everything is gone.
+fn end(sandbox: &Sandbox, shim: &Shim, before: &Footprint) -> anyhow::Result<()> {
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
+    before.wait_for_return(sandbox)
+}
+
+fn a_create_under_way_is_answered(stage: &Stage) -> anyhow::Result<()> {
+    for is_after in [false, true] {
+        let (sandbox, shim) = start(stage)?;
+        let runtime = SlowRuntime::new(&sandbox, "create", is_after)?;
+        let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+        let before = Footprint::of(&sandbox);
+        let pid =
+            scope(|scope| runtime.kill_within(scope.spawn(|| runtime.create(&shim, &bundle))))??;
+        ensure!(shim.start("c")? == pid, "another pid");
+        end(&sandbox, &shim, &before)?;
+    }
+    Ok(())
+}
+
+fn a_start_under_way_is_answered(stage: &Stage) -> anyhow::Result<()> {
+    for is_after in [false, true] {
+        let (sandbox, shim) = start(stage)?;
+        let runtime = SlowRuntime::new(&sandbox, "start", is_after)?;
+        // It may have ended before anybody looks.
+        let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "exit 7"])?;
+        let before = Footprint::of(&sandbox);
+        let created = runtime.create(&shim, &bundle)?;
+        let waiting = Shim::connect(&sandbox)?;
+        scope(|scope| {
+            let wait = scope.spawn(|| waiting.wait("c"));
+            let started = runtime.kill_within(scope.spawn(|| shim.start("c")))??;
+            ensure!(started == created, "another pid");
+            ensure!(join(wait)?? == 7, "not 7");
+            anyhow::Ok(())
+        })?;
+        ensure!(shim.delete("c")? == 7, "not 7");
+        before.wait_for_return(&sandbox)?;
+    }
+    Ok(())
+}
+
+/// Two starts: the one that was carried out is answered as such, the other is refused as ever.
+fn a_start_that_was_done_is_answered_and_not_done_again(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = start(stage)?;
+    let runtime = SlowRuntime::new(&sandbox, "start", true)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let before = Footprint::of(&sandbox);
+    let created = runtime.create(&shim, &bundle)?;
+    let other = Shim::connect(&sandbox)?;
+    scope(|scope| {
+        let first = scope.spawn(|| shim.start("c"));
+        until("the runtime is in its call", || {
+            Ok(sandbox.directory().join("going").exists())
+        })?;
+        let second = scope.spawn(|| other.start("c"));
+        ensure!(runtime.kill_within(first)?? == created, "another pid");
+        let refusal = join(second)?.map_or_else(|error| error.to_string(), |pid| pid.to_string());
+        ensure!(
+            refusal.contains("cannot start a running process"),
+            "{refusal}"
+        );
+        anyhow::Ok(())
+    })?;
+    end(&sandbox, &shim, &before)
+}
+
+fn an_exec_that_starts_is_found_and_its_code_is_known(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = start(stage)?;
+    let runtime = SlowRuntime::new(&sandbox, "exec", true)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let before = Footprint::of(&sandbox);
+    runtime.create(&shim, &bundle)?;
+    shim.start("c")?;
+    // It ends while no daemon of ours knows of it.
+    let request = exec_request("e", &["sh", "-c", "exit 23"]);
+    shim.tasks.exec(shim.metadata(), &request)?;
+    let waiting = Shim::connect(&sandbox)?;
+    scope(|scope| {
+        let wait = scope.spawn(|| wait_exec(&waiting, "e"));
+        let pid = runtime.kill_within(scope.spawn(|| start_exec(&shim, "e")))??;
+        ensure!(pid > 0, "no pid");
+        ensure!(join(wait)?? == 23, "not 23");
+        anyhow::Ok(())
+    })?;
+    end(&sandbox, &shim, &before)
+}
+
+fn an_exec_that_was_not_started_yet_is_started(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = start(stage)?;
+    let runtime = SlowRuntime::new(&sandbox, "exec", false)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let before = Footprint::of(&sandbox);
+    runtime.create(&shim, &bundle)?;
+    shim.start("c")?;
+    let request = exec_request("e", &["sh", "-c", "exit 24"]);
+    shim.tasks.exec(shim.metadata(), &request)?;
+    scope(|scope| {
+        let pid = runtime.kill_within(scope.spawn(|| start_exec(&shim, "e")))??;
+        ensure!(pid > 0, "no pid");
+        ensure!(wait_exec(&shim, "e")? == 24, "not 24");
+        anyhow::Ok(())
+    })?;
+    end(&sandbox, &shim, &before)
+}
+
+fn a_delete_under_way_is_answered_with_the_code(stage: &Stage) -> anyhow::Result<()> {
+    for is_after in [false, true] {
+        let (sandbox, shim) = start(stage)?;
+        let runtime = SlowRuntime::new(&sandbox, "delete", is_after)?;
+        let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "exit 9"])?;
+        let before = Footprint::of(&sandbox);
+        runtime.create(&shim, &bundle)?;
+        shim.start("c")?;
+        ensure!(shim.wait("c")? == 9, "not 9");
+        let code = scope(|scope| runtime.kill_within(scope.spawn(|| shim.delete("c"))))??;
+        ensure!(code == 9, "{code}");
+        ensure!(shim.state("c").is_err(), "it is still there");
+        before.wait_for_return(&sandbox)?;
+    }
+    Ok(())
+}
+
+fn a_pause_under_way_is_finished(stage: &Stage) -> anyhow::Result<()> {
+    for is_after in [false, true] {
+        let (sandbox, shim) = start(stage)?;
+        let runtime = SlowRuntime::new(&sandbox, "pause", is_after)?;
+        let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+        let before = Footprint::of(&sandbox);
+        runtime.create(&shim, &bundle)?;
+        shim.start("c")?;
+        let request = api::PauseRequest {
+            id: "c".into(),
+            ..api::PauseRequest::default()
+        };
+        scope(|scope| {
+            runtime.kill_within(scope.spawn(|| shim.tasks.pause(shim.metadata(), &request)))
+        })??;
+        let status = shim.state("c")?.status();
+        ensure!(status == api::Status::PAUSED, "{status:?}");
+        let request = api::ResumeRequest {
+            id: "c".into(),
+            ..api::ResumeRequest::default()
+        };
+        shim.tasks.resume(shim.metadata(), &request)?;
+        end(&sandbox, &shim, &before)?;
+    }
+    Ok(())
+}
+
+fn a_terminal_goes_on_under_the_next_daemon(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = start(stage)?;
+    let script = "while read line; do echo \"got $line\"; [ $line = end ] && exit 5; done";
+    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", script])?;
+    terminal(&bundle)?;
+    let (stdin, stdout) = (fifo(&sandbox, "in")?, fifo(&sandbox, "out")?);
+    let before = Footprint::of(&sandbox);
+    let mut output = Output::open(&stdout)?;
+    shim.create_with("c", bundle.path(), |request| {
+        request.terminal = true;
+        request.stdin = stdin.to_string_lossy().into_owned();
+        request.stdout = stdout.to_string_lossy().into_owned();
+    })?;
+    shim.start("c")?;
+    let mut input = OpenOptions::new().write(true).open(&stdin)?;
+    for line in ["one", "two", "three"] {
+        writeln!(input, "{line}")?;
+        output.wait_for(&format!("got {line}"))?;
+        sandbox.kill_daemon()?;
+    }
+    let size = api::ResizePtyRequest {
+        id: "c".into(),
+        width: 100,
+        height: 30,
+        ..api::ResizePtyRequest::default()
+    };
+    shim.tasks.resize_pty(shim.metadata(), &size)?;
+    writeln!(input, "end")?;
+    output.wait_for("got end")?;
+    ensure!(shim.wait("c")? == 5 && shim.delete("c")? == 5, "not 5");
+    before.wait_for_return(&sandbox)
+}
+
+fn a_terminal_that_is_handed_over_while_nobody_is_there_is_taken(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let (sandbox, shim) = start(stage)?;
+    let runtime = SlowRuntime::new(&sandbox, "exec", false)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let stdout = fifo(&sandbox, "out")?;
+    let before = Footprint::of(&sandbox);
+    runtime.create(&shim, &bundle)?;
+    shim.start("c")?;
+    let mut output = Output::open(&stdout)?;
+    let mut request = exec_request(
+        "e",
+        &["sh", "-c", "test -t 1 && echo on a terminal; exit 6"],
+    );
+    request.terminal = true;
+    request.stdout = stdout.to_string_lossy().into_owned();
+    shim.tasks.exec(shim.metadata(), &request)?;
+    scope(|scope| runtime.kill_within(scope.spawn(|| start_exec(&shim, "e"))))??;
+    output.wait_for("on a terminal")?;
+    ensure!(wait_exec(&shim, "e")? == 6, "not 6");
+    end(&sandbox, &shim, &before)
+}
+
+fn input_does_not_end_with_a_daemon(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = start(stage)?;
+    let bundle = Bundle::new(&sandbox, "c", &["busybox", "cat"])?;
+    let (stdin, stdout) = (fifo(&sandbox, "in")?, fifo(&sandbox, "out")?);
+    let before = Footprint::of(&sandbox);
+    let mut output = Output::open(&stdout)?;
+    shim.create_with("c", bundle.path(), |request| {
+        request.stdin = stdin.to_string_lossy().into_owned();
+        request.stdout = stdout.to_string_lossy().into_owned();
+    })?;
+    shim.start("c")?;
+    for line in ["one", "two"] {
+        // The client is gone right afterwards: our writer alone keeps the input open.
+        fs::write(&stdin, format!("{line}\n"))?;
+        output.wait_for(line)?;
+        sandbox.kill_daemon()?;
+    }
+    ensure!(
+        shim.state("c")?.status() == api::Status::RUNNING,
+        "its input has ended"
+    );
+    shim.close_stdin("c")?;
+    ensure!(shim.wait("c")? == 0 && shim.delete("c")? == 0, "not 0");
+    before.wait_for_return(&sandbox)
+}
+
+/// `echo hi | ctr run ... cat`: the client has written and left before the start, and sends no `CloseIO`.
+fn input_that_ended_before_the_start_ends_under_the_next_daemon_too(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let (sandbox, shim) = start(stage)?;
+    let bundle = Bundle::new(&sandbox, "c", &["busybox", "cat"])?;
+    let (stdin, stdout) = (fifo(&sandbox, "in")?, fifo(&sandbox, "out")?);
+    let before = Footprint::of(&sandbox);
+    let mut output = Output::open(&stdout)?;
+    shim.create_with("c", bundle.path(), |request| {
+        request.stdin = stdin.to_string_lossy().into_owned();
+        request.stdout = stdout.to_string_lossy().into_owned();
+    })?;
+    fs::write(&stdin, "hi\n")?;
+    sandbox.kill_daemon()?;
+    shim.start("c")?;
+    output.wait_for("hi")?;
+    ensure!(shim.wait("c")? == 0 && shim.delete("c")? == 0, "not 0");
+    before.wait_for_return(&sandbox)
+}
