@@ -26,7 +26,7 @@ const DAMAGED: &str = "damaged";
 pub(super) struct Ledger {
     path: PathBuf,
     address: String,
-    /// None until there is something to note, and when the file cannot be made.
+    /// None while there is nothing to note, and when the file cannot be made.
     file: Option<File>,
     /// Where the first unacknowledged entry begins, and what the file says of that.
     first: u64,
@@ -172,13 +172,15 @@ impl Ledger {
         self.compact();
     }
 
-    /// Cuts back to the header when nothing else is needed. That alone acknowledges everything; the place is put right afterwards.
+    /// Cuts back to the header when nothing else is needed, which acknowledges everything whatever the header says, and closes the
+    /// file: of a containerd that we have nothing for, no descriptor is held. The next event begins the file anew.
     fn cut(&mut self) -> io::Result<()> {
         if let Some(file) = &self.file
             && self.first == self.end
         {
             file.set_len(HEADER)?;
-            (self.first, self.end) = (HEADER, HEADER);
+            self.file = None;
+            (self.first, self.noted, self.end) = (HEADER, HEADER, HEADER);
         }
         Ok(())
     }
@@ -279,6 +281,7 @@ mod tests {
         assert_eq!(left(directory.path()), [b"ten"]);
         ledger.acknowledge(span);
         assert_eq!(fs::metadata(&ledger.path).unwrap().len(), HEADER);
+        assert!(ledger.file.is_none(), "an idle outbox holds a descriptor");
         assert!(left(directory.path()).is_empty());
         assert!(!ledger.path.exists(), "an empty outbox stays");
     }
