@@ -89,18 +89,13 @@ impl Footprint {
     }
 }
 
-/// What the daemon's descriptors point to. Connections of our own probing come and go, with their journals, and are not
-/// counted, nor are outboxes: there is one for each containerd.
+/// What the daemon's descriptors point to. Connections of our own probing come and go, with their journals, and are not counted.
 fn descriptors(pid: i32) -> Vec<String> {
     let links = entries(Path::new(&format!("/proc/{pid}/fd")));
     let targets = links.iter().filter_map(|link| fs::read_link(link).ok());
     targets
         .map(|target| target.display().to_string())
-        .filter(|target| {
-            !target.starts_with("socket:")
-                && !target.contains("/es/connections/")
-                && !target.contains("/es/events/")
-        })
+        .filter(|target| !target.starts_with("socket:") && !target.contains("/es/connections/"))
         .collect()
 }
 

@@ -145,9 +145,10 @@ impl Bundle {
         let directory = sandbox.directory().join("bundles").join(id);
         let bin = directory.join("rootfs/bin");
         fs::create_dir_all(&bin)?;
-        for busybox in ["busybox", "sh", "sleep", "true"] {
-            if !bin.join(busybox).exists() {
-                fs::copy("/bin/busybox", bin.join(busybox))?;
+        if !bin.join("busybox").exists() {
+            fs::copy("/bin/busybox", bin.join("busybox"))?;
+            for applet in ["sh", "sleep", "true"] {
+                std::os::unix::fs::symlink("busybox", bin.join(applet))?;
             }
         }
         // The same id may be created again.

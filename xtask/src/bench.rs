@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: ours and containerd's own shim side by side, in the same run, alternating. Ratios count; the absolute
 //! numbers are the machine's.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -33,7 +34,22 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let theirs = Sandbox::start(&binaries, RUNC_V2, &archive)?;
     latency(&ours, &theirs, options.runs)?;
     exit_cost::print()?;
-    memory(&ours, &theirs, options.containers)
+    memory(&ours, &theirs, options.containers)?;
+    // Its containers would slow down what comes next.
+    drop((ours, theirs));
+    takeover(&binaries)
+}
+
+/// How long a killed daemon is missed: by a program that speaks the shim API itself, since containerd would blur it.
+fn takeover(binaries: &Path) -> anyhow::Result<()> {
+    let status = products::cargo()
+        .args(["run", "--quiet", "--package", "embedshim-tests"])
+        .args(["--bin", "takeover", "--"])
+        .arg(binaries)
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "the takeover cannot be measured");
+    Ok(())
 }
 
 fn latency(ours: &Sandbox, theirs: &Sandbox, runs: u32) -> anyhow::Result<()> {

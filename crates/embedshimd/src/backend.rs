@@ -4,12 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use embedshim_core::exit::{Backend, Choice, ExitMonitor, Report};
+use embedshim_core::exit::{Backend, Choice, ExitMonitor, Promise, Report};
 use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
+use tracing::warn;
 
-use crate::config::Config;
+use crate::config::{Config, Wish};
+use crate::outcome::{Code, Failure};
 
 /// What each backend can do here, and which one the configuration and this machine come to.
 pub(crate) fn probe(state_dir: &Path, config: &Config) -> Report {
@@ -36,14 +38,37 @@ fn bpf(state_dir: &Path, config: &Config) -> BpfConfig {
     }
 }
 
-/// Opens the chosen backend.
-pub(crate) fn open(
+/// Opens the best backend that the configuration allows: what a predecessor has left running, or what probing comes to.
+pub(crate) fn open(config: &Config, state_dir: &Path) -> Result<Arc<dyn ExitMonitor>, Failure> {
+    let pidfd = PidfdMonitor::new().context("cannot set up the pidfd exit monitor")?;
+    let pidfd = Arc::new(pidfd);
+    let allows_bpf = matches!(config.monitor.backend, Wish::Auto | Wish::Bpf);
+    if allows_bpf && let Some(monitor) = BpfMonitor::resume(&bpf(state_dir, config), pidfd.clone())
+    {
+        return Ok(Arc::new(monitor));
+    }
+    let report = probe(state_dir, config);
+    let choice = report
+        .choice()
+        .map_err(|none| Failure::new(Code::Unsupported, none))?;
+    if report.promise != Promise::Kept {
+        warn!(backend = %choice.backend, "exits can be lost while the daemon is down");
+        for remedy in &report.remedies {
+            warn!("to improve: {remedy}");
+        }
+    }
+    let opened = open_chosen(choice, config, state_dir, pidfd);
+    let opened =
+        opened.with_context(|| format!("cannot start the {} exit monitor", choice.backend))?;
+    Ok(opened)
+}
+
+fn open_chosen(
     choice: Choice,
     config: &Config,
     state_dir: &Path,
+    pidfd: Arc<PidfdMonitor>,
 ) -> anyhow::Result<Arc<dyn ExitMonitor>> {
-    let pidfd = PidfdMonitor::new().context("cannot set up the pidfd exit monitor")?;
-    let pidfd = Arc::new(pidfd);
     Ok(match choice.backend {
         Backend::Bpf => Arc::new(BpfMonitor::open_chosen(
             choice,

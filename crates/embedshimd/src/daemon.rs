@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use embedshim_core::descriptor::{DescriptorName, DescriptorStore, Inherited, Unkept};
-use embedshim_core::exit::Promise;
 use embedshim_core::task::{Node, NodeConfig};
 use nix::fcntl::Flock;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -65,18 +64,8 @@ pub(crate) fn run(options: &Serve, start: Start) -> Result<Code, Failure> {
 }
 
 async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, Failure> {
-    let report = backend::probe(state_dir, config);
-    let choice = report
-        .choice()
-        .map_err(|none| Failure::new(Code::Unsupported, none))?;
-    if report.promise != Promise::Kept {
-        warn!(backend = %choice.backend, "exits can be lost while the daemon is down");
-        for remedy in &report.remedies {
-            warn!("to improve: {remedy}");
-        }
-    }
-    let monitor = backend::open(choice, config, state_dir)
-        .with_context(|| format!("cannot start the {} exit monitor", choice.backend))?;
+    let monitor = backend::open(config, state_dir)?;
+    let backend = monitor.backend();
     let socket = location::socket(state_dir).context("cannot listen")?;
     let manager = manager(&start);
     let store: Arc<dyn DescriptorStore> = match &manager {
@@ -99,7 +88,7 @@ async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, 
         .context("cannot take over the tasks of this node")?;
     outboxes.start();
     sys::trim_heap();
-    info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), backend = %choice.backend, "serving");
+    info!(version = env!("CARGO_PKG_VERSION"), socket = %socket.display(), %backend, "serving");
     let keeping = Keeping {
         store: Arc::clone(&store),
         directory: state_dir.join("connections"),

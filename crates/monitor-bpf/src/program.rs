@@ -106,6 +106,12 @@ impl Program {
         })
     }
 
+    /// Takes over the pinned program; `None` if there is none that could be used as it is.
+    pub(crate) fn resume(pins: &Pins, capacity: u32) -> Option<Self> {
+        pins.on_bpffs().ok()?;
+        Self::take_over(pins, capacity).ok().flatten()
+    }
+
     /// Loads it for this process's lifetime only.
     pub(crate) fn open_unpinned(capacity: u32, how: &Loading) -> Result<Self, OpenError> {
         Self::load(None, capacity, how)

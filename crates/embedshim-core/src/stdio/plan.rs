@@ -97,6 +97,12 @@ impl Plan {
         })
     }
 
+    /// Whether there is anything that could be opened again.
+    pub(crate) fn has_paths(&self) -> bool {
+        let is_path = |output: &Output| matches!(output, Output::Path(_));
+        self.stdin.is_some() || is_path(&self.stdout) || is_path(&self.stderr)
+    }
+
     /// Whether the process gets a terminal.
     pub(crate) fn terminal(&self) -> bool {
         self.terminal

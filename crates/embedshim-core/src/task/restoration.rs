@@ -33,6 +33,34 @@ struct Believed {
     process: Arc<TaskProcess>,
 }
 
+/// What is on disk of a task.
+struct Remains {
+    record: TaskRecord,
+    spec: Spec,
+    /// containerd removed the bundle while no daemon was there to clean up with it, and nothing of the task lives.
+    is_forsaken: bool,
+}
+
+impl Remains {
+    /// Looks. Blocks on the file system.
+    fn of(record: TaskRecord) -> Self {
+        let spec = Spec::read(&record.bundle.path).unwrap_or_else(|error| {
+            warn!(id = %record.id, %error, "the bundle cannot be read: its container is treated as sharing a pid namespace");
+            Spec::default()
+        });
+        let is_there = Bundle::open(&record.bundle.path).is_ok_and(|found| found == record.bundle);
+        let alive = |identity| {
+            Process::reopen(identity).is_ok_and(|process| !process.has_ended().unwrap_or(false))
+        };
+        let is_forsaken = !is_there && !record.init.identity.is_some_and(alive);
+        Self {
+            record,
+            spec,
+            is_forsaken,
+        }
+    }
+}
+
 /// What is found out about all tasks, before anything is done about it.
 #[derive(Default)]
 struct Findings {
@@ -45,22 +73,23 @@ struct Findings {
 /// Takes over everything in the store. Afterwards every task is there, and every exit that happened meanwhile is on its way.
 pub(super) async fn restore(shared: &Arc<Shared>, inherited: &mut Inherited) -> Result<(), Error> {
     let store = shared.store.clone();
-    let (records, mut calls) = blocking(move || {
-        let records = store.load()?;
+    // All of it in one go: a change of threads for each of 500 tasks would take longer than the work.
+    let (remains, mut calls) = blocking(move || {
+        let remains: Vec<Remains> = store.load()?.into_iter().map(Remains::of).collect();
         // Nothing was under way where there is no record.
-        let calls = if records.is_empty() {
+        let calls = if remains.is_empty() {
             UnderWay::default()
         } else {
             UnderWay::find()
         };
-        Ok::<_, Error>((records, calls))
+        Ok::<_, Error>((remains, calls))
     })
     .await??;
     let mut findings = Findings::default();
-    for record in records {
-        let calls = calls.take(&record.bundle.path);
-        let is_of_this_boot = record.boot_id == shared.boot_id;
-        if let Some(task) = restore_task(shared, record, &calls).await? {
+    for remains in remains {
+        let calls = calls.take(&remains.record.bundle.path);
+        let is_of_this_boot = remains.record.boot_id == shared.boot_id;
+        if let Some(task) = restore_task(shared, remains, &calls).await? {
             examine(
                 shared,
                 &task,
@@ -112,17 +141,14 @@ pub(super) async fn restore(shared: &Arc<Shared>, inherited: &mut Inherited) -> 
 
 async fn restore_task(
     shared: &Arc<Shared>,
-    record: TaskRecord,
+    remains: Remains,
     calls: &[Process],
 ) -> Result<Option<Arc<Task>>, Error> {
-    let path = record.bundle.path.clone();
-    let spec = match blocking(move || Spec::read(&path)).await? {
-        Ok(spec) => spec,
-        Err(error) => {
-            warn!(id = %record.id, %error, "the bundle cannot be read: its container is treated as sharing a pid namespace");
-            Spec::default()
-        }
-    };
+    let Remains {
+        record,
+        spec,
+        is_forsaken,
+    } = remains;
     let deadline = shared.config.runtime_deadline;
     let runtime = Runtime::new(
         &record.runtime,
@@ -137,7 +163,7 @@ async fn restore_task(
         spec.has_own_pid_namespace(),
         |number| shared.deposit_of(number),
     ));
-    if task.is_complete() && calls.is_empty() && is_forsaken(&task).await? {
+    if task.is_complete() && calls.is_empty() && is_forsaken {
         warn!(id = %task.id(), "removing a dead task whose bundle is gone: nobody will ever ask for it");
         remove_traces(shared, &task, true).await;
         return Ok(None);
@@ -228,19 +254,6 @@ async fn has_ended(
         task.init_ended();
         task.tell_init_exit(shared, told);
     }
-}
-
-/// containerd removed the bundle while no daemon was there to clean up with it, and nothing of the task lives.
-async fn is_forsaken(task: &Arc<Task>) -> Result<bool, Error> {
-    let (bundle, identity) = (task.bundle.clone(), task.init.identity());
-    blocking(move || {
-        let is_there = Bundle::open(&bundle.path).is_ok_and(|found| found == bundle);
-        let alive = |identity| {
-            Process::reopen(identity).is_ok_and(|process| !process.has_ended().unwrap_or(false))
-        };
-        !is_there && !identity.is_some_and(alive)
-    })
-    .await
 }
 
 /// Its end is told when nothing that has to come first is under way.

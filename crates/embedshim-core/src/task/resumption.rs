@@ -233,7 +233,11 @@ pub(super) async fn connect(
 ) -> Result<Option<Streams>, Error> {
     let (plan, deposit) = (Plan::parse(&process.stdio)?, process.deposit.clone());
     if !plan.terminal() {
-        let held = blocking(move || HeldStdio::reopen(&plan, kept, deposit)).await?;
+        let held = if kept.is_empty() && plan.has_paths() {
+            blocking(move || HeldStdio::reopen(&plan, kept, deposit)).await?
+        } else {
+            HeldStdio::reopen(&plan, kept, deposit)
+        };
         return Ok(Some(Streams::Held(held)));
     }
     let socket = kept.iter().position(|(role, _)| *role == Role::Console);
