@@ -264,7 +264,12 @@ fn a_wrong_configuration_is_named(stage: &Stage) -> anyhow::Result<()> {
         &["--rm"],
         &["true"],
         &["embedshimd did not start", "telepathy"],
-    )
+    )?;
+    ensure!(
+        sandbox.keeper_pid().is_none(),
+        "a keeper goes on without a daemon"
+    );
+    Ok(())
 }
 
 /// Runs `embedshimd probe` by way of another program that takes something away first.

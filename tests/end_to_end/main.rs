@@ -21,6 +21,7 @@ mod kubernetes;
 mod model;
 mod mounts;
 mod regressions;
+mod replacement;
 mod smoke;
 mod streams;
 mod survival;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         &model::TESTS,
         &mounts::TESTS,
         &regressions::TESTS,
+        &replacement::TESTS,
         &smoke::TESTS,
         &smoke::UNIFIED,
         &bootstrap::TESTS,

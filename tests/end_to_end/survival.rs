@@ -17,7 +17,7 @@ pub(crate) const OURS: [Test; 5] = tests!(EmbedshimOnly:
     exits_while_nobody_is_there_are_known_afterwards,
     containers_outlive_the_daemon_and_go_on_under_the_next,
     an_exec_that_ends_while_nobody_is_there_is_known_afterwards,
-    a_lost_daemon_leaves_nothing_behind,
+    a_lost_daemon_and_keeper_leave_nothing_behind,
     closed_input_stays_closed_for_the_next_daemon,
 );
 
@@ -33,14 +33,19 @@ fn end(pid: i32, signal: Signal) -> anyhow::Result<()> {
 /// Starts what handles SIGTERM, and waits until it does.
 fn until_term(sandbox: &Sandbox, id: &str, code: &str) -> anyhow::Result<i32> {
     let pid = sandbox.detached(&[], id, &["guest", "until-term", code])?;
+    handles_term(pid)?;
+    Ok(pid)
+}
+
+/// Waits until a process has a handler for SIGTERM.
+pub(crate) fn handles_term(pid: i32) -> anyhow::Result<()> {
     until("it handles SIGTERM", || {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
         let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
         Ok(mask
             .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
             .is_some_and(|mask| mask & (1 << 14) != 0))
-    })?;
-    Ok(pid)
+    })
 }
 
 fn tasks_are_there_after_containerd_was_restarted(stage: &Stage) -> anyhow::Result<()> {
@@ -177,8 +182,8 @@ fn an_exec_that_ends_while_nobody_is_there_is_known_afterwards(
     Ok(())
 }
 
-fn a_lost_daemon_leaves_nothing_behind(stage: &Stage) -> anyhow::Result<()> {
-    // containerd destroys the containers of a connection it has lost; until connections survive, at least nothing may stay.
+fn a_lost_daemon_and_keeper_leave_nothing_behind(stage: &Stage) -> anyhow::Result<()> {
+    // containerd destroys the containers of a connection it has lost, and nothing of them may stay.
     let sandbox = stage.sandbox()?;
     // The first container starts the daemon.
     sandbox.detached(&[], "first", &["true"])?;

@@ -1,6 +1,7 @@
 //! The sandbox's `embedshimd`: its keeper and its daemon, who they are, and how they are started and ended.
 
 use std::fs::{self, File};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::Context;
@@ -76,19 +77,17 @@ impl Sandbox {
 
     /// Starts keeper and daemon by hand, as the launcher would, and waits until the daemon serves.
     pub fn start_daemon(&self) -> anyhow::Result<()> {
-        self.spawn_daemon()?.leave();
-        until("embedshimd serves", || Ok(self.ready_daemon().is_some()))
-            .with_context(|| self.daemon_log())
+        self.start_daemon_of(&self.binaries.join("embedshimd"))
     }
 
-    /// Starts keeper and daemon by hand; what is returned is the keeper.
-    pub fn spawn_daemon(&self) -> anyhow::Result<Running> {
+    /// The same with another file.
+    pub fn start_daemon_of(&self, program: &Path) -> anyhow::Result<()> {
         fs::create_dir_all(self.state_dir())?;
         let log = File::options()
             .create(true)
             .append(true)
             .open(self.state_dir().join("embedshimd.log"))?;
-        let mut command = Command::new(self.binaries.join("embedshimd"));
+        let mut command = Command::new(program);
         command
             .args(["keep", "--detached", "--state-dir"])
             .arg(self.state_dir())
@@ -96,7 +95,9 @@ impl Sandbox {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        Running::spawn(&mut command)
+        Running::spawn(&mut command)?.leave();
+        until("embedshimd serves", || Ok(self.ready_daemon().is_some()))
+            .with_context(|| self.daemon_log())
     }
 }
 

@@ -1,0 +1,255 @@
+//! The daemon is replaced under a living containerd: killed, asked to leave, upgraded. Neither containerd nor a container notices.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
+
+use crate::survival::handles_term;
+use crate::tests;
+
+pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
+    a_client_gets_its_exit_code_though_the_daemon_was_killed,
+    ten_kills_in_a_row_lose_nothing,
+    a_killed_keeper_takes_nothing_with_it,
+    a_hangup_replaces_the_daemon,
+    an_upgrade_takes_the_binary_on_disk_and_loses_nothing,
+    an_upgrade_without_a_keeper_is_refused,
+    garbage_does_not_disturb_the_keeper,
+);
+
+/// The container runs and can be worked with.
+fn unharmed(sandbox: &Sandbox, id: &str, pid: i32) -> anyhow::Result<()> {
+    let task = sandbox.task(id)?;
+    ensure!(
+        (task.pid, task.status.as_str()) == (pid, "RUNNING"),
+        "{task:?}: {}",
+        sandbox.daemon_log()
+    );
+    sandbox
+        .ctr_ok(&["task", "exec", "--exec-id", "e", id, "true"])
+        .map(drop)
+}
+
+fn a_client_gets_its_exit_code_though_the_daemon_was_killed(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    let mut client =
+        Running::capture(&mut sandbox.run(&["--rm"], "c", &["guest", "until-term", "7"]))?;
+    sandbox.wait_for_status("c", "RUNNING")?;
+    let pid = sandbox.task("c")?.pid;
+    handles_term(pid)?;
+    sandbox.kill_daemon()?;
+    unharmed(&sandbox, "c", pid)?;
+    sandbox.ctr_ok(&["task", "kill", "--signal", "TERM", "c"])?;
+    let finished = client.finish(PATIENCE)?;
+    ensure!(
+        finished.code == Some(7),
+        "{finished:?}: {}",
+        sandbox.daemon_log()
+    );
+    Ok(())
+}
+
+fn ten_kills_in_a_row_lose_nothing(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    sandbox.detached(&[], "first", &["true"])?;
+    sandbox.wait_for_status("first", "STOPPED")?;
+    sandbox.delete_task("first")?;
+    let before = Footprint::of(&sandbox);
+    let pid = sandbox.detached(&[], "c", &["sleep", "1000"])?;
+    for _ in 0..10 {
+        sandbox.kill_daemon()?;
+    }
+    unharmed(&sandbox, "c", pid)?;
+    sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "c"])?;
+    sandbox.wait_for_status("c", "STOPPED")?;
+    ensure!(sandbox.delete_task("c")? == 137, "the code was lost");
+    // The keeper has become its parent, and does not keep the zombie.
+    before.wait_for_return(&sandbox)
+}
+
+fn a_killed_keeper_takes_nothing_with_it(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    let pid = sandbox.detached(&[], "c", &["sleep", "1000"])?;
+    let daemon = sandbox.daemon_pid();
+    sandbox.end_keeper()?;
+    unharmed(&sandbox, "c", pid)?;
+    // Its connection cannot be kept any more, and it runs nevertheless.
+    let other = sandbox.detached(&[], "other", &["sleep", "1000"])?;
+    unharmed(&sandbox, "other", other)?;
+    ensure!(
+        sandbox.daemon_pid() == daemon && sandbox.keeper_pid().is_none(),
+        "the daemon went with its keeper"
+    );
+    let log = sandbox.daemon_log();
+    ensure!(
+        log.contains("the keeper has ended") && log.contains("Stop containerd before"),
+        "{log}"
+    );
+    Ok(())
+}
+
+fn a_hangup_replaces_the_daemon(stage: &Stage) -> anyhow::Result<()> {
+    let mut sandbox = stage.sandbox()?;
+    let pid = sandbox.detached(&[], "c", &["sleep", "1000"])?;
+    let keeper = sandbox.keeper_pid().context("no keeper")?;
+    sandbox.replace_daemon(Signal::SIGHUP)?;
+    unharmed(&sandbox, "c", pid)?;
+    let old = sandbox.daemon_pid().context("no daemon")?;
+    kill(Pid::from_raw(keeper), Signal::SIGHUP)?;
+    sandbox.successor_of(old)?;
+    unharmed(&sandbox, "c", pid)?;
+    ensure!(
+        sandbox.keeper_pid() == Some(keeper),
+        "the keeper went with it"
+    );
+    // And SIGTERM ends both. A containerd that lives would start them again for the cleanup.
+    sandbox.stop_containerd()?;
+    kill(Pid::from_raw(keeper), Signal::SIGTERM)?;
+    until("both end", || {
+        Ok(sandbox.keeper_pid().is_none() && sandbox.daemon_pid().is_none())
+    })?;
+    ensure!(is_alive(pid), "the container went with them");
+    Ok(())
+}
+
+fn upgrade(program: &Path, sandbox: &Sandbox) -> anyhow::Result<Finished> {
+    let mut command = Command::new(program);
+    command
+        .args(["upgrade", "--state-dir"])
+        .arg(sandbox.state_dir());
+    Running::capture(&mut command)?.finish(PATIENCE * 2)
+}
+
+/// Puts a file in the place of another at once, as a package manager does.
+fn replace(path: &Path, content: &[u8]) -> anyhow::Result<u64> {
+    let new = path.with_extension("new");
+    fs::write(&new, content)?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
+    fs::rename(&new, path)?;
+    Ok(path.metadata()?.ino())
+}
+
+fn an_upgrade_takes_the_binary_on_disk_and_loses_nothing(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    let original = stage.binary("embedshimd");
+    let content = fs::read(&original)?;
+    let program = sandbox.directory().join("embedshimd");
+    replace(&program, &content)?;
+    sandbox.start_daemon_of(&program)?;
+    let script = "trap 'exit 7' TERM; while :; do sleep 0.05; done";
+    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", script])?;
+    let shim = Shim::connect(&sandbox)?;
+    let pid = i32::try_from(shim.create("c", bundle.path())?)?;
+    shim.start("c")?;
+    let (keeper, daemon) = (sandbox.keeper_pid(), sandbox.daemon_pid());
+    // What cannot be executed, what cannot be loaded, and what is another program.
+    for broken in [&b"nonsense"[..], b"#!/nonexistent\n", b"#!/bin/false\n"] {
+        replace(&program, broken)?;
+        let refused = upgrade(&original, &sandbox)?;
+        ensure!(
+            refused.code == Some(1) && refused.stderr.contains("the keeper goes on as it was"),
+            "{refused:?}"
+        );
+    }
+    ensure!(
+        (sandbox.keeper_pid(), sandbox.daemon_pid()) == (keeper, daemon),
+        "a refused upgrade has done something"
+    );
+    let inode = replace(&program, &content)?;
+    for _ in 0..2 {
+        let daemon = sandbox.daemon_pid();
+        let upgraded = upgrade(&original, &sandbox)?;
+        ensure!(
+            upgraded.code == Some(0) && upgraded.stdout.contains("is replaced by"),
+            "{upgraded:?}: {}",
+            sandbox.daemon_log()
+        );
+        ensure!(sandbox.keeper_pid() == keeper, "not the same process");
+        ensure!(sandbox.daemon_pid() != daemon, "the same daemon");
+    }
+    for pid in [sandbox.keeper_pid(), sandbox.daemon_pid()] {
+        let running = fs::metadata(format!("/proc/{}/exe", pid.context("gone")?))?;
+        ensure!(running.ino() == inode, "it runs the old file");
+    }
+    // On the same connection.
+    ensure!(i32::try_from(shim.state("c")?.pid)? == pid, "another task");
+    handles_term(pid)?;
+    kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+    ensure!(
+        shim.wait("c")? == 7 && shim.delete("c")? == 7,
+        "the code was lost"
+    );
+    Ok(())
+}
+
+fn an_upgrade_without_a_keeper_is_refused(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    let program = stage.binary("embedshimd");
+    let nothing = upgrade(&program, &sandbox)?;
+    ensure!(
+        nothing.code == Some(1) && nothing.stderr.contains("nothing runs on"),
+        "{nothing:?}"
+    );
+    sandbox.start_daemon()?;
+    sandbox.end_keeper()?;
+    let refused = upgrade(&program, &sandbox)?;
+    ensure!(
+        refused.code == Some(1) && refused.stderr.contains("stop containerd, stop the daemon"),
+        "{refused:?}"
+    );
+    ensure!(sandbox.daemon_pid().is_some(), "the daemon was ended");
+    Ok(())
+}
+
+fn garbage_does_not_disturb_the_keeper(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let keeper = sandbox.keeper_pid();
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let shim = Shim::connect(&sandbox)?;
+    shim.create("c", bundle.path())?;
+    let path = sandbox.state_dir().join("keeper.sock");
+    ensure!(
+        path.metadata()?.permissions().mode() & 0o777 == 0o600,
+        "others can write"
+    );
+    let socket = UnixDatagram::unbound()?;
+    socket.connect(&path)?;
+    let long = vec![b'A'; 100_000];
+    // Of our own user, but not the daemon's.
+    for message in [
+        &b""[..],
+        b"\xff\xfe\0",
+        b"nonsense",
+        b"FDSTOREREMOVE=1\nFDNAME=listener\n",
+        b"FDSTORE=1\nFDNAME=conn/1\n",
+        b"STOPPING=1",
+        b"READY=1",
+        &long,
+    ] {
+        for _ in 0..20 {
+            socket.send(message)?;
+        }
+    }
+    until("they are ignored", || {
+        Ok(sandbox.daemon_log().contains("which is not the daemon"))
+    })?;
+    sandbox.kill_daemon()?;
+    ensure!(
+        sandbox.keeper_pid() == keeper,
+        "the keeper is another: {}",
+        sandbox.daemon_log()
+    );
+    // What it kept is there: the listener and the connection.
+    shim.start("c")?;
+    Shim::connect(&sandbox)?.state("c")?;
+    Ok(())
+}
