@@ -17,7 +17,7 @@ pub(crate) const OURS: [Test; 5] = tests!(EmbedshimOnly:
     exits_while_nobody_is_there_are_known_afterwards,
     containers_outlive_the_daemon_and_go_on_under_the_next,
     an_exec_that_ends_while_nobody_is_there_is_known_afterwards,
-    a_lost_daemon_and_keeper_leave_nothing_behind,
+    a_lost_daemon_leaves_nothing_behind,
     closed_input_stays_closed_for_the_next_daemon,
 );
 
@@ -182,7 +182,7 @@ fn an_exec_that_ends_while_nobody_is_there_is_known_afterwards(
     Ok(())
 }
 
-fn a_lost_daemon_and_keeper_leave_nothing_behind(stage: &Stage) -> anyhow::Result<()> {
+fn a_lost_daemon_leaves_nothing_behind(stage: &Stage) -> anyhow::Result<()> {
     // containerd destroys the containers of a connection it has lost, and nothing of them may stay.
     let sandbox = stage.sandbox()?;
     // The first container starts the daemon.

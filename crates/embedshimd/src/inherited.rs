@@ -1,4 +1,4 @@
-//! The descriptors that whoever started us has kept for us: `LISTEN_FDS` and its companions, as of sd_listen_fds(3). Owns taking
+//! The descriptors that whoever started us has kept for us: `LISTEN_FDS` and its companions, as of `sd_listen_fds(3)`. Owns taking
 //! them out of the environment, once; what they are for is the daemon's.
 
 use std::ffi::OsString;
@@ -10,7 +10,7 @@ use crate::sys;
 
 /// The first one.
 const FIRST: RawFd = 3;
-/// What sd_listen_fds_with_names(3) says of one without a name.
+/// What `sd_listen_fds_with_names(3)` says of one without a name.
 const NAMELESS: &str = "unknown";
 
 /// What came with the start of this process.

@@ -24,10 +24,15 @@ use inherited::Start;
 use outcome::Failure;
 
 fn main() -> ExitCode {
+    // First of all: it changes the environment, which only a process of one thread can.
     let start = Start::take();
     let cli = Cli::parse();
     let result = match &cli.command {
-        Command::Keep(options) => keep::run(options),
+        Command::Keep(options) => {
+            // What somebody passed to a keeper is nobody's, and it closes what it does not know.
+            drop(start);
+            keep::run(options)
+        }
         Command::Serve(options) => daemon::run(options, start),
         Command::Probe(options) => probe::run(options),
         Command::Upgrade(options) => upgrade::run(options),

@@ -1,5 +1,5 @@
 //! [`Manager`]: whoever started the daemon and keeps its descriptors, systemd or `embedshimd keep`, by way of the datagrams of
-//! sd_notify(3). Owns their form and their limits of time; what is kept under which name is the callers'.
+//! `sd_notify(3)`. Owns their form and their limits of time; what is kept under which name is the callers'.
 
 use std::ffi::OsString;
 use std::io::{self, IoSlice, PipeReader, Read};
@@ -17,7 +17,7 @@ use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType, sendmsg_addr, socket_with,
 };
-use tracing::error;
+use tracing::{error, warn};
 
 /// A queue of datagrams is short (`net.unix.max_dgram_qlen`), and a manager that is stopped does not empty it.
 const SEND_LIMIT: Duration = Duration::from_secs(1);
@@ -30,6 +30,8 @@ pub(crate) struct Manager {
     socket: OwnedFd,
     address: SocketAddrUnix,
     is_lost: AtomicBool,
+    /// It did not empty its queue in time: until it does, nobody waits for it again.
+    is_slow: AtomicBool,
 }
 
 impl Manager {
@@ -51,6 +53,7 @@ impl Manager {
             socket,
             address,
             is_lost: AtomicBool::new(false),
+            is_slow: AtomicBool::new(false),
         })
     }
 
@@ -81,15 +84,18 @@ impl Manager {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let bytes = [IoSlice::new(text.as_bytes())];
+        let mut flags = SendFlags::NOSIGNAL;
+        if self.is_slow.load(Ordering::Relaxed) {
+            flags |= SendFlags::DONTWAIT;
+        }
         let sent = rustix::io::retry_on_intr(|| {
-            sendmsg_addr(
-                &self.socket,
-                &self.address,
-                &bytes,
-                &mut ancillary,
-                SendFlags::NOSIGNAL,
-            )
+            sendmsg_addr(&self.socket, &self.address, &bytes, &mut ancillary, flags)
         });
+        let is_full = sent == Err(rustix::io::Errno::AGAIN);
+        if is_full && !self.is_slow.load(Ordering::Relaxed) {
+            warn!("whoever keeps our connections does not read what we send: is it stopped?");
+        }
+        self.is_slow.store(is_full, Ordering::Relaxed);
         if let Err(rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT) = sent
             && !self.is_lost.swap(true, Ordering::Relaxed)
         {

@@ -1,6 +1,7 @@
 //! What a keeper tells the one that it becomes by `execve`: which descriptor is what, and who the daemon is. Owns the format, a line
 //! for each thing in a file in memory; the descriptors themselves stay open under their numbers.
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -50,7 +51,7 @@ impl<'a> Open<'a> {
         );
         let mut descriptors = vec![inbox, lock];
         for (name, descriptor) in kept.iter() {
-            text.push_str(&format!("descriptor {} {name}\n", descriptor.as_raw_fd()));
+            writeln!(text, "descriptor {} {name}", descriptor.as_raw_fd())?;
             descriptors.push(descriptor);
         }
         let mut file = File::from(memfd_create("keeper", MFdFlags::MFD_CLOEXEC)?);

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
 use nix::fcntl::Flock;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -26,6 +25,8 @@ use crate::{lock, sys};
 
 /// How long a daemon that was asked to leave may take; longer than it gives to what is under way.
 const LEAVE_LIMIT: Duration = Duration::from_secs(30);
+/// After something that cannot fail has failed: memory is short, perhaps.
+const PAUSE: Duration = Duration::from_millis(100);
 /// Datagrams handled before we look at anything else: nobody's flood keeps us from the daemon's end.
 const AT_ONCE: usize = 10_000;
 
@@ -111,18 +112,24 @@ impl Keeper {
         );
     }
 
-    /// Keeps until it is told to end.
-    pub(super) fn run(&mut self) -> anyhow::Result<Code> {
+    /// Keeps until it is told to end. Nothing that fails meanwhile ends it.
+    pub(super) fn run(&mut self) -> Code {
         loop {
             let now = Instant::now();
             if let Some(code) = self.look_after_daemon(now) {
-                return Ok(code);
+                return code;
             }
             let daemon = self.daemon_pid();
             self.zombies.reap(now, daemon);
-            self.wait(now)?;
+            if let Err(errno) = self.wait(now) {
+                warn!(%errno, "cannot wait for datagrams; trying again");
+                std::thread::sleep(PAUSE);
+            }
             self.drain();
-            self.take_signals()?;
+            if let Err(errno) = self.take_signals() {
+                warn!(%errno, "cannot read signals; trying again");
+                std::thread::sleep(PAUSE);
+            }
         }
     }
 
@@ -134,7 +141,7 @@ impl Keeper {
     }
 
     /// Sleeps until something happens or is due.
-    fn wait(&self, now: Instant) -> anyhow::Result<()> {
+    fn wait(&self, now: Instant) -> nix::Result<()> {
         let of_daemon = match &self.daemon {
             Daemon::Running(running) => running.kill_at,
             Daemon::Due(due) => Some(*due),
@@ -152,7 +159,7 @@ impl Keeper {
         ];
         match poll(&mut polled, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
-            Err(errno) => Err(errno).context("cannot wait for datagrams"),
+            Err(errno) => Err(errno),
         }
     }
 
@@ -160,7 +167,7 @@ impl Keeper {
     fn look_after_daemon(&mut self, now: Instant) -> Option<Code> {
         match &mut self.daemon {
             Daemon::Due(_) if self.is_ending => return Some(Code::Ok),
-            Daemon::Due(due) if *due <= now => self.start_daemon(),
+            Daemon::Due(due) if *due <= now => return self.start_daemon(),
             Daemon::Due(_) => {}
             Daemon::Running(running) => {
                 let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
@@ -185,7 +192,8 @@ impl Keeper {
         None
     }
 
-    fn start_daemon(&mut self) {
+    /// Starts it, or notes when to try again. A code ends the keeper, whose first daemon this would have been.
+    fn start_daemon(&mut self) -> Option<Code> {
         self.zombies.leave_alone();
         let started = self
             .parts
@@ -202,12 +210,14 @@ impl Keeper {
             }),
             Err(failure) => {
                 error!("embedshimd is not started: {failure:#}");
-                // What is kept is worth more than an exit code.
-                self.is_ending |= !self.was_ever_ready;
+                if !self.was_ever_ready {
+                    return Some(Code::Failed);
+                }
                 Daemon::Due(now + self.backoff.pause(Duration::ZERO, false))
             }
         };
         sys::trim_heap();
+        None
     }
 
     fn ended(&mut self, status: &WaitIdStatus) -> Option<Code> {
@@ -241,7 +251,7 @@ impl Keeper {
             return Some(Code::Ok);
         }
         if pause.is_zero() {
-            self.start_daemon();
+            return self.start_daemon();
         }
         None
     }
@@ -258,18 +268,13 @@ impl Keeper {
         }
     }
 
-    fn take_signals(&mut self) -> anyhow::Result<()> {
-        while let Some(taken) = self
-            .parts
-            .signals
-            .read_signal()
-            .context("cannot read signals")?
-        {
+    fn take_signals(&mut self) -> nix::Result<()> {
+        while let Some(taken) = self.parts.signals.read_signal()? {
             let number = i32::try_from(taken.ssi_signo).unwrap_or(0);
             match Signal::try_from(number) {
                 Ok(Signal::SIGCHLD) => self.look_for_zombies(),
                 Ok(Signal::SIGHUP) => self.ask_to_leave(Signal::SIGHUP),
-                Ok(Signal::SIGUSR2) => self.upgrade(),
+                Ok(Signal::SIGUSR2) if !self.is_ending => self.upgrade(),
                 Ok(Signal::SIGTERM | Signal::SIGINT) => {
                     self.is_ending = true;
                     self.ask_to_leave(Signal::SIGTERM);
@@ -321,11 +326,8 @@ impl Keeper {
             more = format!("daemon {}\n", running.pid.as_raw_nonzero());
         }
         if self.refusals > 0 {
-            more.push_str(&format!(
-                "refused {} {}\n",
-                self.refusals,
-                self.refusal.replace('\n', " ")
-            ));
+            let refusal = self.refusal.replace('\n', " ");
+            more = format!("{more}refused {} {refusal}\n", self.refusals);
         }
         if let Err(error) = lock::write(&self.lock, &more) {
             warn!(%error, "cannot write keeper.lock");

@@ -1,4 +1,4 @@
-//! One datagram of sd_notify(3), read. Pure; what nobody asked us for is passed over, as systemd does.
+//! One datagram of `sd_notify(3)`, read. Pure; what nobody asked us for is passed over, as systemd does.
 
 /// The longest name that systemd takes, and we.
 const MAX_NAME: usize = 255;

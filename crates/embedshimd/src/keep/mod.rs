@@ -1,4 +1,4 @@
-//! `embedshimd keep`: the manager's side of sd_notify(3) where systemd is not pid 1. Starts the daemon, starts it again whenever it
+//! `embedshimd keep`: the manager's side of `sd_notify(3)` where systemd is not pid 1. Starts the daemon, starts it again whenever it
 //! ends, and holds its descriptors meanwhile. Knows nothing of containers: one thread, no async runtime, asleep most of the time.
 
 mod backoff;
@@ -59,7 +59,7 @@ pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
         None => begin(parts, state_dir)?,
     };
     sys::trim_heap();
-    Ok(keeper.run()?)
+    Ok(keeper.run())
 }
 
 fn begin(parts: Parts, state_dir: &Path) -> Result<Keeper, Failure> {

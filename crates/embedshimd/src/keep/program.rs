@@ -37,7 +37,7 @@ impl Program {
         let called = called.filter(|path| path.is_absolute() && is_same(path, Path::new(SELF)));
         let path = match called {
             Some(path) => path,
-            None => env::current_exe()?,
+            None => undeleted(env::current_exe()?),
         };
         let locations = &options.locations;
         let mut words = vec!["--state-dir".into(), locations.state_dir.clone().into()];
@@ -163,6 +163,14 @@ impl From<anyhow::Error> for NotStarted {
     fn from(error: anyhow::Error) -> Self {
         Self(error)
     }
+}
+
+/// As the kernel shows the path of a file that was replaced since.
+fn undeleted(path: PathBuf) -> PathBuf {
+    let text = path.to_str();
+    text.and_then(|text| text.strip_suffix(" (deleted)"))
+        .map(PathBuf::from)
+        .unwrap_or(path)
 }
 
 fn is_same(one: &Path, other: &Path) -> bool {

@@ -62,7 +62,7 @@ fn is_zombie(pid: Pid) -> bool {
     matches!(waitid(WaitId::Pid(pid), options), Ok(Some(_)))
 }
 
-/// Our children; without CONFIG_PROC_CHILDREN all processes, of which the kernel tells us what are ours.
+/// Our children; without `CONFIG_PROC_CHILDREN` all processes, of which the kernel tells us what are ours.
 fn children() -> Vec<Pid> {
     let own = std::process::id();
     let pids = |text: &str| text.parse().ok().and_then(Pid::from_raw);
