@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
@@ -15,7 +16,7 @@ use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 use crate::survival::handles_term;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     a_client_gets_its_exit_code_though_the_daemon_was_killed,
     ten_kills_in_a_row_lose_nothing,
     a_killed_keeper_takes_nothing_with_it,
@@ -23,6 +24,7 @@ pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
     an_upgrade_takes_the_binary_on_disk_and_loses_nothing,
     an_upgrade_without_a_keeper_is_refused,
     garbage_does_not_disturb_the_keeper,
+    a_stopped_keeper_holds_up_nobody,
 );
 
 /// The container runs and can be worked with.
@@ -251,5 +253,31 @@ fn garbage_does_not_disturb_the_keeper(stage: &Stage) -> anyhow::Result<()> {
     // What it kept is there: the listener and the connection.
     shim.start("c")?;
     Shim::connect(&sandbox)?.state("c")?;
+    Ok(())
+}
+
+fn a_stopped_keeper_holds_up_nobody(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "exit 4"])?;
+    let keeper = Pid::from_raw(sandbox.keeper_pid().context("no keeper")?);
+    let stopped = Instant::now();
+    kill(keeper, Signal::SIGSTOP)?;
+    // More than its queue holds.
+    let connections = (0..600)
+        .map(|_| UnixStream::connect(sandbox.state_dir().join("shim.sock")))
+        .collect::<Result<Vec<_>, _>>()?;
+    let shim = Shim::connect(&sandbox)?;
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    ensure!(shim.wait("c")? == 4 && shim.delete("c")? == 4, "not 4");
+    // One second for all, not for each.
+    ensure!(stopped.elapsed() < PATIENCE, "{:?}", stopped.elapsed());
+    kill(keeper, Signal::SIGCONT)?;
+    drop(connections);
+    let log = sandbox.daemon_log();
+    ensure!(log.contains("is it stopped?"), "{log}");
+    sandbox.kill_daemon()?;
+    Shim::connect(&sandbox)?.state("c").map(drop).unwrap_err();
     Ok(())
 }
