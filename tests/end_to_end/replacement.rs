@@ -16,7 +16,7 @@ use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 use crate::survival::handles_term;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 9] = tests!(EmbedshimOnly:
     a_client_gets_its_exit_code_though_the_daemon_was_killed,
     ten_kills_in_a_row_lose_nothing,
     a_killed_keeper_takes_nothing_with_it,
@@ -25,6 +25,7 @@ pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     an_upgrade_without_a_keeper_is_refused,
     garbage_does_not_disturb_the_keeper,
     a_stopped_keeper_holds_up_nobody,
+    a_status_waits_for_the_next_daemon_without_bpf_too,
 );
 
 /// The container runs and can be worked with.
@@ -280,4 +281,34 @@ fn a_stopped_keeper_holds_up_nobody(stage: &Stage) -> anyhow::Result<()> {
     sandbox.kill_daemon()?;
     Shim::connect(&sandbox)?.state("c").map(drop).unwrap_err();
     Ok(())
+}
+
+fn a_status_waits_for_the_next_daemon_without_bpf_too(stage: &Stage) -> anyhow::Result<()> {
+    let directory = tempfile::tempdir()?;
+    let config = directory.path().join("config.toml");
+    let good = "[monitor]\nbackend = \"pidfd\"\n";
+    fs::write(&config, good)?;
+    let sandbox = stage.sandbox_with(&[("EMBEDSHIM_CONFIG", &config.to_string_lossy())])?;
+    let pid = sandbox.detached(&[], "c", &["guest", "until-term", "9"])?;
+    handles_term(pid)?;
+    let (keeper, daemon) = (sandbox.keeper_pid(), sandbox.daemon_pid());
+    let (keeper, daemon) = (keeper.context("no keeper")?, daemon.context("no daemon")?);
+    // No daemon can start for a while; the keeper does not give up.
+    fs::write(&config, "nonsense")?;
+    kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
+    until("another has failed", || {
+        Ok(sandbox.daemon_log().contains("embedshimd has failed"))
+    })?;
+    kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+    until("it ends", || Ok(!is_alive(pid)))?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    ensure!(stat.contains(" Z "), "nobody reads its status: {stat}");
+    fs::write(&config, good)?;
+    kill(Pid::from_raw(keeper), Signal::SIGHUP)?;
+    sandbox.wait_for_status("c", "STOPPED")?;
+    let code = sandbox.delete_task("c")?;
+    ensure!(code == 9, "{code}: {}", sandbox.daemon_log());
+    until("its zombie is reaped", || {
+        Ok(!Path::new(&format!("/proc/{pid}")).exists())
+    })
 }
