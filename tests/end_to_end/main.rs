@@ -8,6 +8,7 @@
 )]
 
 mod bootstrap;
+mod broken_parts;
 mod checkpoint;
 mod containers;
 mod control;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
         &smoke::TESTS,
         &smoke::UNIFIED,
         &bootstrap::TESTS,
+        &broken_parts::TESTS,
         &checkpoint::TESTS,
         &embedding::TESTS,
     ];

@@ -2,18 +2,18 @@
 //! datagram means is [`super::message`]'s.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::cmsg_space;
-use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, UnixCredentials,
-    bind, recvmsg, setsockopt, socket, sockopt::PassCred,
+    AddressFamily, SockFlag, SockType, UnixAddr, bind, setsockopt, socket, sockopt::PassCred,
 };
 use nix::sys::stat::{Mode, umask};
-
-use crate::sys;
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, UCred, recvmsg,
+};
 
 /// No message of the protocol is half as long.
 pub(super) const MAX_MESSAGE: usize = 1024;
@@ -29,7 +29,6 @@ pub(super) fn path(state_dir: &Path) -> PathBuf {
 #[derive(Debug)]
 pub(super) struct Inbox {
     pub(super) socket: OwnedFd,
-    ancillary: Vec<u8>,
 }
 
 /// What came in one datagram.
@@ -38,7 +37,7 @@ pub(super) struct Received {
     /// How many bytes of the buffer.
     pub(super) length: usize,
     /// Who sent it, if the kernel says.
-    pub(super) sender: Option<UnixCredentials>,
+    pub(super) sender: Option<UCred>,
     pub(super) descriptors: Vec<OwnedFd>,
     /// It was longer than the buffer.
     pub(super) is_truncated: bool,
@@ -66,37 +65,26 @@ impl Inbox {
 
     /// Goes on with a socket that another keeper has made.
     pub(super) fn resume(socket: OwnedFd) -> Self {
-        Self {
-            socket,
-            ancillary: cmsg_space!([RawFd; MAX_DESCRIPTORS], UnixCredentials),
-        }
+        Self { socket }
     }
 
     /// The next datagram, if one is there.
-    pub(super) fn receive(
-        &mut self,
-        buffer: &mut [u8; MAX_MESSAGE],
-    ) -> io::Result<Option<Received>> {
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+    pub(super) fn receive(&self, buffer: &mut [u8; MAX_MESSAGE]) -> io::Result<Option<Received>> {
+        let mut space = [MaybeUninit::uninit();
+            rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS), ScmCredentials(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
         let mut slices = [IoSliceMut::new(buffer)];
-        let own = self.socket.as_raw_fd();
-        let received = match recvmsg::<()>(own, &mut slices, Some(&mut self.ancillary), flags) {
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+        let received = match recvmsg(&self.socket, &mut slices, &mut ancillary, flags) {
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
             received => received?,
         };
         let mut sender = None;
         let mut descriptors = Vec::new();
-        // An error says that there was no room in our table for what came; so does the flag.
-        for message in received.cmsgs().into_iter().flatten() {
+        for message in ancillary.drain() {
             match message {
-                ControlMessageOwned::ScmRights(numbers) => {
-                    descriptors.extend(
-                        numbers
-                            .into_iter()
-                            .map_while(|number| sys::own(number).ok()),
-                    );
-                }
-                ControlMessageOwned::ScmCredentials(credentials) => sender = Some(credentials),
+                RecvAncillaryMessage::ScmRights(received) => descriptors.extend(received),
+                RecvAncillaryMessage::ScmCredentials(credentials) => sender = Some(credentials),
                 _ => {}
             }
         }
@@ -104,8 +92,8 @@ impl Inbox {
             length: received.bytes,
             sender,
             descriptors,
-            is_truncated: received.flags.contains(MsgFlags::MSG_TRUNC),
-            lacks_descriptors: received.flags.contains(MsgFlags::MSG_CTRUNC),
+            is_truncated: received.flags.contains(ReturnFlags::TRUNC),
+            lacks_descriptors: received.flags.contains(ReturnFlags::CTRUNC),
         }))
     }
 }

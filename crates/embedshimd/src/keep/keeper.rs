@@ -364,19 +364,16 @@ impl Keeper {
     fn handle(&mut self, bytes: &[u8], received: Received) -> Result<(), String> {
         let sender = received.sender.ok_or("it has no sender")?;
         let own = nix::unistd::geteuid().as_raw();
-        if sender.uid() != own {
-            return Err(format!("user {} sent it", sender.uid()));
+        if sender.uid.as_raw() != own {
+            return Err(format!("user {} sent it", sender.uid.as_raw()));
         }
+        let process = sender.pid.as_raw_nonzero();
         let Daemon::Running(running) = &mut self.daemon else {
-            return Err(format!(
-                "process {} sent it, and no daemon runs",
-                sender.pid()
-            ));
+            return Err(format!("process {process} sent it, and no daemon runs"));
         };
-        if sender.pid() != running.pid.as_raw_nonzero().get() {
+        if sender.pid != running.pid {
             return Err(format!(
-                "process {} sent it, which is not the daemon",
-                sender.pid()
+                "process {process} sent it, which is not the daemon"
             ));
         }
         if received.is_truncated {
@@ -402,7 +399,7 @@ impl Keeper {
                 running.was_ready = true;
                 self.was_ever_ready = true;
                 info!(
-                    daemon = sender.pid(),
+                    daemon = process.get(),
                     kept = self.kept.len(),
                     "embedshimd is ready"
                 );
