@@ -18,6 +18,7 @@ use embedshim_core::process::{OpenError, Process, ProcessIdentity};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::io::unix::AsyncFd;
+use tracing::debug;
 
 use crate::{probe, status, sys};
 
@@ -42,6 +43,8 @@ struct Watches {
     last: u64,
     processes: HashMap<u64, Arc<Process>>,
     tokens: HashMap<ProcessIdentity, u64>,
+    /// Our children whose end is reported and not confirmed.
+    zombies: HashMap<ProcessIdentity, Arc<Process>>,
 }
 
 impl fmt::Debug for PidfdMonitor {
@@ -123,7 +126,7 @@ impl PidfdMonitor {
             .iter()
             .take(count)
             .filter_map(|event| self.disarm(event.data()));
-        into.extend(ended.map(|process| record(&process)));
+        into.extend(ended.map(|process| self.record(&process)));
         Ok(count)
     }
 
@@ -140,23 +143,35 @@ impl PidfdMonitor {
             .into_iter()
             .filter(|(_, process)| process.has_ended().unwrap_or(false))
             .filter_map(|(token, _)| self.disarm(token));
-        into.extend(ended.map(|process| record(&process)));
+        into.extend(ended.map(|process| self.record(&process)));
+    }
+
+    /// The record of a process that has ended. A child is reaped when it is confirmed, not now: should we die before anybody has
+    /// written its status down, the zombie still tells our successor.
+    fn record(&self, process: &Arc<Process>) -> ExitRecord {
+        let at = BootTime::now();
+        let (status, evidence) = status::of_ended(process);
+        let identity = process.identity();
+        if evidence == Evidence::Wait {
+            self.watches().zombies.insert(identity, Arc::clone(process));
+        }
+        ExitRecord {
+            process: identity,
+            status,
+            at,
+            evidence,
+        }
+    }
+
+    fn reap(&self, identity: ProcessIdentity) {
+        let zombie = self.watches().zombies.remove(&identity);
+        if let Some(Err(error)) = zombie.map(|zombie| status::reap(&zombie)) {
+            debug!(pid = identity.pid, %error, "cannot reap a child whose end is known");
+        }
     }
 
     fn watches(&self) -> MutexGuard<'_, Watches> {
         self.watches.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The record of a process that has ended.
-fn record(process: &Process) -> ExitRecord {
-    let at = BootTime::now();
-    let (status, evidence) = status::of_ended(process);
-    ExitRecord {
-        process: process.identity(),
-        status,
-        at,
-        evidence,
     }
 }
 
@@ -182,7 +197,9 @@ impl ExitMonitor for PidfdMonitor {
         let taken = ended
             .then(|| self.token(identity).and_then(|token| self.disarm(token)))
             .flatten();
-        Ok(taken.map_or(Watched::Armed, |process| Watched::Ended(record(&process))))
+        Ok(taken.map_or(Watched::Armed, |process| {
+            Watched::Ended(self.record(&process))
+        }))
     }
 
     async fn adopt(&self, known: Vec<Known>) -> Result<Vec<Adopted>, WatchError> {
@@ -243,8 +260,8 @@ impl ExitMonitor for PidfdMonitor {
         }
     }
 
-    async fn confirm(&self, _process: ProcessIdentity) -> Result<(), WatchError> {
-        // Nothing is kept of a process once its exit is reported.
+    async fn confirm(&self, process: ProcessIdentity) -> Result<(), WatchError> {
+        self.reap(process);
         Ok(())
     }
 
@@ -252,6 +269,7 @@ impl ExitMonitor for PidfdMonitor {
         if let Some(token) = self.token(process) {
             self.disarm(token);
         }
+        self.reap(process);
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use embedshim_core::exit::{Availability, Backend, Exactness, Feature, Guarantees
 use embedshim_core::process::{OpenError, Process};
 
 use crate::status;
-use crate::sys::{self, Target};
+use crate::sys::{self, Target, Zombie};
 
 /// The code of the child that is used for trying; unlikely to come from anywhere else.
 const CODE: u8 = 42;
@@ -136,7 +136,9 @@ fn try_child() -> io::Result<Child> {
     }
     let expected = i32::from(CODE) << 8;
     let by_pidfd = match process.pidfd() {
-        Some(pidfd) => sys::reap(Target::Pidfd(pidfd)).ok().flatten(),
+        Some(pidfd) => sys::wait(Target::Pidfd(pidfd), Zombie::Reaped)
+            .ok()
+            .flatten(),
         None => None,
     };
     let status = match by_pidfd {

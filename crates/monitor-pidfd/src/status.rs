@@ -7,7 +7,7 @@ use embedshim_core::exit::{Evidence, ExitStatus, UnknownReason};
 use embedshim_core::process::{Process, parse_stat_field};
 use tracing::debug;
 
-use crate::sys::{self, Target};
+use crate::sys::{self, Target, Zombie};
 
 /// Fields of `/proc/PID/stat` (proc(5)).
 const START_TIME: usize = 22;
@@ -16,8 +16,8 @@ const EXIT_CODE: usize = 52;
 /// The status of a process whose pidfd is readable.
 pub(crate) fn of_ended(process: &Process) -> (ExitStatus, Evidence) {
     let known = |raw, evidence| (ExitStatus::from_wait_status(raw), evidence);
-    // Our child: this also reaps it.
-    if let Some(raw) = logged("waitid", process, reap(process)) {
+    // Our child. It stays a zombie, which is all there is of its status until somebody has written that down.
+    if let Some(raw) = logged("waitid", process, wait(process, Zombie::Stays)) {
         return known(raw, Evidence::Wait);
     }
     // Before what the kernel keeps, which is right almost always only.
@@ -35,10 +35,15 @@ pub(crate) fn of_ended(process: &Process) -> (ExitStatus, Evidence) {
     )
 }
 
-/// Reaps our child. By its number before Linux 5.4: that is its own as long as it is not reaped.
+/// Reaps our child, if it is that and has ended.
 pub(crate) fn reap(process: &Process) -> io::Result<Option<i32>> {
+    wait(process, Zombie::Reaped)
+}
+
+/// The status of our child. By its number before Linux 5.4: that is its own as long as it is not reaped.
+fn wait(process: &Process, zombie: Zombie) -> io::Result<Option<i32>> {
     if let Some(pidfd) = process.pidfd() {
-        match sys::reap(Target::Pidfd(pidfd)) {
+        match sys::wait(Target::Pidfd(pidfd), zombie) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
             other => return other,
         }
@@ -51,7 +56,7 @@ pub(crate) fn reap(process: &Process) -> io::Result<Option<i32>> {
     if parse_stat_field(&stat, START_TIME) != Some(identity.start_ticks) {
         return Ok(None);
     }
-    sys::reap(Target::Number(identity.pid))
+    sys::wait(Target::Number(identity.pid), zombie)
 }
 
 /// What the kernel keeps for the pidfds of a reaped process, since 6.15.

@@ -68,10 +68,22 @@ pub(crate) enum Target<'a> {
     Number(i32),
 }
 
-/// Reaps our child and gives its wait status; `None` if it is not our child.
+/// What becomes of a zombie whose status was read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Zombie {
+    /// It stays, and tells the same to whoever asks next.
+    Stays,
+    Reaped,
+}
+
+/// The wait status of our child that has ended; `None` if it has not, or is not our child.
 ///
 /// Not nix's: that fails on a process killed by a real-time signal.
-pub(crate) fn reap(target: Target<'_>) -> io::Result<Option<i32>> {
+pub(crate) fn wait(target: Target<'_>, zombie: Zombie) -> io::Result<Option<i32>> {
+    let mut flags = libc::WEXITED | libc::WNOHANG;
+    if zombie == Zombie::Stays {
+        flags |= libc::WNOWAIT;
+    }
     let (kind, id) = match target {
         Target::Pidfd(pidfd) => (libc::P_PIDFD, pidfd.as_raw_fd()),
         Target::Number(pid) => (libc::P_PID, pid),
@@ -81,8 +93,7 @@ pub(crate) fn reap(target: Target<'_>) -> io::Result<Option<i32>> {
         // SAFETY: siginfo_t is plain data for which all zeros are valid.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
         // SAFETY: waitid writes one siginfo_t, which lives through the call; a descriptor is borrowed and so open.
-        let result =
-            unsafe { libc::waitid(kind, id, &raw mut info, libc::WEXITED | libc::WNOHANG) };
+        let result = unsafe { libc::waitid(kind, id, &raw mut info, flags) };
         if result == 0 {
             return Ok(wait_status(&info));
         }

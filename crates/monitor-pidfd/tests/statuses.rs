@@ -80,7 +80,7 @@ impl Drop for Foreign {
 }
 
 #[tokio::test]
-async fn a_child_is_reaped_and_its_status_is_exact() {
+async fn a_child_has_an_exact_status_and_is_reaped_when_that_is_confirmed() {
     let monitor = PidfdMonitor::new().unwrap();
     for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGRTMIN() + 3] {
         let child = sleeper();
@@ -100,6 +100,11 @@ async fn a_child_is_reaped_and_its_status_is_exact() {
             }
         );
         assert_eq!(record.evidence, Evidence::Wait);
+        assert!(
+            process.signal(0).is_ok(),
+            "its status is lost with us if nobody has written it down"
+        );
+        monitor.confirm(record.process).await.unwrap();
         assert!(process.signal(0).is_err(), "it was not reaped");
     }
 }

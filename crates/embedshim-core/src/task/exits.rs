@@ -31,9 +31,11 @@ pub(super) async fn dispatch(shared: Arc<Shared>) {
             continue;
         }
         for record in batch.drain(..) {
-            // Without an owner it was deleted or disowned meanwhile.
             if let Some(owner) = shared.owner(record.process) {
                 arrive(&shared, owner, record);
+            } else if let Err(error) = shared.monitor.confirm(record.process).await {
+                // It was deleted or disowned meanwhile: nobody asks any more.
+                debug!(pid = record.process.pid, %error, "cannot free the record of a process that nobody owns");
             }
         }
     }
