@@ -106,19 +106,20 @@ impl HeldStdio {
         Self::new(stdin, readers.into_iter().flatten().collect(), deposit)
     }
 
-    /// Decides, right before the process may read, whether its input outlives its client. Returns false if it ends with
-    /// what is in it: the client has come, written and gone already.
+    /// Whether the client has come, written and gone already, right before the process may read: then its input ends with what is in it.
     ///
     /// `ctr run` sends `CloseIO` at the end of its own input, but not if that comes before `NewTask` has returned, as with
     /// `echo hi | ctr run ... cat`; a writer of ours would then keep the container waiting for ever.
+    pub(crate) fn client_has_gone(&self) -> bool {
+        matches!(&*self.stdin(), Input::Undecided { reader, .. } if has_hung_up(reader))
+    }
+
+    /// Has the input outlive its client from now on; returns false if it cannot. Asks for no client: the writer of a daemon that died
+    /// right after opening it looks like one that has gone.
     pub(crate) fn hold_stdin(&self) -> bool {
         let mut stdin = self.stdin();
-        if let Input::Undecided { reader, path } = &*stdin {
-            let writer = if has_hung_up(reader) {
-                None
-            } else {
-                keep_writer(path).ok()
-            };
+        if let Input::Undecided { path, .. } = &*stdin {
+            let writer = keep_writer(path).ok();
             if let Some(writer) = &writer {
                 self.deposit.keep(Role::Stdin, writer);
             }
@@ -241,6 +242,7 @@ mod tests {
         let (child, held) = fifos.plan.open(None, None, deposit()).unwrap();
         let mut stdin = File::from(child.stdin);
         let path = fifos.dir.path().join("in");
+        assert!(!held.client_has_gone());
         assert!(held.hold_stdin());
         write(&path, b"one");
         let mut text = [0; 3];
@@ -260,7 +262,8 @@ mod tests {
         let fifos = fifos();
         let (child, held) = fifos.plan.open(None, None, deposit()).unwrap();
         write(&fifos.dir.path().join("in"), b"hi");
-        assert!(!held.hold_stdin());
+        assert!(held.client_has_gone());
+        held.close_stdin();
         let mut text = String::new();
         File::from(child.stdin).read_to_string(&mut text).unwrap();
         assert_eq!(text, "hi");

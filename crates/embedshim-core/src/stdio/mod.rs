@@ -119,7 +119,15 @@ impl Streams {
         }
     }
 
-    /// The process may read from now on. Returns false if its input ends with what is in it already.
+    /// Whether its input ends with what is in it already: its client has been there, and has gone.
+    pub(crate) fn client_has_gone(&self) -> bool {
+        match self {
+            Self::Held(held) => held.client_has_gone(),
+            Self::Terminal(_) => false,
+        }
+    }
+
+    /// The process may read from now on. Returns false if its input ends with its client.
     pub(crate) fn hold_stdin(&self) -> bool {
         match self {
             Self::Held(held) => held.hold_stdin(),

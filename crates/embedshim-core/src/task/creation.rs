@@ -214,7 +214,11 @@ pub(super) async fn with_streams(
         let (child, held) = blocking(move || opening.open(owner, pipes, deposit)).await??;
         if process.exec.is_some() || task.checkpoint.is_some() {
             // These read as soon as the runtime has begun them.
-            held.hold_stdin();
+            if held.client_has_gone() {
+                held.close_stdin();
+            } else {
+                held.hold_stdin();
+            }
         }
         call(Input::Container(child), None).await?;
         return Ok(Streams::Held(held));

@@ -51,6 +51,9 @@ async fn start_init(
     let init = &task.init;
     init.now().phase.admit(Operation::Start)?;
     init.starting();
+    if init.start_mark().is_none() {
+        init.decide_stdin();
+    }
     init.mark_start(request);
     if let Err(error) = task.save(shared).await {
         init.unmark_start();

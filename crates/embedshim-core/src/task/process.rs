@@ -258,7 +258,18 @@ impl TaskProcess {
         }
     }
 
-    /// It may read its input from now on; whether that outlives its client is decided here.
+    /// Decides whether its input outlives its client, before it may read. To be durable before [`hold_stdin`](Self::hold_stdin).
+    pub(crate) fn decide_stdin(&self) {
+        let mut live = self.live();
+        if let Some(streams) = &live.streams
+            && streams.client_has_gone()
+        {
+            streams.close_stdin();
+            live.stdin_closed = true;
+        }
+    }
+
+    /// It may read its input from now on, which is kept open if that was decided.
     pub(crate) fn hold_stdin(&self) {
         let mut live = self.live();
         if let Some(streams) = &live.streams {

@@ -14,6 +14,7 @@ use super::process::TaskProcess;
 use super::request::Exit;
 use super::resumption::{Kept, Unfinished, connect, undo};
 use super::shared::Shared;
+use super::state::Phase;
 use crate::clock::BootTime;
 use crate::descriptor::{Inherited, Role};
 use crate::error::Error;
@@ -204,6 +205,9 @@ async fn examine(
             if process.exec.is_some() && task.enter_exec().is_err() {
                 // The init has ended before: the exec's end is only to be learned, nothing waits for it.
                 warn!(id = %task.id(), "an exec outlived its init");
+            }
+            if process.exec.is_some() && now.phase == Phase::Created && is_of_this_boot {
+                unfinished.untold_exec(Arc::clone(&process));
             }
             let believed = Believed {
                 identity,

@@ -34,6 +34,8 @@ pub(super) struct Unfinished {
     calls: Vec<Process>,
     /// Execs that somebody has begun to start.
     execs: Vec<(Arc<TaskProcess>, Kept)>,
+    /// Execs that run or have run, which nobody has been told.
+    untold: Vec<Arc<TaskProcess>>,
     /// Whose turns are held.
     turns: Vec<OwnedSemaphorePermit>,
 }
@@ -45,6 +47,7 @@ impl Unfinished {
             task: Arc::clone(task),
             calls,
             execs: Vec::new(),
+            untold: Vec::new(),
             turns: task.init.turn_now().into_iter().collect(),
         }
     }
@@ -56,11 +59,19 @@ impl Unfinished {
         self.execs.push((exec, kept));
     }
 
+    /// This exec was seen to run. Were it not told to be started, the request that comes again would start it twice.
+    pub(super) fn untold_exec(&mut self, exec: Arc<TaskProcess>) {
+        exec.starting();
+        self.turns.extend(exec.turn_now());
+        self.untold.push(exec);
+    }
+
     /// Whether there is anything to finish.
     pub(super) fn is_something(&self) -> bool {
         let phase = self.task.init.now().phase;
         !self.calls.is_empty()
             || !self.execs.is_empty()
+            || !self.untold.is_empty()
             || matches!(phase, Phase::Created | Phase::Pausing | Phase::Paused)
     }
 
@@ -74,6 +85,14 @@ impl Unfinished {
         tokio::spawn(async move {
             wait_for(&self.calls, shared.config.runtime_deadline).await;
             agree_on_phase(&shared, &self.task).await;
+            for process in self.untold {
+                let Some(exec) = process.exec.clone() else {
+                    continue;
+                };
+                if let Err(error) = exec_started(&shared, &self.task, &process, &exec).await {
+                    warn!(id = %self.task.id(), exec_id = %exec, %error, "that an exec was started is not durable");
+                }
+            }
             for (exec, kept) in self.execs {
                 if let Err(error) = finish_exec(&shared, &self.task, &exec, kept).await {
                     warn!(id = %self.task.id(), exec_id = ?exec.exec, %error, "an exec's start cannot be finished");
