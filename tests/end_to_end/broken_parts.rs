@@ -17,11 +17,12 @@ use xtask::sandbox::{Sandbox, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
     a_full_state_directory_refuses_new_tasks_and_keeps_the_old,
     records_that_cannot_be_written_are_named_and_the_old_are_kept,
     a_keeper_without_descriptors_loses_connections_and_no_container,
     what_an_earlier_boot_has_left_is_recognised,
+    a_removed_state_directory_is_put_back,
 );
 
 /// A sandbox whose state directory is a file system of its own.
@@ -214,4 +215,48 @@ fn boot(sandbox: &Sandbox, stranger: i32) -> anyhow::Result<()> {
         "unsaid"
     );
     Ok(())
+}
+
+/// A clean-up of `/run` that meant somebody else: what only the daemon knows is written down again, and outlives it then.
+fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    shim.create("c", bundle.path())?;
+    let pid = shim.start("c")?;
+    std::thread::scope(|scope| {
+        let waiting = Shim::connect(&sandbox)?;
+        let wait = scope.spawn(move || waiting.wait("c"));
+        // The request is noted when it is in its connection's journal.
+        until("the wait is noted", || {
+            let journals = fs::read_dir(sandbox.state_dir().join("connections"))?;
+            let lengths = journals.map(|entry| Ok(entry?.metadata()?.len()));
+            let lengths: std::io::Result<Vec<_>> = lengths.collect();
+            Ok(lengths?.iter().any(|&length| length > 200))
+        })?;
+        for entry in fs::read_dir(sandbox.state_dir())? {
+            let path = entry?.path();
+            if path.is_dir() {
+                fs::remove_dir_all(path)?;
+            } else {
+                fs::remove_file(path)?;
+            }
+        }
+        until("everything is back", || {
+            Ok(sandbox.state_dir().join("shim.sock").exists())
+        })?;
+        let old = sandbox.daemon_pid().context("the daemon is not there")?;
+        kill(Pid::from_raw(old), Signal::SIGKILL)?;
+        ensure!(shim.state("c")?.pid == pid, "another pid");
+        ensure!(
+            Shim::connect(&sandbox)?.state("c")?.pid == pid,
+            "another pid"
+        );
+        shim.kill("c", Signal::SIGKILL)?;
+        let code = wait.join().map_err(|_| anyhow::anyhow!("it panicked"))??;
+        ensure!(code == 137 && shim.delete("c")? == 137, "{code}");
+        ensure!(sandbox.successor_of(old)? != old, "it was not killed");
+        Ok(())
+    })
 }

@@ -130,16 +130,21 @@ impl Store {
     /// Opens (and makes) the store below `state_dir`. Blocks on the file system.
     pub(crate) fn open(state_dir: &Path) -> Result<Self, Error> {
         let store = Self::at(state_dir);
+        store.make()?;
+        Ok(store)
+    }
+
+    /// Makes the directory. Blocks on the file system.
+    pub(crate) fn make(&self) -> Result<(), Error> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(&store.tasks)
+            .create(&self.tasks)
             .map_err(|source| Error::Path {
                 doing: "cannot create the state directory",
-                path: store.tasks.clone(),
+                path: self.tasks.clone(),
                 source,
-            })?;
-        Ok(store)
+            })
     }
 
     fn at(state_dir: &Path) -> Self {

@@ -22,6 +22,7 @@ use tracing::{info, warn};
 
 use crate::cli::Serve;
 use crate::config::Config;
+use crate::grounds::Grounds;
 use crate::inherited::Start;
 use crate::notify::Manager;
 use crate::outcome::{Code, Failure};
@@ -97,7 +98,14 @@ async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, 
         .context("cannot note what is read from connections")?;
     server.resume(inherited.take_connections());
     settle(inherited, start.unknown, store.as_ref(), manager.as_deref());
-    server.serve(&listener, stop()).await;
+    let grounds = Grounds {
+        state_dir,
+        socket: &socket,
+        server: &server,
+        node: &node,
+        store: store.as_ref(),
+    };
+    grounds.serve(listener).await;
     if tokio::time::timeout(LEAVE, node.quiet()).await.is_err() {
         info!("what is still under way is left to the next daemon");
     }
@@ -137,7 +145,7 @@ fn settle(
 }
 
 /// Completes at SIGTERM, SIGINT, or SIGHUP: whoever keeps us starts the next one.
-async fn stop() {
+pub(crate) async fn stop() {
     let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),

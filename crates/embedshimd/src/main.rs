@@ -5,6 +5,7 @@ mod backend;
 mod cli;
 mod config;
 mod daemon;
+mod grounds;
 mod inherited;
 mod keep;
 mod lock;

@@ -15,7 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType, sendmsg_addr, socket_with,
+    SocketFlags, SocketType, connect, sendmsg, socket_with,
 };
 use tracing::{error, warn};
 
@@ -27,8 +27,8 @@ const BARRIER_LIMIT: u16 = 5_000;
 /// The manager's socket.
 #[derive(Debug)]
 pub(crate) struct Manager {
+    /// Connected, so that it goes on when somebody removes the address from the file system.
     socket: OwnedFd,
-    address: SocketAddrUnix,
     is_lost: AtomicBool,
     /// It did not empty its queue in time: until it does, nobody waits for it again.
     is_slow: AtomicBool,
@@ -49,9 +49,9 @@ impl Manager {
             None,
         )?;
         set_socket_timeout(&socket, Timeout::Send, Some(SEND_LIMIT))?;
+        connect(&socket, &address)?;
         Ok(Self {
             socket,
-            address,
             is_lost: AtomicBool::new(false),
             is_slow: AtomicBool::new(false),
         })
@@ -88,15 +88,14 @@ impl Manager {
         if self.is_slow.load(Ordering::Relaxed) {
             flags |= SendFlags::DONTWAIT;
         }
-        let sent = rustix::io::retry_on_intr(|| {
-            sendmsg_addr(&self.socket, &self.address, &bytes, &mut ancillary, flags)
-        });
+        let sent =
+            rustix::io::retry_on_intr(|| sendmsg(&self.socket, &bytes, &mut ancillary, flags));
         let is_full = sent == Err(rustix::io::Errno::AGAIN);
         if is_full && !self.is_slow.load(Ordering::Relaxed) {
             warn!("whoever keeps our connections does not read what we send: is it stopped?");
         }
         self.is_slow.store(is_full, Ordering::Relaxed);
-        if let Err(rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT) = sent
+        if let Err(rustix::io::Errno::CONNREFUSED) = sent
             && !self.is_lost.swap(true, Ordering::Relaxed)
         {
             error!(

@@ -147,6 +147,16 @@ impl Node {
         self.shared.quiet().await;
     }
 
+    /// Somebody has removed the records: writes down again what there is to remember.
+    pub async fn record_again(&self) -> Result<(), Error> {
+        let store = self.shared.store.clone();
+        blocking(move || store.make()).await??;
+        for task in self.shared.all() {
+            task.save(&self.shared).await?;
+        }
+        Ok(())
+    }
+
     /// Mounts the rootfs, runs `runc create`, watches the init. Returns its pid.
     pub async fn create(&self, request: CreateTask) -> Result<u32, Error> {
         self.detached(creation::create(self.shared(), request, self.errand()))

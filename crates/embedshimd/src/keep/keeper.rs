@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::Flock;
@@ -195,6 +195,7 @@ impl Keeper {
     /// Starts it, or notes when to try again. A code ends the keeper, whose first daemon this would have been.
     fn start_daemon(&mut self) -> Option<Code> {
         self.zombies.leave_alone();
+        self.be_found();
         let started = self
             .parts
             .program
@@ -218,6 +219,23 @@ impl Keeper {
         };
         sys::trim_heap();
         None
+    }
+
+    /// Makes our files again, should somebody have removed them with the state directory: the next daemon looks for them.
+    fn be_found(&mut self) {
+        if self.parts.inbox_path.symlink_metadata().is_ok() {
+            return;
+        }
+        let state_dir = self.parts.inbox_path.parent().unwrap_or(Path::new("/"));
+        match lock::take(state_dir, &lock::of_keeper(state_dir)) {
+            Ok(Some(lock)) => self.lock = lock,
+            Ok(None) => return error!("another keeper has taken the state directory"),
+            Err(failure) => return error!("the keeper's lock cannot be made again: {failure:#}"),
+        }
+        match Inbox::open(&self.parts.inbox_path) {
+            Ok(inbox) => self.inbox = inbox,
+            Err(error) => error!(%error, "the keeper's socket cannot be made again"),
+        }
     }
 
     fn ended(&mut self, status: &WaitIdStatus) -> Option<Code> {

@@ -17,7 +17,7 @@ use ttrpc::{Code, Request, Status};
 
 use super::intake::{self, Frame, Intake};
 use super::journal::{Journal, Recovered};
-use super::{Call, Handler, Session};
+use super::{Call, Course, Handler, Session};
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
 use crate::status;
 
@@ -133,10 +133,10 @@ impl Connection {
     pub(super) async fn run<H: Handler>(
         mut self,
         handler: Arc<H>,
-        mut stop: watch::Receiver<bool>,
+        mut course: watch::Receiver<Course>,
     ) -> io::Result<()> {
-        let result = self.converse(&handler, &mut stop).await;
-        if !*stop.borrow() {
+        let result = self.converse(&handler, &mut course).await;
+        if !course.borrow().is_stopping {
             self.journal.remove();
         }
         result
@@ -145,11 +145,16 @@ impl Connection {
     async fn converse<H: Handler>(
         &mut self,
         handler: &Arc<H>,
-        stop: &mut watch::Receiver<bool>,
+        course: &mut watch::Receiver<Course>,
     ) -> io::Result<()> {
+        let mut losses = course.borrow().losses;
         self.pay(handler).await?;
         loop {
-            let is_stopping = *stop.borrow_and_update();
+            let now = *course.borrow_and_update();
+            if now.losses > losses {
+                losses = now.losses;
+                self.journal.write_again();
+            }
             tokio::select! {
                 Some(ended) = self.calls.tasks.join_next_with_id() => {
                     if let Some((stream, answer)) = self.calls.take(ended) {
@@ -163,14 +168,14 @@ impl Connection {
                     let _ = outcome.noted.send(());
                 }
                 // Who stops reads no more: what is not read yet is his successor's.
-                frame = self.intake.next(&self.stream, &mut self.journal), if !is_stopping => {
+                frame = self.intake.next(&self.stream, &mut self.journal), if !now.is_stopping => {
                     let Some(frame) = frame? else { return Ok(()) };
                     if let Err((stream, refusal)) = receive(frame, &mut self.last_stream, &mut self.calls, handler) {
                         warn!(stream, code = ?refusal.code(), text = refusal.message, "frame refused");
                         self.answer(stream, Err(refusal)).await?;
                     }
                 }
-                Ok(()) = stop.changed() => {}
+                Ok(()) = course.changed() => {}
             }
         }
     }

@@ -90,7 +90,16 @@ pub struct Keeping {
 pub struct Server<H> {
     handler: Arc<H>,
     kept: Option<Kept>,
-    stop: watch::Sender<bool>,
+    course: watch::Sender<Course>,
+}
+
+/// What all connections have to know.
+#[derive(Clone, Copy, Debug, Default)]
+struct Course {
+    /// Nothing is read any more.
+    is_stopping: bool,
+    /// How often the journals have been lost.
+    losses: u32,
 }
 
 #[derive(Debug)]
@@ -107,7 +116,7 @@ impl<H: Handler> Server<H> {
         Self {
             handler: Arc::new(handler),
             kept: None,
-            stop: watch::Sender::new(false),
+            course: watch::Sender::default(),
         }
     }
 
@@ -145,16 +154,13 @@ impl<H: Handler> Server<H> {
         }
     }
 
-    /// Accepts connections until `stop` completes; the connections end with the runtime, or when their peers leave. After `stop`
-    /// nothing is read any more, but what was read is answered.
-    pub async fn serve(&self, listener: &UnixListener, stop: impl Future<Output = ()>) {
-        tokio::pin!(stop);
+    /// Accepts connections until `until` completes, and can be called again with another listener. The connections end with the runtime,
+    /// or when their peers leave.
+    pub async fn serve<T>(&self, listener: &UnixListener, until: impl Future<Output = T>) -> T {
+        tokio::pin!(until);
         loop {
             tokio::select! {
-                () = &mut stop => {
-                    self.stop.send_replace(true);
-                    return;
-                }
+                reason = &mut until => return reason,
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => self.admit(stream),
                     Err(error) => {
@@ -164,6 +170,20 @@ impl<H: Handler> Server<H> {
                 },
             }
         }
+    }
+
+    /// From here on nothing is read any more, but what was read is answered.
+    pub fn stop(&self) {
+        self.course.send_modify(|course| course.is_stopping = true);
+    }
+
+    /// Somebody has removed the journals: every connection writes down again what it owes.
+    pub fn note_again(&self) -> io::Result<()> {
+        if let Some(kept) = &self.kept {
+            kept.journals.make()?;
+            self.course.send_modify(|course| course.losses += 1);
+        }
+        Ok(())
     }
 
     fn admit(&self, stream: UnixStream) {
@@ -182,10 +202,10 @@ impl<H: Handler> Server<H> {
     }
 
     fn spawn(&self, connection: Connection, number: Option<u64>) {
-        let (handler, stop) = (Arc::clone(&self.handler), self.stop.subscribe());
+        let (handler, course) = (Arc::clone(&self.handler), self.course.subscribe());
         let store = self.kept.as_ref().map(|kept| Arc::clone(&kept.store));
         tokio::spawn(async move {
-            if let Err(error) = connection.run(handler, stop).await {
+            if let Err(error) = connection.run(handler, course).await {
                 debug!(%error, "connection ended");
             }
             if let (Some(number), Some(store)) = (number, store) {
@@ -234,9 +254,9 @@ fn take_over(descriptor: OwnedFd) -> io::Result<UnixStream> {
 
 #[cfg(fuzzing)]
 pub(crate) async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> io::Result<()> {
-    let (_running, stop) = watch::channel(false);
+    let (_running, course) = watch::channel(Course::default());
     Connection::new(stream, None, Journal::none())
-        .run(handler, stop)
+        .run(handler, course)
         .await
 }
 

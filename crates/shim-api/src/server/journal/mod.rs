@@ -29,14 +29,20 @@ const LONGEST: u64 = 64 << 20;
 pub(super) struct Journals(PathBuf);
 
 impl Journals {
-    /// Makes the directory.
+    /// Those in this directory, which is made.
     pub(super) fn open(directory: PathBuf) -> io::Result<Self> {
+        let journals = Self(directory);
+        journals.make()?;
+        Ok(journals)
+    }
+
+    /// Makes the directory.
+    pub(super) fn make(&self) -> io::Result<()> {
         use std::os::unix::fs::DirBuilderExt;
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(&directory)?;
-        Ok(Self(directory))
+            .create(&self.0)
     }
 
     /// A new connection's.
@@ -187,6 +193,26 @@ impl Journal {
             && let Err(error) = file.write_all_at(&header(Some(namespace)), 0)
         {
             warn!(path = %self.path.display(), %error, "cannot note a connection's namespace");
+        }
+    }
+
+    /// Its file was removed by somebody else: what is in it goes into a new one of the same name.
+    pub(super) fn write_again(&mut self) {
+        let Some(file) = &self.file else { return };
+        let copy = || -> io::Result<File> {
+            let mut bytes = vec![0; usize::try_from(self.length).unwrap_or_default()];
+            file.read_exact_at(&mut bytes, 0)?;
+            let draft = self.path.with_extension("draft");
+            let again = new_file(&draft)?;
+            again.write_all_at(&bytes, 0)?;
+            fs::rename(&draft, &self.path)?;
+            Ok(again)
+        };
+        match copy() {
+            Ok(again) => self.file = Some(again),
+            Err(error) => {
+                warn!(path = %self.path.display(), %error, "requests of a connection will not survive us");
+            }
         }
     }
 
