@@ -31,11 +31,16 @@ impl std::fmt::Debug for Shim {
 impl Shim {
     /// Connects.
     pub fn connect(sandbox: &Sandbox) -> anyhow::Result<Self> {
-        let address = format!("unix://{}/shim.sock", sandbox.state_dir().display());
+        Self::at(&sandbox.state_dir(), sandbox.namespace())
+    }
+
+    /// Connects to whoever serves a state directory.
+    pub fn at(state_dir: &Path, namespace: &str) -> anyhow::Result<Self> {
+        let address = format!("unix://{}/shim.sock", state_dir.display());
         let client = ttrpc::Client::connect(&address).with_context(|| address.clone())?;
         Ok(Self {
             tasks: TaskClient::new(client),
-            namespace: sandbox.namespace().into(),
+            namespace: namespace.into(),
         })
     }
 

@@ -11,6 +11,7 @@ mod tidy;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask::chaos;
 
 /// Builds, tests and demonstrates embedshim
 ///
@@ -30,6 +31,9 @@ enum Command {
     Demo,
     /// Run every test
     Test(suite::Options),
+    /// Kill whoever serves containers while they live, and check a ledger of what is due
+    #[command(long_about = chaos::ABOUT)]
+    Chaos(chaos::Options),
     /// Boot other kernels in QEMU and run the exit monitors' suite and whole containers there
     TestMatrix(matrix::Options),
     /// Compare with io.containerd.runc.v2: latency of `ctr run`, memory
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
         Command::Setup => xtask::machine::prepare(),
         Command::Demo => demo::run(),
         Command::Test(options) => suite::run(options),
+        Command::Chaos(options) => chaos::run(options),
         Command::TestMatrix(options) => matrix::run(options),
         Command::Bench(options) => bench::run(options),
         Command::Fuzz(options) => fuzz::run(options),

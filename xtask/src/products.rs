@@ -45,6 +45,12 @@ pub fn build_examples() -> anyhow::Result<PathBuf> {
     Ok(directory.join("examples"))
 }
 
+/// Builds the chaos suite and returns the program.
+pub fn build_chaos() -> anyhow::Result<PathBuf> {
+    let directory = build_targets("embedshim-tests", "--bins", &[], Profile::Dev)?;
+    Ok(directory.join("chaos"))
+}
+
 fn build_targets(
     package: &str,
     targets: &str,

@@ -232,6 +232,19 @@ impl Sandbox {
     }
 }
 
+impl Sandbox {
+    /// Leaves everything as it is, for whoever wants to look at it; he cleans up.
+    pub fn keep(mut self) -> PathBuf {
+        if let Some(containerd) = self.containerd.take() {
+            containerd.leave();
+        }
+        cleanup::forget(&self.directory);
+        let directory = self.directory.clone();
+        std::mem::forget(self);
+        directory
+    }
+}
+
 impl Drop for Sandbox {
     fn drop(&mut self) {
         if std::env::var_os("EMBEDSHIM_KEEP_SANDBOX").is_some() {

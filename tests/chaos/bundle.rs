@@ -1,0 +1,150 @@
+//! [`Bundles`]: bundles that cost next to nothing: one specification that is made once, one root file system for all.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use containerd_shim_protos::api;
+use nix::sys::stat::Mode;
+use serde_json::{Value, json};
+use shim_api::bundle::BundleNote;
+
+use crate::plan::{Life, Program, Rootfs};
+
+/// What all bundles have in common.
+#[derive(Debug)]
+pub(crate) struct Bundles {
+    directory: PathBuf,
+    rootfs: PathBuf,
+    namespace: String,
+    events: PathBuf,
+    template: Value,
+}
+
+/// One bundle, and what the request to create its container says.
+#[derive(Clone, Debug)]
+pub(crate) struct Made {
+    pub(crate) path: PathBuf,
+    pub(crate) mounts: Vec<api::Mount>,
+    pub(crate) stdin: Option<PathBuf>,
+}
+
+impl Bundles {
+    /// Bundles below `directory`, whose events go to `events`.
+    pub(crate) fn new(
+        directory: &Path,
+        rootfs: &Path,
+        namespace: &str,
+        events: &Path,
+    ) -> anyhow::Result<Self> {
+        fs::create_dir_all(directory)?;
+        let output = Command::new("runc")
+            .arg("spec")
+            .current_dir(directory)
+            .output()
+            .context("cannot run runc")?;
+        ensure!(
+            output.status.success(),
+            "runc spec: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let path = directory.join("config.json");
+        let template = serde_json::from_slice(&fs::read(&path)?)?;
+        fs::remove_file(path)?;
+        Ok(Self {
+            directory: directory.into(),
+            rootfs: rootfs.into(),
+            namespace: namespace.into(),
+            events: events.into(),
+            template,
+        })
+    }
+
+    /// Where the bundle of a container is.
+    pub(crate) fn path(&self, id: &str) -> PathBuf {
+        self.directory.join(id)
+    }
+
+    /// Makes the bundle of a container.
+    pub(crate) fn make(&self, id: &str, life: &Life) -> anyhow::Result<Made> {
+        let path = self.path(id);
+        fs::create_dir_all(path.join("rootfs"))?;
+        let (root, mounts) = match life.rootfs {
+            Rootfs::Shared => (self.rootfs.clone(), Vec::new()),
+            Rootfs::Bind => ("rootfs".into(), vec![self.bind()]),
+            Rootfs::Overlay => ("rootfs".into(), vec![self.overlay(&path)?]),
+        };
+        let mut spec = self.template.clone();
+        set(&mut spec, "/process/args", json!(life.program.arguments()));
+        set(&mut spec, "/process/terminal", json!(false));
+        set(&mut spec, "/root/path", json!(root));
+        set(
+            &mut spec,
+            "/root/readonly",
+            json!(life.rootfs == Rootfs::Shared),
+        );
+        if let Some(linux) = spec.pointer_mut("/linux").and_then(Value::as_object_mut) {
+            let cgroup = format!("/{}/{id}", self.namespace);
+            linux.insert("cgroupsPath".into(), json!(cgroup));
+        }
+        fs::write(path.join("config.json"), spec.to_string())?;
+        let note = BundleNote {
+            namespace: self.namespace.clone(),
+            events: self.events.display().to_string(),
+            ..BundleNote::default()
+        };
+        note.write(&path)?;
+        let stdin = match life.program {
+            Program::UntilEof { .. } => {
+                let fifo = path.join("stdin");
+                nix::unistd::mkfifo(&fifo, Mode::S_IRWXU)?;
+                Some(fifo)
+            }
+            _ => None,
+        };
+        Ok(Made {
+            path,
+            mounts,
+            stdin,
+        })
+    }
+
+    fn bind(&self) -> api::Mount {
+        mount("bind", &self.rootfs.display().to_string(), &["rbind", "ro"])
+    }
+
+    fn overlay(&self, bundle: &Path) -> anyhow::Result<api::Mount> {
+        for directory in ["upper", "work"] {
+            fs::create_dir_all(bundle.join(directory))?;
+        }
+        let options = [
+            format!("lowerdir={}", self.rootfs.display()),
+            format!("upperdir={}", bundle.join("upper").display()),
+            format!("workdir={}", bundle.join("work").display()),
+        ];
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        Ok(mount("overlay", "overlay", &options))
+    }
+
+    /// Removes the bundle of a container that is gone.
+    pub(crate) fn remove(&self, id: &str) -> anyhow::Result<()> {
+        let path = self.path(id);
+        fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+}
+
+fn mount(kind: &str, source: &str, options: &[&str]) -> api::Mount {
+    api::Mount {
+        type_: kind.into(),
+        source: source.into(),
+        options: options.iter().map(|&option| option.to_owned()).collect(),
+        ..api::Mount::default()
+    }
+}
+
+fn set(spec: &mut Value, pointer: &str, value: Value) {
+    if let Some(place) = spec.pointer_mut(pointer) {
+        *place = value;
+    }
+}

@@ -1,0 +1,323 @@
+//! Lives through containerd, by `ctr`. A command that fails because containerd was killed or stopped meanwhile is nobody's failure:
+//! then the truth is asked for when it is back. What was known to run before must still be there.
+
+use std::ffi::OsStr;
+
+use anyhow::{Context, bail, ensure};
+use xtask::sandbox::{Finished, Running, Task, until};
+
+use crate::ground::Ground;
+use crate::ledger::DEADLINE;
+use crate::plan::KILLED;
+use crate::random::Random;
+
+/// What is done to a container that was started in the background.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Exec { code: u32 },
+    ExecBackground,
+    Pause,
+    Metrics,
+    Look,
+}
+
+/// One container.
+#[derive(Clone, Debug)]
+enum Life {
+    /// `ctr run --rm` in the foreground.
+    Foreground { code: u32, after_ms: u64 },
+    /// In the background, until SIGTERM or SIGKILL.
+    Background { code: Option<u32>, steps: Vec<Step> },
+}
+
+impl Life {
+    fn of(random: &mut Random) -> Self {
+        let code = random.code();
+        if random.chance(40) {
+            return Self::Foreground {
+                code,
+                after_ms: random.millis(500),
+            };
+        }
+        let code = random.chance(50).then_some(code);
+        let count = random.below(5);
+        let steps = (0..count).map(|_| Step::of(random)).collect();
+        Self::Background { code, steps }
+    }
+}
+
+impl Step {
+    fn of(random: &mut Random) -> Self {
+        match random.below(8) {
+            0..=2 => Self::Exec {
+                code: random.code(),
+            },
+            3 => Self::ExecBackground,
+            4 => Self::Metrics,
+            5 => Self::Look,
+            _ => Self::Pause,
+        }
+    }
+}
+
+/// What became of a command.
+#[derive(Clone, Debug)]
+enum Outcome {
+    Done(Finished),
+    /// containerd went away under it.
+    Interrupted,
+}
+
+/// Lives one life. An error is a failure.
+pub(crate) fn live(ground: &Ground, id: &str, random: &mut Random) {
+    let life = Life::of(random);
+    ground.ledger.note(&format!("{id} {life:?}"));
+    let container = Container { ground, id };
+    let lived = match &life {
+        Life::Foreground { code, after_ms } => container.foreground(*code, *after_ms),
+        Life::Background { code, steps } => container.background(*code, steps),
+    };
+    if let Err(error) = lived {
+        ground.ledger.failure(&format!("{id}: {error:#}; {life:?}"));
+        let _ = container.ctr(["task", "rm", "--force", id]);
+        let _ = container.ctr(["container", "rm", id]);
+    }
+    ground.ledger.count(|counts| counts.lives += 1);
+}
+
+struct Container<'a> {
+    ground: &'a Ground,
+    id: &'a str,
+}
+
+impl Container<'_> {
+    /// Runs `ctr`; one that does not end is a request that was not answered.
+    fn ctr<S: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> anyhow::Result<Outcome> {
+        let (epoch, mut command) = {
+            let sandbox = self.ground.sandbox();
+            (self.ground.epoch(), sandbox.ctr(arguments))
+        };
+        self.run(epoch, &mut command)
+    }
+
+    fn run(&self, epoch: u64, command: &mut std::process::Command) -> anyhow::Result<Outcome> {
+        let since = std::time::Instant::now();
+        let words: Vec<_> = command
+            .get_args()
+            .skip(4)
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect();
+        let what = format!("{} ctr {}", self.id, words.join(" "));
+        self.ground.ledger.note(&format!("{what} ..."));
+        let finished = Running::capture(command)?.finish(DEADLINE);
+        let is_interrupted = self.ground.epoch() != epoch;
+        let answer = match &finished {
+            Ok(finished) => format!("{:?} {}", finished.code, finished.stderr.trim()),
+            Err(error) => error.to_string(),
+        };
+        self.ground.ledger.answered(&what, &answer, since.elapsed());
+        match finished {
+            // A command that has succeeded has, whatever happened beside it.
+            Ok(finished) if finished.code == Some(0) || !is_interrupted => {
+                Ok(Outcome::Done(finished))
+            }
+            Err(error) if !is_interrupted => Err(error.context("request not answered")),
+            _ => Ok(Outcome::Interrupted),
+        }
+    }
+
+    fn start(&self, options: &[&str], command: &[&str]) -> anyhow::Result<Outcome> {
+        let (epoch, mut command) = {
+            let sandbox = self.ground.sandbox();
+            (self.ground.epoch(), sandbox.run(options, self.id, command))
+        };
+        self.run(epoch, &mut command)
+    }
+
+    /// The task, as containerd sees it when it is there.
+    fn task(&self) -> anyhow::Result<Option<Task>> {
+        let mut task = None;
+        until("containerd tells of its tasks", || {
+            let (epoch, found) = {
+                let sandbox = self.ground.sandbox();
+                (self.ground.epoch(), sandbox.find_task(self.id))
+            };
+            match found {
+                // containerd asks for at most 2 s, and a daemon may be away for longer.
+                Ok(Some(found)) if found.status == "UNKNOWN" => Ok(false),
+                Ok(found) => {
+                    task = found;
+                    Ok(true)
+                }
+                Err(_) if self.ground.epoch() != epoch => Ok(false),
+                Err(error) => Err(error),
+            }
+        })?;
+        Ok(task)
+    }
+
+    fn foreground(&self, code: u32, after_ms: u64) -> anyhow::Result<()> {
+        let script = format!(
+            "sleep {}.{:03}; exit {code}",
+            after_ms / 1000,
+            after_ms % 1000
+        );
+        match self.start(&["--rm"], &["sh", "-c", &script])? {
+            Outcome::Done(finished) => {
+                self.told("ctr run", finished.code, code)
+                    .with_context(|| finished.stderr)?;
+                let left = self.task()?;
+                ensure!(left.is_none(), "the task is still there: {left:?}");
+                Ok(())
+            }
+            Outcome::Interrupted => self.settle(&[code, KILLED], false),
+        }
+    }
+
+    fn background(&self, code: Option<u32>, steps: &[Step]) -> anyhow::Result<()> {
+        let term = code.map(|code| code.to_string());
+        let command: Vec<&str> = match &term {
+            Some(code) => vec!["guest", "until-term", code],
+            None => vec!["sleep", "100000"],
+        };
+        match self.start(&["--detach"], &command)? {
+            Outcome::Interrupted => return self.settle(&[KILLED], false),
+            Outcome::Done(finished) if finished.code == Some(0) => {}
+            Outcome::Done(finished) => bail!("it does not start: {}", finished.stderr),
+        }
+        let task = self
+            .task()?
+            .context("it runs, and containerd has no task")?;
+        ensure!(task.status == "RUNNING", "{task:?}");
+        for (number, &step) in steps.iter().enumerate() {
+            self.take(number, step)
+                .with_context(|| format!("{step:?}"))?;
+        }
+        if let Some(code) = code {
+            crate::direct::handles_term(task.pid.unsigned_abs())?;
+            return self.end("TERM", code);
+        }
+        self.end("KILL", KILLED)
+    }
+
+    fn take(&self, number: usize, step: Step) -> anyhow::Result<()> {
+        match step {
+            Step::Exec { code } => {
+                self.ground.ledger.count(|counts| counts.execs += 1);
+                let (name, script) = (format!("e{number}"), format!("exit {code}"));
+                let exec = ["task", "exec", "--exec-id", &name, self.id];
+                let exec = exec.into_iter().chain(["sh", "-c", &script]);
+                match self.ctr(exec)? {
+                    Outcome::Done(finished) => self
+                        .told("ctr task exec", finished.code, code)
+                        .with_context(|| finished.stderr)?,
+                    Outcome::Interrupted => {}
+                }
+            }
+            Step::ExecBackground => {
+                self.ground.ledger.count(|counts| counts.execs += 1);
+                let name = format!("e{number}");
+                let exec = ["task", "exec", "--detach", "--exec-id", &name, self.id];
+                self.succeeds(&self.ctr(exec.into_iter().chain(["sleep", "100000"]))?)?;
+            }
+            Step::Pause => {
+                self.succeeds(&self.ctr(["task", "pause", self.id])?)?;
+                self.thaw()?;
+            }
+            Step::Metrics => self.succeeds(&self.ctr(["task", "metrics", self.id])?)?,
+            Step::Look => {}
+        }
+        // Whatever was interrupted: who runs is never lost.
+        let task = self.task()?.context("the container is lost")?;
+        ensure!(task.status == "RUNNING", "{task:?}");
+        Ok(())
+    }
+
+    /// Resumes until it runs: of a request that was interrupted nobody knows whether it arrived.
+    fn thaw(&self) -> anyhow::Result<()> {
+        until("it is resumed", || {
+            let task = self.task()?.context("the container is lost")?;
+            if task.status == "RUNNING" {
+                return Ok(true);
+            }
+            if let Outcome::Done(finished) = self.ctr(["task", "resume", self.id])? {
+                ensure!(finished.code == Some(0), "{}", finished.stderr);
+            }
+            Ok(false)
+        })
+    }
+
+    fn succeeds(&self, outcome: &Outcome) -> anyhow::Result<()> {
+        match outcome {
+            Outcome::Done(finished) if finished.code != Some(0) => {
+                bail!("{}: {}", self.id, finished.stderr)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn end(&self, signal: &str, code: u32) -> anyhow::Result<()> {
+        match self.ctr(["task", "kill", "--signal", signal, self.id])? {
+            Outcome::Done(finished) => ensure!(finished.code == Some(0), "{}", finished.stderr),
+            // Perhaps it was sent: then a second one may find nobody.
+            Outcome::Interrupted => {
+                let _ = self.ctr(["task", "kill", "--signal", signal, self.id])?;
+            }
+        }
+        self.settle(&[code], true)
+    }
+
+    /// Brings a container to its end that ends by itself, was killed, or of which nobody knows how far its start had come.
+    fn settle(&self, due: &[u32], is_known: bool) -> anyhow::Result<()> {
+        let mut is_there = is_known;
+        until("the container has ended", || {
+            let Some(task) = self.task()? else {
+                ensure!(!is_there, "the container is lost");
+                return Ok(true);
+            };
+            is_there = is_known;
+            if task.status == "STOPPED" {
+                return Ok(true);
+            }
+            if !is_known {
+                let _ = self.ctr(["task", "kill", "--signal", "KILL", self.id])?;
+            }
+            Ok(false)
+        })?;
+        self.delete(due)?;
+        // `--rm` may have done it; and containerd may have come between.
+        let _ = self.ctr(["container", "rm", self.id])?;
+        Ok(())
+    }
+
+    fn delete(&self, due: &[u32]) -> anyhow::Result<()> {
+        while let Some(task) = self.task()? {
+            ensure!(task.status == "STOPPED", "{task:?}");
+            let (epoch, told) = {
+                let sandbox = self.ground.sandbox();
+                (self.ground.epoch(), sandbox.delete_task(self.id))
+            };
+            match told {
+                Ok(told) => {
+                    let told = u32::try_from(told)?;
+                    self.ground.ledger.code(self.id, "ctr task rm", told, due);
+                    return Ok(());
+                }
+                Err(_) if self.ground.epoch() != epoch => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn told(&self, source: &str, told: Option<i32>, due: u32) -> anyhow::Result<()> {
+        let told = told.context("ctr was killed")?;
+        let told = u32::try_from(told)?;
+        self.ground.ledger.code(self.id, source, told, &[due]);
+        ensure!(told == due, "{source} tells {told} instead of {due}");
+        Ok(())
+    }
+}

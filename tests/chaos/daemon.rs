@@ -1,0 +1,102 @@
+//! [`Daemons`]: which process serves a state directory now, and which is its keeper. Found by their command lines, so that nothing
+//! has to be asked of those that are about to be killed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The keeper waits longer and longer before it starts a daemon that does not live.
+const PATIENCE: Duration = Duration::from_secs(45);
+
+/// Which processes serve a state directory.
+#[derive(Debug)]
+pub(crate) struct Daemons {
+    state_dir: PathBuf,
+}
+
+/// A process, not only a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Daemon {
+    pub(crate) pid: i32,
+    started: u64,
+}
+
+impl Daemon {
+    /// Sends it a signal; false if it has gone.
+    pub(crate) fn signal(self, signal: Signal) -> bool {
+        started(self.pid) == Some(self.started) && kill(Pid::from_raw(self.pid), signal).is_ok()
+    }
+
+    pub(crate) fn is_alive(self) -> bool {
+        started(self.pid) == Some(self.started) && xtask::sandbox::is_alive(self.pid)
+    }
+}
+
+impl Daemons {
+    pub(crate) fn of(state_dir: &Path) -> Self {
+        Self {
+            state_dir: state_dir.into(),
+        }
+    }
+
+    /// The daemon, if one is there.
+    pub(crate) fn current(&self) -> Option<Daemon> {
+        self.find("serve")
+    }
+
+    /// Its keeper, if it has one.
+    pub(crate) fn keeper(&self) -> Option<Daemon> {
+        self.find("keep")
+    }
+
+    /// The oldest process with this command: a child that has not become runc yet has its parent's command line.
+    fn find(&self, command: &str) -> Option<Daemon> {
+        let needle = self.state_dir.to_string_lossy();
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        pids.filter_map(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let line = String::from_utf8_lossy(&line).into_owned();
+            let mut words = line.split('\0');
+            let is_ours = words.next()?.ends_with("embedshimd")
+                && words.next() == Some(command)
+                && words.any(|word| word == needle);
+            if !is_ours {
+                return None;
+            }
+            let started = started(pid)?;
+            Some(Daemon { pid, started })
+        })
+        .min_by_key(|daemon| (daemon.started, daemon.pid))
+    }
+
+    /// Waits for a daemon that is not `last`, and returns it.
+    pub(crate) fn successor(&self, last: Option<Daemon>) -> anyhow::Result<Daemon> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(daemon) = self.current().filter(|&daemon| Some(daemon) != last) {
+                return Ok(daemon);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        bail!("no daemon for {} s", PATIENCE.as_secs())
+    }
+
+    /// Kills keeper and daemon, in the order in which nobody restarts anybody.
+    pub(crate) fn kill_both(&self) -> anyhow::Result<()> {
+        for process in [self.keeper(), self.current()].into_iter().flatten() {
+            process.signal(Signal::SIGKILL);
+            xtask::sandbox::until("it is gone", || Ok(!process.is_alive()))?;
+        }
+        Ok(())
+    }
+}
+
+fn started(pid: i32) -> Option<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    embedshim_core::process::parse_stat_field(&stat, 22)
+}

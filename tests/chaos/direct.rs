@@ -1,0 +1,358 @@
+//! Lives over ttrpc: carries a [`Life`] out as containerd would, on a connection of its own, and compares every answer with the one
+//! that is due (`containerd.md` 4.2). No answer may show that a daemon died meanwhile.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use containerd_shim_protos::api;
+use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
+use xtask::sandbox::until;
+
+use crate::bundle::Made;
+use crate::client::{Answer, Client, Pending, accepted, refused};
+use crate::ground::Ground;
+use crate::ledger::Ledger;
+use crate::plan::{End, Exec, Life, Program, Step};
+
+const NO_TASK: &str = "container not created";
+const NO_EXEC: &str = "process does not exist";
+const FINISHED: &str = "process already finished";
+
+/// Lives one life. An error is a failure; what is left of the container is removed as far as possible.
+pub(crate) fn live(ground: &Ground, id: &str, life: &Life) {
+    ground.ledger.note(&format!("{id} {life:?}"));
+    let lived = Container::new(ground, id, life).and_then(|mut container| container.live());
+    if let Err(error) = lived {
+        ground.ledger.failure(&format!("{id}: {error:#}; {life:?}"));
+        remove(ground, id);
+    }
+    ground.ledger.count(|counts| counts.lives += 1);
+}
+
+/// The end of a container whose life has failed, so that the others' are not disturbed by what it leaves.
+fn remove(ground: &Ground, id: &str) {
+    let Ok(client) = Client::connect(ground, id) else {
+        return;
+    };
+    let _ = client.resume();
+    if let Ok(Ok(_)) = client.kill("", Signal::SIGKILL) {
+        let _ = client.wait("").answer();
+    }
+    let _ = client.delete("");
+    let _ = ground.bundles.remove(id);
+}
+
+/// An exec that ends with its container.
+type Lingering = (String, Exec, Pending<api::WaitResponse>);
+
+struct Container<'a> {
+    ground: &'a Ground,
+    id: &'a str,
+    life: &'a Life,
+    client: Client,
+    bundle: Made,
+    pid: u32,
+    /// Execs that end with the container.
+    lingering: Mutex<Vec<Lingering>>,
+    execs: u64,
+}
+
+impl<'a> Container<'a> {
+    fn new(ground: &'a Ground, id: &'a str, life: &'a Life) -> anyhow::Result<Self> {
+        Ok(Self {
+            ground,
+            id,
+            life,
+            client: Client::connect(ground, id)?,
+            bundle: ground.bundles.make(id, life)?,
+            pid: 0,
+            lingering: Mutex::default(),
+            execs: 0,
+        })
+    }
+
+    fn ledger(&self) -> &Ledger {
+        &self.ground.ledger
+    }
+
+    fn live(&mut self) -> anyhow::Result<()> {
+        if self.life.program == Program::Missing {
+            refused(
+                "Create",
+                "OCI runtime create failed",
+                self.client.create(&self.bundle),
+            )?;
+            return self.gone();
+        }
+        self.pid = accepted("Create", self.client.create(&self.bundle))?;
+        ensure!(self.pid > 0, "Create tells no pid");
+        self.expect_status("", api::Status::CREATED)?;
+        if self.life.end == End::Unstarted {
+            accepted("Delete", self.client.delete(""))?;
+            return self.gone();
+        }
+        let early = self.life.waits_early.then(|| self.client.wait(""));
+        let pid = accepted("Start", self.client.start(""))?;
+        ensure!(
+            pid == self.pid,
+            "Start tells pid {pid} instead of {}",
+            self.pid
+        );
+        let wait = early.unwrap_or_else(|| self.client.wait(""));
+        for &step in &self.life.steps {
+            self.take(step).with_context(|| format!("{step:?}"))?;
+        }
+        let code = self.end(wait)?;
+        self.after(code)?;
+        let told = accepted("Delete", self.client.delete(""))?;
+        self.ledger().code(self.id, "Delete", told, &[code]);
+        self.gone()
+    }
+
+    /// Brings the init to its end, as planned, and returns the code that is told of it.
+    fn end(&mut self, wait: Pending<api::WaitResponse>) -> anyhow::Result<u32> {
+        let due = self.life.codes();
+        let mut due = due.as_slice();
+        let own = [self.life.program.own_code()];
+        match self.life.end {
+            End::Term => {
+                handles_term(self.pid)?;
+                accepted("Kill", self.client.kill("", Signal::SIGTERM))?;
+            }
+            End::Kill => drop(accepted("Kill", self.client.kill("", Signal::SIGKILL))?),
+            End::CloseIo => {
+                let stdin = self.bundle.stdin.as_ref().context("no input")?;
+                feed(stdin)?;
+                accepted("CloseIO", self.client.close_stdin())?;
+            }
+            End::Race { after_ms } => {
+                sleep(Duration::from_millis(after_ms));
+                match self.client.kill("", Signal::SIGKILL)? {
+                    Ok(_) => {}
+                    // Then the signal had no effect, and the process has its own code.
+                    Err(words) if words.contains(FINISHED) => due = &own,
+                    Err(words) => bail!("Kill is refused: {words}"),
+                }
+            }
+            End::Itself | End::WithInit | End::Unstarted => {}
+        }
+        let told = accepted("Wait", wait.answer())?.exit_status;
+        self.ledger().code(self.id, "Wait", told, due);
+        self.ledger().ended(self.id, None, told);
+        for (exec, plan, wait) in std::mem::take(
+            self.lingering
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+        ) {
+            let told = accepted("Wait", wait.answer())?.exit_status;
+            let name = format!("{} {exec}", self.id);
+            self.ledger().code(&name, "Wait", told, &plan.codes());
+            self.ledger().ended(self.id, Some(exec), told);
+        }
+        Ok(told)
+    }
+
+    /// What must be true of a container that has ended and is not deleted.
+    fn after(&self, code: u32) -> anyhow::Result<()> {
+        let state = self.expect_status("", api::Status::STOPPED)?;
+        self.ledger()
+            .code(self.id, "State", state.exit_status, &[code]);
+        refused("Kill", FINISHED, self.client.kill("", Signal::SIGKILL))?;
+        let again = accepted("Wait", self.client.wait("").answer())?.exit_status;
+        self.ledger().code(self.id, "Wait again", again, &[code]);
+        // Else containerd deletes it at its next start, and the code is lost.
+        let pids = accepted("Pids", self.client.pids())?;
+        ensure!(!pids.is_empty(), "Pids of a stopped container are none");
+        Ok(())
+    }
+
+    /// What must be true after the end of it all.
+    fn gone(&self) -> anyhow::Result<()> {
+        refused("State", NO_TASK, self.client.state(""))?;
+        refused("Delete", NO_TASK, self.client.delete(""))?;
+        accepted("Shutdown", self.client.shutdown())?;
+        self.ground.check_gone(self.id)?;
+        self.ground.bundles.remove(self.id)
+    }
+
+    fn take(&mut self, step: Step) -> anyhow::Result<()> {
+        match step {
+            Step::Read => self.read(),
+            Step::Pause => self.pause(),
+            Step::Exec(exec) => self.exec(exec),
+            Step::Probes { count, code } => self.probes(count, code),
+            Step::CreateAgain => {
+                self.refused_or_done_before("already exists", || self.client.create(&self.bundle))
+            }
+            Step::StartAgain => self
+                .refused_or_done_before("cannot start a running process", || self.client.start("")),
+            Step::DeleteEarly => refused(
+                "Delete",
+                "cannot delete a running process",
+                self.client.delete(""),
+            ),
+            Step::Rest { ms } => {
+                sleep(Duration::from_millis(ms));
+                Ok(())
+            }
+        }
+    }
+
+    /// A request for what is done already. Its successor cannot know whether a daemon that died had done it for this very request
+    /// or for the one before: the answer may be that it is done, but only if one died.
+    fn refused_or_done_before(
+        &self,
+        words: &str,
+        request: impl FnOnce() -> anyhow::Result<Answer<u32>>,
+    ) -> anyhow::Result<()> {
+        let before = self.ground.daemons.current();
+        match request()? {
+            Err(told) if told.contains(words) => Ok(()),
+            Ok(pid) if pid == self.pid && self.ground.daemons.current() != before => Ok(()),
+            answer => bail!("{answer:?} instead of {words:?}"),
+        }
+    }
+
+    fn read(&self) -> anyhow::Result<()> {
+        self.expect_status("", api::Status::RUNNING)?;
+        let pids = accepted("Pids", self.client.pids())?;
+        ensure!(pids.contains(&self.pid), "{} is not in {pids:?}", self.pid);
+        ensure!(accepted("Stats", self.client.stats())?, "no statistics");
+        let pid = accepted("Connect", self.client.connected_pid())?;
+        ensure!(
+            pid == self.pid,
+            "Connect tells {pid} instead of {}",
+            self.pid
+        );
+        Ok(())
+    }
+
+    fn pause(&self) -> anyhow::Result<()> {
+        accepted("Pause", self.client.pause())?;
+        self.expect_status("", api::Status::PAUSED)?;
+        accepted("Resume", self.client.resume())?;
+        self.expect_status("", api::Status::RUNNING).map(drop)
+    }
+
+    fn next_exec(&mut self) -> String {
+        self.execs += 1;
+        self.ledger().count(|counts| counts.execs += 1);
+        format!("e{}", self.execs)
+    }
+
+    fn exec(&mut self, plan: Exec) -> anyhow::Result<()> {
+        let exec = self.next_exec();
+        accepted("Exec", self.client.exec(&exec, plan.program))?;
+        if plan.program == Program::Missing {
+            refused("Start", "OCI runtime exec failed", self.client.start(&exec))?;
+            accepted("Delete", self.client.delete(&exec))?;
+            return refused("State", NO_EXEC, self.client.state(&exec));
+        }
+        let early = plan.waits_early.then(|| self.client.wait(&exec));
+        let pid = accepted("Start", self.client.start(&exec))?;
+        ensure!(pid > 0, "Start of {exec} tells no pid");
+        let wait = early.unwrap_or_else(|| self.client.wait(&exec));
+        match plan.end {
+            End::Term => {
+                handles_term(pid)?;
+                accepted("Kill", self.client.kill(&exec, Signal::SIGTERM))?;
+            }
+            End::Kill => drop(accepted("Kill", self.client.kill(&exec, Signal::SIGKILL))?),
+            End::WithInit => {
+                self.lingering
+                    .get_mut()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push((exec, plan, wait));
+                return Ok(());
+            }
+            _ => {}
+        }
+        self.finish_exec(&exec, plan, wait)
+    }
+
+    fn finish_exec(
+        &self,
+        exec: &str,
+        plan: Exec,
+        wait: Pending<api::WaitResponse>,
+    ) -> anyhow::Result<()> {
+        let name = format!("{} {exec}", self.id);
+        let code = accepted("Wait", wait.answer())?.exit_status;
+        self.ledger().code(&name, "Wait", code, &plan.codes());
+        self.ledger().ended(self.id, Some(exec.to_owned()), code);
+        let state = self.expect_status(exec, api::Status::STOPPED)?;
+        self.ledger()
+            .code(&name, "State", state.exit_status, &[code]);
+        refused("Kill", FINISHED, self.client.kill(exec, Signal::SIGKILL))?;
+        let told = accepted("Delete", self.client.delete(exec))?;
+        self.ledger().code(&name, "Delete", told, &[code]);
+        refused("State", NO_EXEC, self.client.state(exec))
+    }
+
+    /// Several execs at once, on the one connection.
+    fn probes(&mut self, count: u64, code: u32) -> anyhow::Result<()> {
+        let execs: Vec<String> = (0..count).map(|_| self.next_exec()).collect();
+        let plan = Exec {
+            program: Program::Exit { code, after_ms: 0 },
+            end: End::Itself,
+            waits_early: true,
+        };
+        let this = &*self;
+        let probe = |exec: &str| {
+            accepted("Exec", this.client.exec(exec, plan.program))?;
+            let wait = this.client.wait(exec);
+            accepted("Start", this.client.start(exec))?;
+            this.finish_exec(exec, plan, wait)
+        };
+        std::thread::scope(|scope| {
+            let probes: Vec<_> = execs
+                .iter()
+                .map(|exec| scope.spawn(|| probe(exec)))
+                .collect();
+            let mut results = probes.into_iter().map(|probe| match probe.join() {
+                Ok(result) => result,
+                Err(_) => bail!("a probe panicked"),
+            });
+            results.try_for_each(|result| result)
+        })
+    }
+
+    fn expect_status(&self, exec: &str, due: api::Status) -> anyhow::Result<api::StateResponse> {
+        let state = accepted("State", self.client.state(exec))?;
+        let told = state.status.enum_value_or_default();
+        ensure!(
+            told == due,
+            "State {exec} tells {told:?} instead of {due:?}"
+        );
+        Ok(state)
+    }
+}
+
+/// Waits until a process ends with its own code at SIGTERM. Its name is looked at too: what is not yet our guest is runc, which handles
+/// every signal there is.
+pub(crate) fn handles_term(pid: u32) -> anyhow::Result<()> {
+    until("it handles SIGTERM", || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
+        let caught = field("SigCgt:").and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        let is_guest = field("Name:").is_some_and(|name| name.trim() == "guest");
+        Ok(is_guest && caught.is_some_and(|caught| caught & (1 << 14) != 0))
+    })
+}
+
+/// Writes something to a container's input and leaves. The daemon's own end is what keeps it open then.
+fn feed(fifo: &Path) -> anyhow::Result<()> {
+    let mut input = OpenOptions::new()
+        .write(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(fifo)
+        .context("nobody reads the input")?;
+    Ok(input.write_all(b"input\n")?)
+}

@@ -1,0 +1,91 @@
+//! What is left when everything has ended: nothing may be that was not there before the first life.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::bail;
+use embedshim_tests::Footprint;
+use xtask::sandbox::until;
+
+use crate::daemon::Daemon;
+use crate::ground::Ground;
+
+/// Directories of the state directory whose files belong to containers, connections or events that are gone.
+const DIRECTORIES: [&str; 4] = ["tasks", "connections", "events", "consoles"];
+
+/// What was there before.
+#[derive(Debug)]
+pub(crate) struct Before {
+    footprint: Footprint,
+    files: BTreeMap<String, usize>,
+    keeper: usize,
+    daemon: usize,
+}
+
+impl Before {
+    /// What is there now.
+    pub(crate) fn look(ground: &Ground) -> Self {
+        Self {
+            footprint: Footprint::of(&ground.sandbox()),
+            files: files(&ground.state_dir),
+            keeper: ground.daemons.keeper().map_or(0, descriptors),
+            daemon: ground.daemons.current().map_or(0, descriptors),
+        }
+    }
+
+    /// Waits until all is as before.
+    pub(crate) fn compare(&self, ground: &Ground) -> anyhow::Result<()> {
+        self.footprint.wait_for_return(&ground.sandbox())?;
+        let mut left = Vec::new();
+        let returned = until("files and descriptors are gone", || {
+            let now = Self::look(ground);
+            left.clear();
+            for (name, count) in &now.files {
+                let before = self.files.get(name).copied().unwrap_or(0);
+                if *count > before {
+                    left.push(format!("{count} files in {name}, before: {before}"));
+                }
+            }
+            for (who, before, now) in [
+                ("keeper", self.keeper, now.keeper),
+                ("daemon", self.daemon, now.daemon),
+            ] {
+                if now > before {
+                    left.push(format!("{now} descriptors of the {who}, before: {before}"));
+                }
+            }
+            Ok(left.is_empty())
+        });
+        if returned.is_err() {
+            bail!("left behind: {}", left.join(", "));
+        }
+        Ok(())
+    }
+}
+
+/// The number of descriptors of a process, except of our own connections for probing, which come and go.
+fn descriptors(process: Daemon) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", process.pid)).map_or(0, Iterator::count)
+}
+
+/// The number of files in each directory, and in the state directory itself.
+fn files(state_dir: &Path) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for directory in DIRECTORIES {
+        counts.insert(directory.to_owned(), count(&state_dir.join(directory)));
+    }
+    let entries = fs::read_dir(state_dir).into_iter().flatten().flatten();
+    counts.insert("the state directory".into(), entries.count());
+    counts
+}
+
+fn count(directory: &Path) -> usize {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.file_type() {
+            Ok(kind) if kind.is_dir() => count(&entry.path()),
+            _ => 1,
+        })
+        .sum()
+}

@@ -1,0 +1,147 @@
+//! Single steps: the same short lives again and again, and each time the daemon dies at the next of its lasting steps, right before
+//! and right after it. It is the place where no luck is needed.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::Context;
+use nix::sys::signal::Signal;
+use xtask::chaos::Options;
+use xtask::sandbox::until;
+
+use crate::direct;
+use crate::ground::Ground;
+use crate::plan::{End, Exec, Life, Program, Rootfs, Step};
+use crate::random::Random;
+
+const STEPS: u64 = 4;
+/// A daemon that dies in all its steps and has more than this is not what this suite was made for.
+const TOO_MANY: u64 = 1000;
+
+/// The lives whose steps are taken: together they do everything that lasts.
+fn lives() -> Vec<(&'static str, Life)> {
+    let life = |program, end, steps| Life {
+        rootfs: Rootfs::Overlay,
+        program,
+        end,
+        waits_early: true,
+        steps,
+    };
+    let exec = |program, end| {
+        Step::Exec(Exec {
+            program,
+            end,
+            waits_early: true,
+        })
+    };
+    let short = |code| Program::Exit { code, after_ms: 0 };
+    vec![
+        ("plain", life(short(37), End::Itself, vec![])),
+        (
+            "exec",
+            life(
+                Program::UntilTerm { code: 9 },
+                End::Term,
+                vec![
+                    exec(short(41), End::Itself),
+                    exec(Program::Sleep, End::Kill),
+                    exec(Program::Sleep, End::WithInit),
+                ],
+            ),
+        ),
+        (
+            "failing create",
+            life(Program::Missing, End::Itself, vec![]),
+        ),
+        (
+            "failing exec",
+            life(
+                Program::Sleep,
+                End::Kill,
+                vec![exec(Program::Missing, End::Itself)],
+            ),
+        ),
+        ("pause", life(Program::Sleep, End::Kill, vec![Step::Pause])),
+        (
+            "input",
+            life(Program::UntilEof { code: 8 }, End::CloseIo, vec![]),
+        ),
+        ("unstarted", life(Program::Sleep, End::Unstarted, vec![])),
+    ]
+}
+
+/// Takes the steps: all of them, or as many as are asked for, chosen by the seed.
+pub(crate) fn take(ground: &Ground, options: &Options) -> anyhow::Result<()> {
+    for (number, (name, life)) in (0..).zip(lives()) {
+        let mut random = Random::of(options.seed(), &[STEPS, number]);
+        // Without --every-step each life has so many deaths, spread over it.
+        let stride = if options.every_step {
+            1
+        } else {
+            options.stride
+        };
+        let mut step = 1 + random.below(stride);
+        let mut deaths = 0;
+        while take_one(ground, name, &life, step, &mut random)? {
+            deaths += 1;
+            step += stride;
+            if step > TOO_MANY || ground.ledger.has_failures() {
+                break;
+            }
+        }
+        println!("  {name}: died at {deaths} of at most {} steps", step - 1);
+        if ground.ledger.has_failures() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Lives a life whose daemon dies at this step; false if the life had no such step.
+fn take_one(
+    ground: &Ground,
+    name: &str,
+    life: &Life,
+    step: u64,
+    random: &mut Random,
+) -> anyhow::Result<bool> {
+    arm(ground, step)?;
+    // Sometimes the successor dies as well, while it takes over.
+    let second = random.chance(30).then(|| 1 + random.below(8));
+    if let Some(second) = second {
+        fs::write(ground.state_dir.join("failpoint"), second.to_string())?;
+    }
+    let before = deaths(ground);
+    ground
+        .ledger
+        .note(&format!("{name}: step {step}, then {second:?}"));
+    let id = format!("s{step}-{}", name.replace(' ', "-"));
+    direct::live(ground, &id, life);
+    let has_died = deaths(ground) > before;
+    if has_died {
+        ground.ledger.count(|counts| counts.steps += 1);
+    }
+    // Nobody may be armed any more.
+    let _ = fs::remove_file(ground.state_dir.join("failpoint"));
+    Ok(has_died)
+}
+
+/// Has a daemon serve that will die at this step.
+fn arm(ground: &Ground, step: u64) -> anyhow::Result<()> {
+    let file = ground.state_dir.join("failpoint");
+    let daemon = ground.daemons.successor(None)?;
+    let unarmed = ground.state_dir.join("failpoint.new");
+    fs::write(&unarmed, step.to_string())?;
+    fs::rename(&unarmed, &file)?;
+    daemon.signal(Signal::SIGKILL);
+    ground.daemons.successor(Some(daemon))?;
+    until("the daemon has read its failpoint", || Ok(!file.exists()))
+        .context("was embedshimd built with the feature `failpoints`?")?;
+    // The keeper shall not think that it dies all the time.
+    std::thread::sleep(Duration::from_millis(20));
+    Ok(())
+}
+
+fn deaths(ground: &Ground) -> usize {
+    ground.sandbox().daemon_log().matches("failpoint:").count()
+}
