@@ -86,6 +86,15 @@ impl Daemons {
         bail!("no daemon for {} s", PATIENCE.as_secs())
     }
 
+    /// Has a keeper that waits before it starts another daemon wait no longer.
+    pub(crate) fn hurry(&self) {
+        if self.current().is_none()
+            && let Some(keeper) = self.keeper()
+        {
+            keeper.signal(Signal::SIGHUP);
+        }
+    }
+
     /// Kills keeper and daemon, in the order in which nobody restarts anybody.
     pub(crate) fn kill_both(&self) -> anyhow::Result<()> {
         for process in [self.keeper(), self.current()].into_iter().flatten() {

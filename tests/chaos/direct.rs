@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use xtask::sandbox::until;
 
 use crate::bundle::Made;
-use crate::client::{Answer, Client, Pending, accepted, refused};
+use crate::client::{Client, Pending, accepted, refused};
 use crate::ground::Ground;
 use crate::ledger::Ledger;
 use crate::plan::{End, Exec, Life, Program, Step};
@@ -25,10 +25,17 @@ const NO_TASK: &str = "container not created";
 const NO_EXEC: &str = "process does not exist";
 const FINISHED: &str = "process already finished";
 
-/// Lives one life. An error is a failure; what is left of the container is removed as far as possible.
+/// Lives one life on a connection of its own.
 pub(crate) fn live(ground: &Ground, id: &str, life: &Life) {
+    live_on(ground, id, life, Client::connect(ground, id));
+}
+
+/// Lives one life on this connection. An error is a failure; what is left of the container is removed as far as possible.
+pub(crate) fn live_on(ground: &Ground, id: &str, life: &Life, client: anyhow::Result<Client>) {
     ground.ledger.note(&format!("{id} {life:?}"));
-    let lived = Container::new(ground, id, life).and_then(|mut container| container.live());
+    let lived = client
+        .and_then(|client| Container::new(ground, id, life, client))
+        .and_then(|mut container| container.live());
     if let Err(error) = lived {
         ground.ledger.failure(&format!("{id}: {error:#}; {life:?}"));
         remove(ground, id);
@@ -65,12 +72,17 @@ struct Container<'a> {
 }
 
 impl<'a> Container<'a> {
-    fn new(ground: &'a Ground, id: &'a str, life: &'a Life) -> anyhow::Result<Self> {
+    fn new(
+        ground: &'a Ground,
+        id: &'a str,
+        life: &'a Life,
+        client: Client,
+    ) -> anyhow::Result<Self> {
         Ok(Self {
             ground,
             id,
             life,
-            client: Client::connect(ground, id)?,
+            client,
             bundle: ground.bundles.make(id, life)?,
             pid: 0,
             lingering: Mutex::default(),
@@ -189,10 +201,12 @@ impl<'a> Container<'a> {
             Step::Exec(exec) => self.exec(exec),
             Step::Probes { count, code } => self.probes(count, code),
             Step::CreateAgain => {
-                self.refused_or_done_before("already exists", || self.client.create(&self.bundle))
+                refused("Create", "already exists", self.client.create(&self.bundle))
             }
-            Step::StartAgain => self
-                .refused_or_done_before("cannot start a running process", || self.client.start("")),
+            Step::StartAgain => {
+                let words = "cannot start a running process";
+                refused("Start", words, self.client.start(""))
+            }
             Step::DeleteEarly => refused(
                 "Delete",
                 "cannot delete a running process",
@@ -202,21 +216,6 @@ impl<'a> Container<'a> {
                 sleep(Duration::from_millis(ms));
                 Ok(())
             }
-        }
-    }
-
-    /// A request for what is done already. Its successor cannot know whether a daemon that died had done it for this very request
-    /// or for the one before: the answer may be that it is done, but only if one died.
-    fn refused_or_done_before(
-        &self,
-        words: &str,
-        request: impl FnOnce() -> anyhow::Result<Answer<u32>>,
-    ) -> anyhow::Result<()> {
-        let before = self.ground.daemons.current();
-        match request()? {
-            Err(told) if told.contains(words) => Ok(()),
-            Ok(pid) if pid == self.pid && self.ground.daemons.current() != before => Ok(()),
-            answer => bail!("{answer:?} instead of {words:?}"),
         }
     }
 

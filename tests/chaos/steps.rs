@@ -2,6 +2,7 @@
 //! and right after it. It is the place where no luck is needed.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -9,6 +10,7 @@ use nix::sys::signal::Signal;
 use xtask::chaos::Options;
 use xtask::sandbox::until;
 
+use crate::client::{Client, accepted};
 use crate::direct;
 use crate::ground::Ground;
 use crate::plan::{End, Exec, Life, Program, Rootfs, Step};
@@ -72,6 +74,22 @@ fn lives() -> Vec<(&'static str, Life)> {
 
 /// Takes the steps: all of them, or as many as are asked for, chosen by the seed.
 pub(crate) fn take(ground: &Ground, options: &Options) -> anyhow::Result<()> {
+    let is_done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // So many deaths would make the keeper wait for a second before each new daemon, in which nothing is to be learned.
+        scope.spawn(|| {
+            while !is_done.load(Ordering::Relaxed) {
+                ground.daemons.hurry();
+                std::thread::sleep(Duration::from_millis(30));
+            }
+        });
+        let taken = take_all(ground, options);
+        is_done.store(true, Ordering::Relaxed);
+        taken
+    })
+}
+
+fn take_all(ground: &Ground, options: &Options) -> anyhow::Result<()> {
     for (number, (name, life)) in (0..).zip(lives()) {
         let mut random = Random::of(options.seed(), &[STEPS, number]);
         // Without --every-step each life has so many deaths, spread over it.
@@ -105,6 +123,10 @@ fn take_one(
     step: u64,
     random: &mut Random,
 ) -> anyhow::Result<bool> {
+    let id = format!("s{step}-{}", name.replace(' ', "-"));
+    // Kept by now, since it was answered: a connection is lost with a daemon that has accepted and not yet kept it.
+    let client = Client::connect(ground, &id)?;
+    accepted("Shutdown", client.shutdown())?;
     arm(ground, step)?;
     // Sometimes the successor dies as well, while it takes over.
     let second = random.chance(30).then(|| 1 + random.below(8));
@@ -115,8 +137,7 @@ fn take_one(
     ground
         .ledger
         .note(&format!("{name}: step {step}, then {second:?}"));
-    let id = format!("s{step}-{}", name.replace(' ', "-"));
-    direct::live(ground, &id, life);
+    direct::live_on(ground, &id, life, Ok(client));
     let has_died = deaths(ground) > before;
     if has_died {
         ground.ledger.count(|counts| counts.steps += 1);
@@ -136,10 +157,7 @@ fn arm(ground: &Ground, step: u64) -> anyhow::Result<()> {
     daemon.signal(Signal::SIGKILL);
     ground.daemons.successor(Some(daemon))?;
     until("the daemon has read its failpoint", || Ok(!file.exists()))
-        .context("was embedshimd built with the feature `failpoints`?")?;
-    // The keeper shall not think that it dies all the time.
-    std::thread::sleep(Duration::from_millis(20));
-    Ok(())
+        .context("was embedshimd built with the feature `failpoints`?")
 }
 
 fn deaths(ground: &Ground) -> usize {
