@@ -176,13 +176,24 @@ impl<'a> Container<'a> {
         let state = self.expect_status("", api::Status::STOPPED)?;
         self.ledger()
             .code(self.id, "State", state.exit_status, &[code]);
-        refused("Kill", FINISHED, self.client.kill("", Signal::SIGKILL))?;
+        self.kill_finds_nobody("")?;
         let again = accepted("Wait", self.client.wait("").answer())?.exit_status;
         self.ledger().code(self.id, "Wait again", again, &[code]);
         // Else containerd deletes it at its next start, and the code is lost.
         let pids = accepted("Pids", self.client.pids())?;
         ensure!(!pids.is_empty(), "Pids of a stopped container are none");
         Ok(())
+    }
+
+    /// A signal to who has ended. A daemon that died under this request may have sent it while he lived, for all its successor
+    /// knows: then, and only then, it may be called sent.
+    fn kill_finds_nobody(&self, exec: &str) -> anyhow::Result<()> {
+        let before = self.ground.daemons.current();
+        match self.client.kill(exec, Signal::SIGKILL)? {
+            Err(told) if told.contains(FINISHED) => Ok(()),
+            Ok(_) if self.ground.daemons.current() != before => Ok(()),
+            answer => bail!("Kill {exec}: {answer:?} instead of {FINISHED:?}"),
+        }
     }
 
     /// What must be true after the end of it all.
@@ -289,7 +300,7 @@ impl<'a> Container<'a> {
         let state = self.expect_status(exec, api::Status::STOPPED)?;
         self.ledger()
             .code(&name, "State", state.exit_status, &[code]);
-        refused("Kill", FINISHED, self.client.kill(exec, Signal::SIGKILL))?;
+        self.kill_finds_nobody(exec)?;
         let told = accepted("Delete", self.client.delete(exec))?;
         self.ledger().code(&name, "Delete", told, &[code]);
         refused("State", NO_EXEC, self.client.state(exec))
