@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use embedshim_core::descriptor::{DescriptorName, DescriptorStore};
 use embedshim_core::failpoint;
+use embedshim_core::process::ProcessIdentity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
@@ -18,6 +19,8 @@ use rustix::net::{
     SocketFlags, SocketType, connect, sendmsg, socket_with,
 };
 use tracing::{error, warn};
+
+use crate::keep::REAP;
 
 /// A queue of datagrams is short (`net.unix.max_dgram_qlen`), and a manager that is stopped does not empty it.
 const SEND_LIMIT: Duration = Duration::from_secs(1);
@@ -124,6 +127,11 @@ impl DescriptorStore for Manager {
         let forgotten = self.forget_text(&name.to_string());
         failpoint::step("after FDSTOREREMOVE");
         forgotten
+    }
+
+    fn reap(&self, process: ProcessIdentity) -> io::Result<()> {
+        let (pid, start_ticks) = (process.pid, process.start_ticks);
+        self.send(&format!("{REAP}={pid} {start_ticks}\n"), &[])
     }
 }
 

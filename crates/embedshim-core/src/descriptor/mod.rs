@@ -11,6 +11,8 @@ use std::str::FromStr;
 
 pub(crate) use deposit::Deposit;
 
+use crate::process::ProcessIdentity;
+
 /// Somebody who holds descriptors for us and gives them to our successor: systemd, or embedshimd's keeper.
 ///
 /// Both calls are one datagram and return when it is queued: from then on the descriptor is safe from our death. They are carried out in
@@ -21,6 +23,12 @@ pub trait DescriptorStore: fmt::Debug + Send + Sync {
 
     /// Closes everything that is kept under this name.
     fn forget(&self, name: &DescriptorName) -> io::Result<()>;
+
+    /// The end of this process is written down. Who keeps for us perhaps has it as a zombie, inherited from a daemon that died, and a
+    /// zombie keeps the init of its pid namespace from ending: it can be reaped.
+    fn reap(&self, _process: ProcessIdentity) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Nobody keeps anything: for programs whose containers end with them, and for tests.

@@ -15,7 +15,8 @@ use super::state::Phase;
 use crate::cgroup::Metrics;
 use crate::descriptor::Role;
 use crate::event::EventKind;
-use crate::exit::{ExitRecord, ExitStatus};
+use crate::exit::{Evidence, ExitRecord, ExitStatus};
+use crate::process::ProcessIdentity;
 
 /// A monitor that fails is asked again after this.
 const MONITOR_RETRY: Duration = Duration::from_secs(1);
@@ -108,10 +109,21 @@ pub(super) async fn settle(
             if let Err(error) = shared.monitor.confirm(record.process).await {
                 warn!(pid = record.process.pid, %error, "cannot free the kernel's exit record");
             }
+            // Our own children are reaped by now.
+            if record.evidence != Evidence::Wait {
+                let_be_reaped(&shared, record.process);
+            }
         }
         Err(error) => {
             error!(id = %task.id(), %error, "an exit is not durable: it would be learned again after a restart");
         }
+    }
+}
+
+/// A zombie that a predecessor has left may go: its end is written down.
+pub(super) fn let_be_reaped(shared: &Shared, process: ProcessIdentity) {
+    if let Err(error) = shared.config.descriptors.reap(process) {
+        debug!(pid = process.pid, %error, "whoever keeps for us cannot be told to reap a zombie");
     }
 }
 

@@ -240,6 +240,9 @@ async fn has_ended(
     exit: Exit,
     kept: Kept,
 ) {
+    if let Some(identity) = process.identity() {
+        exits::let_be_reaped(shared, identity);
+    }
     if !kept.is_empty() {
         reconnect(task, process, kept).await;
     }

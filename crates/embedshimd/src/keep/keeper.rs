@@ -412,6 +412,11 @@ impl Keeper {
                 }
             }
             Message::Remove(name) => self.kept.remove(name),
+            Message::Reap { pid, start_ticks } => {
+                if pid != running.pid.as_raw_nonzero().get() {
+                    self.zombies.reap_one(pid, start_ticks);
+                }
+            }
             Message::Ready => {
                 running.is_ready = true;
                 running.was_ready = true;

@@ -5,6 +5,9 @@ const MAX_NAME: usize = 255;
 /// The name of a descriptor that came without.
 const NAMELESS: &str = "stored";
 
+/// Ours alone: systemd reaps its zombies by itself.
+pub(crate) const REAP: &str = "X_EMBEDSHIM_REAP";
+
 /// What a datagram asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Message<'a> {
@@ -18,6 +21,8 @@ pub(super) enum Message<'a> {
     Ready,
     /// The daemon leaves.
     Stopping,
+    /// The process with this number that began at this tick is a zombie that nobody needs any more.
+    Reap { pid: i32, start_ticks: u64 },
     /// Nothing that concerns us, such as `STATUS=`.
     Other,
 }
@@ -37,6 +42,13 @@ impl<'a> Message<'a> {
                 ("BARRIER", "1") => message = Self::Barrier,
                 ("READY", "1") => message = Self::Ready,
                 ("STOPPING", "1") => message = Self::Stopping,
+                (REAP, value) => {
+                    let (pid, start_ticks) = value.split_once(' ')?;
+                    message = Self::Reap {
+                        pid: pid.parse().ok()?,
+                        start_ticks: start_ticks.parse().ok()?,
+                    };
+                }
                 _ => {}
             }
         }
@@ -73,6 +85,13 @@ mod tests {
             ("BARRIER=1", Message::Barrier),
             ("READY=1\nSTATUS=well\n", Message::Ready),
             ("STOPPING=1", Message::Stopping),
+            (
+                "X_EMBEDSHIM_REAP=42 4711\n",
+                Message::Reap {
+                    pid: 42,
+                    start_ticks: 4711,
+                },
+            ),
             ("STATUS=a=b", Message::Other),
             ("READY=0", Message::Other),
             ("", Message::Other),
@@ -87,6 +106,7 @@ mod tests {
         for text in [
             &b"\xff\xfe"[..],
             b"hello",
+            b"X_EMBEDSHIM_REAP=42",
             b"FDSTORE=1\nFDNAME=a:b",
             b"FDSTORE=1\nFDNAME=a\tb",
             b"FDSTORE=1\nFDNAME=a\0b",

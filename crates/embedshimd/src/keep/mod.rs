@@ -28,6 +28,8 @@ use keeper::{Keeper, Parts};
 use kept::Kept;
 use program::Program;
 
+pub(crate) use message::REAP;
+
 /// Keeps until SIGTERM or SIGINT.
 pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
     if let Some(format) = &options.understands {

@@ -1,12 +1,15 @@
-//! [`Zombies`]: children that we inherit as a subreaper when a daemon ends. Owns when they are reaped: not before a daemon that serves
-//! has had time to read the status of each, which only a zombie tells (`/proc/PID/stat`).
+//! [`Zombies`]: children that we inherit as a subreaper when a daemon ends. Owns when they are reaped: when the daemon says so, and not before
+//! one that serves has had time to read the status of each, which only a zombie tells (`/proc/PID/stat`).
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use embedshim_core::process::parse_stat_field;
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
-/// How long one stays.
+/// The field of `/proc/PID/stat` (proc(5)).
+const START_TIME: usize = 22;
+/// How long one stays of which nobody says that it may go.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Those that were seen, and when they can go.
@@ -32,6 +35,20 @@ impl Zombies {
         if self.due.is_none() {
             self.seen = zombies(daemon);
             self.due = (!self.seen.is_empty()).then(|| now + PATIENCE);
+        }
+    }
+
+    /// Reaps one whose status is written down, if it is a zombie of ours. Others wait on.
+    pub(super) fn reap_one(&mut self, pid: i32, start_ticks: u64) {
+        let stat = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if parse_stat_field(&stat, START_TIME) != Some(start_ticks) {
+            return;
+        }
+        if let Some(pid) = Pid::from_raw(pid) {
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+            // Who is somebody else's child, or alive, is left alone by the kernel.
+            let _ = waitid(WaitId::Pid(pid), options);
+            self.seen.retain(|&seen| seen != pid);
         }
     }
 
