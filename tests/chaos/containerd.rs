@@ -79,8 +79,6 @@ pub(crate) fn live(ground: &Ground, id: &str, random: &mut Random) {
     };
     if let Err(error) = lived {
         ground.ledger.failure(&format!("{id}: {error:#}; {life:?}"));
-        let _ = container.ctr(["task", "rm", "--force", id]);
-        let _ = container.ctr(["container", "rm", id]);
     }
     ground.ledger.count(|counts| counts.lives += 1);
 }

@@ -30,7 +30,8 @@ pub(crate) fn live(ground: &Ground, id: &str, life: &Life) {
     live_on(ground, id, life, Client::connect(ground, id));
 }
 
-/// Lives one life on this connection. An error is a failure; what is left of the container is removed as far as possible.
+/// Lives one life on this connection. An error is a failure, and the end of the run: what is left of
+/// the container is what one wants to look at.
 pub(crate) fn live_on(ground: &Ground, id: &str, life: &Life, client: anyhow::Result<Client>) {
     ground.ledger.note(&format!("{id} {life:?}"));
     let lived = client
@@ -38,22 +39,8 @@ pub(crate) fn live_on(ground: &Ground, id: &str, life: &Life, client: anyhow::Re
         .and_then(|mut container| container.live());
     if let Err(error) = lived {
         ground.ledger.failure(&format!("{id}: {error:#}; {life:?}"));
-        remove(ground, id);
     }
     ground.ledger.count(|counts| counts.lives += 1);
-}
-
-/// The end of a container whose life has failed, so that the others' are not disturbed by what it leaves.
-fn remove(ground: &Ground, id: &str) {
-    let Ok(client) = Client::connect(ground, id) else {
-        return;
-    };
-    let _ = client.resume();
-    if let Ok(Ok(_)) = client.kill("", Signal::SIGKILL) {
-        let _ = client.wait("").answer();
-    }
-    let _ = client.delete("");
-    let _ = ground.bundles.remove(id);
 }
 
 /// An exec that ends with its container.

@@ -9,8 +9,12 @@ use nix::sys::signal::Signal;
 use crate::ground::Ground;
 use crate::random::Random;
 
-/// Between two deeds, on average.
-const MEAN: Duration = Duration::from_millis(450);
+/// Between two deeds, on average, when they come thick and fast.
+const MEAN: Duration = Duration::from_millis(350);
+/// So many of a hundred times a daemon lives long enough that its keeper forgets those before.
+const PEACE: u64 = 30;
+/// When its keeper has begun to wait so long, a burst is over.
+const LONG: Duration = Duration::from_millis(1500);
 /// A daemon that came so late was held back by its keeper.
 const BACKOFF: Duration = Duration::from_millis(700);
 
@@ -62,9 +66,13 @@ impl Deed {
 /// Kills until it is over.
 pub(crate) fn kill_on(ground: &Ground, random: &mut Random, has_containerd: bool) {
     while !ground.is_over() {
-        // In both orders, or the plan would depend on time.
-        let (gap, deed) = (random.gap(MEAN), Deed::of(random, has_containerd));
-        sleep(gap);
+        let (is_peace, gap) = (random.chance(PEACE), random.gap(MEAN));
+        let deed = Deed::of(random, has_containerd);
+        sleep(if is_peace {
+            gap + Duration::from_millis(1100)
+        } else {
+            gap
+        });
         if ground.is_over() {
             return;
         }
@@ -77,11 +85,13 @@ pub(crate) fn kill_on(ground: &Ground, random: &mut Random, has_containerd: bool
 
 fn perform(ground: &Ground, deed: Deed) -> anyhow::Result<()> {
     match deed {
-        Deed::Kill => end(ground, Signal::SIGKILL, "kill"),
-        Deed::Signal(signal) => end(ground, signal, "polite end"),
+        Deed::Kill => end(ground, Signal::SIGKILL, "kill").map(drop),
+        Deed::Signal(signal) => end(ground, signal, "polite end").map(drop),
         Deed::Burst { times } => {
             for _ in 0..times {
-                end(ground, Signal::SIGKILL, "kill in a burst")?;
+                if end(ground, Signal::SIGKILL, "kill in a burst")? > LONG {
+                    break;
+                }
             }
             Ok(())
         }
@@ -98,8 +108,8 @@ fn perform(ground: &Ground, deed: Deed) -> anyhow::Result<()> {
     }
 }
 
-/// Ends the daemon and waits for the next.
-fn end(ground: &Ground, signal: Signal, kind: &'static str) -> anyhow::Result<()> {
+/// Ends the daemon and waits for the next; how long that took.
+fn end(ground: &Ground, signal: Signal, kind: &'static str) -> anyhow::Result<Duration> {
     let daemon = ground.daemons.successor(None)?;
     ground.ledger.kill(kind);
     daemon.signal(signal);
@@ -113,7 +123,7 @@ fn end(ground: &Ground, signal: Signal, kind: &'static str) -> anyhow::Result<()
     if signal == Signal::SIGKILL && took > BACKOFF {
         ground.ledger.kill("backoff");
     }
-    Ok(())
+    Ok(took)
 }
 
 fn freeze(ground: &Ground, ms: u64, then: Signal, kind: &'static str) -> anyhow::Result<()> {

@@ -23,7 +23,7 @@ fn random_of(options: &Options, kind: u64, worker: u64, life: u64) -> Random {
 /// Goes on for `time`, and then until all lives have ended.
 pub(crate) fn blow(ground: &Ground, options: &Options, time: Duration) {
     let began = Instant::now();
-    let goes_on = || began.elapsed() < time && !ground.is_over();
+    let goes_on = || began.elapsed() < time && !ground.ledger.has_failures();
     std::thread::scope(|scope| {
         let mut workers = Vec::new();
         for worker in 0..options.direct {
