@@ -30,6 +30,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     demo.killed()?;
     demo.leader_first()?;
     demo.two_processes()?;
+    demo.killed_daemon()?;
     demo.nobody_there()?;
     println!("\nAll of it is true on this machine. Nothing is left behind.");
     Ok(())
@@ -125,6 +126,49 @@ impl Demo {
             quiet(&mut self.sandbox.ctr(["container", "rm", &id]))?;
         }
         Ok(())
+    }
+
+    fn killed_daemon(&mut self) -> anyhow::Result<()> {
+        self.step("embedshimd is killed under a running container, which ends before the next one is there. containerd does not notice.");
+        let mut command = self
+            .sandbox
+            .run(&["--rm"], "survivor", &["guest", "until-term", "9"]);
+        say(&command);
+        let mut run = Running::capture(&mut command)?;
+        self.sandbox.wait_for_status("survivor", "RUNNING")?;
+        let container = self.sandbox.task("survivor")?.pid;
+        let daemon = self
+            .sandbox
+            .daemon_pid()
+            .context("the daemon is not there")?;
+        let keeper = self
+            .sandbox
+            .keeper_pid()
+            .context("the keeper is not there")?;
+        let before = self.disconnections()?;
+        // It would start the next daemon before the container has ended.
+        kill(Pid::from_raw(keeper), Signal::SIGSTOP)?;
+        kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
+        until("it ends", || Ok(!is_alive(daemon)))?;
+        println!("   embedshimd (pid {daemon}) is killed by SIGKILL, and its keeper is stopped");
+        kill(Pid::from_raw(container), Signal::SIGTERM)?;
+        until("it ends", || Ok(!is_alive(container)))?;
+        ensure!(
+            self.disconnections()? == before,
+            "containerd has lost a connection"
+        );
+        println!("   the container has exited with 9; `ctr run` waits, containerd's log is silent");
+        kill(Pid::from_raw(keeper), Signal::SIGCONT)?;
+        let next = self.sandbox.successor_of(daemon)?;
+        println!("   the keeper goes on and starts embedshimd again (pid {next})");
+        report(&run.finish(PATIENCE)?, 9)?;
+        Ok(())
+    }
+
+    /// How often containerd has told of a shim whose connection has ended, as it does after each deletion, too.
+    fn disconnections(&self) -> anyhow::Result<usize> {
+        let log = std::fs::read_to_string(self.sandbox.containerd_log())?;
+        Ok(log.matches("shim disconnected").count())
     }
 
     fn nobody_there(&mut self) -> anyhow::Result<()> {
