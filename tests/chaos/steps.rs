@@ -130,13 +130,13 @@ fn take_one(
     // Kept by now, since it was answered: a connection is lost with a daemon that has accepted and not yet kept it.
     let client = Client::connect(ground, &id)?;
     accepted("Shutdown", client.shutdown())?;
+    let before = deaths(ground);
     arm(ground, step)?;
     // Sometimes the successor dies as well, while it takes over.
     let second = random.chance(30).then(|| 1 + random.below(8));
     if let Some(second) = second {
         fs::write(ground.state_dir.join("failpoint"), second.to_string())?;
     }
-    let before = deaths(ground);
     ground
         .ledger
         .note(&format!("{name}: step {step}, then {second:?}"));

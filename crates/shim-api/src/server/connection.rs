@@ -214,11 +214,18 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends an answer, and notes that it is sent: sent twice does no harm, never would.
+    /// Sends an answer, and notes that it is sent: sent twice does no harm, never would. A refusal is noted before it is sent, or our
+    /// successor would do anew what the client goes on from as not done, such as mount the root of a container that was not created.
     async fn answer(&mut self, stream: u32, answer: Answer) -> io::Result<()> {
         failpoint::step("before an answer is sent");
-        self.write(&frame::response(stream, answer)).await?;
+        let is_refusal = answer.is_err();
+        let frame = frame::response(stream, answer);
+        if is_refusal {
+            self.journal.refused(stream, &frame);
+        }
+        self.write(&frame).await?;
         failpoint::step("after an answer was sent");
+        self.journal.rest_sent();
         self.journal.answered(stream);
         Ok(())
     }

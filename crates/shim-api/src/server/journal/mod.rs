@@ -93,8 +93,10 @@ pub(super) struct Journal {
     length: u64,
     /// Where the requests are that are not answered, and how long their entries are.
     pending: BTreeMap<u32, (u64, usize)>,
-    /// A frame or an answer is half here: nothing may be cut off.
+    /// A frame is half here: nothing may be cut off.
     is_amid: bool,
+    /// And so is an answer.
+    has_rest: bool,
     /// Whose outcome is noted and not answered yet: those notes are not moved.
     outcomes: BTreeSet<u32>,
 }
@@ -107,6 +109,7 @@ impl Journal {
             length,
             pending: BTreeMap::new(),
             is_amid: false,
+            has_rest: false,
             outcomes: BTreeSet::new(),
         }
     }
@@ -157,14 +160,31 @@ impl Journal {
 
     /// Notes what is still to be sent of an answer.
     pub(super) fn rest(&mut self, bytes: &[u8]) {
-        self.is_amid = true;
+        self.has_rest = true;
         self.append(Kind::Rest, 0, bytes);
+    }
+
+    /// Notes a refusal before it is sent, and with that its request as answered: who has been refused must not see it begin anew under
+    /// our successor.
+    pub(super) fn refused(&mut self, stream: u32, answer: &[u8]) {
+        if self.pending.contains_key(&stream) && self.append(Kind::Rest, stream, answer) {
+            self.has_rest = true;
+            self.pending.remove(&stream);
+            self.outcomes.remove(&stream);
+        }
     }
 
     /// Notes that it is sent.
     pub(super) fn rest_sent(&mut self) {
-        self.append(Kind::RestSent, 0, &[]);
-        self.is_amid = false;
+        if !std::mem::take(&mut self.has_rest) {
+            return;
+        }
+        if self.pending.is_empty() && !self.is_amid {
+            self.cut();
+        } else {
+            self.append(Kind::RestSent, 0, &[]);
+            self.compact();
+        }
     }
 
     /// Notes what this stream's request will be answered.
@@ -181,7 +201,7 @@ impl Journal {
         if self.pending.remove(&stream).is_none() {
             return;
         }
-        if self.pending.is_empty() && !self.is_amid {
+        if self.pending.is_empty() && !self.is_amid && !self.has_rest {
             self.cut();
         } else {
             self.append(Kind::Answered, stream, &[]);
@@ -260,7 +280,7 @@ impl Journal {
     /// Rewrites a long journal of mostly answered requests.
     fn compact(&mut self) {
         let needed: u64 = self.pending.values().map(|&(_, size)| size as u64).sum();
-        let is_fixed = self.is_amid || !self.outcomes.is_empty();
+        let is_fixed = self.is_amid || self.has_rest || !self.outcomes.is_empty();
         if self.length < COMPACT_FROM || self.length / 4 < needed || is_fixed {
             return;
         }
@@ -335,6 +355,25 @@ mod tests {
         assert_eq!(fs::metadata(&journal.path).unwrap().len(), HEADER);
         let (_, recovered) = journals.resume(7);
         assert!(recovered.pending.is_empty() && recovered.namespace.is_some());
+    }
+
+    #[test]
+    fn a_refusal_comes_back_and_its_request_does_not() {
+        let (_directory, journals) = journals();
+        let mut journal = journals.begin(7);
+        journal.request(1, b"one");
+        journal.request(3, b"three");
+        journal.refused(3, b"no");
+        let (mut journal, owed) = journals.resume(7);
+        assert_eq!(owed.rest, b"no");
+        assert_eq!(owed.pending.into_keys().collect::<Vec<_>>(), [1]);
+        journal.rest_sent();
+        let (mut journal, owed) = journals.resume(7);
+        assert!(owed.rest.is_empty() && owed.pending.len() == 1);
+        journal.refused(1, b"no");
+        journal.rest_sent();
+        journal.answered(1);
+        assert_eq!(journal.length, HEADER, "nothing is owed any more");
     }
 
     #[test]

@@ -63,7 +63,8 @@ impl Recovered {
         if let Some(file) = &journal.file {
             file.set_len(journal.length)?;
         }
-        journal.is_amid = !recovered.partial.is_empty() || !recovered.rest.is_empty();
+        journal.is_amid = !recovered.partial.is_empty();
+        journal.has_rest = !recovered.rest.is_empty();
         Ok((journal, recovered))
     }
 
@@ -114,7 +115,14 @@ impl Recovered {
                 self.skipped += usize::try_from(count).unwrap_or_default();
             }
             Kind::PartConsumed => {}
-            Kind::Rest => self.rest = entry.payload.to_vec(),
+            Kind::Rest => {
+                self.rest = entry.payload.to_vec();
+                // It may be all of a refusal.
+                self.pending.remove(&stream);
+                self.outcomes.remove(&stream);
+                journal.pending.remove(&stream);
+                journal.outcomes.remove(&stream);
+            }
             Kind::RestSent => self.rest.clear(),
         }
     }
