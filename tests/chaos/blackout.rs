@@ -91,7 +91,7 @@ fn begin(
         steps: Vec::new(),
     };
     let bundle = ground.bundles.make(&id, &life)?;
-    let client = Client::connect(ground, &id)?;
+    let client = Client::connect_kept(ground, &id)?;
     accepted("Create", client.create(&bundle))?;
     let pid = accepted("Start", client.start(""))?;
     if signal == Some(Signal::SIGTERM) {
@@ -118,7 +118,7 @@ fn end(member: &Member) -> anyhow::Result<()> {
 }
 
 fn look(ground: &Ground, member: &Member) -> anyhow::Result<()> {
-    let client = Client::connect(ground, &member.id)?;
+    let client = Client::connect_kept(ground, &member.id)?;
     let due = if member.signal == Some(Signal::SIGKILL) {
         KILLED
     } else {

@@ -123,7 +123,10 @@ impl Container<'_> {
                 Ok(Outcome::Done(finished))
             }
             Err(error) if !is_interrupted => Err(error.context("request not answered")),
-            _ => Ok(Outcome::Interrupted),
+            _ => {
+                self.ground.ledger.interrupted(self.id);
+                Ok(Outcome::Interrupted)
+            }
         }
     }
 

@@ -27,7 +27,7 @@ const FINISHED: &str = "process already finished";
 
 /// Lives one life on a connection of its own.
 pub(crate) fn live(ground: &Ground, id: &str, life: &Life) {
-    live_on(ground, id, life, Client::connect(ground, id));
+    live_on(ground, id, life, Client::connect_kept(ground, id));
 }
 
 /// Lives one life on this connection. An error is a failure, and the end of the run: what is left of

@@ -1,7 +1,7 @@
 //! [`Ledger`]: what was asked and answered, which codes were due and which were told, and everything that is wrong. Writes a line
 //! for each into a file, which is what one reads when a run has failed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -22,6 +22,8 @@ pub(crate) struct Counts {
     /// By kind.
     pub(crate) kills: BTreeMap<&'static str, u64>,
     pub(crate) steps: u64,
+    /// Connections that a daemon took along before they were kept.
+    pub(crate) unkept: u64,
     pub(crate) longest: Duration,
     pub(crate) longest_of: String,
     pub(crate) failures: Vec<String>,
@@ -34,6 +36,7 @@ pub(crate) type Process = (String, Option<String>);
 struct Pages {
     counts: Counts,
     ends: BTreeMap<Process, u32>,
+    interrupted: BTreeSet<String>,
     file: BufWriter<File>,
 }
 
@@ -51,6 +54,7 @@ impl Ledger {
             pages: Mutex::new(Pages {
                 counts: Counts::default(),
                 ends: BTreeMap::new(),
+                interrupted: BTreeSet::new(),
                 file: BufWriter::new(File::create(path)?),
             }),
             began: Instant::now(),
@@ -99,6 +103,16 @@ impl Ledger {
     pub(crate) fn ended(&self, container: &str, exec: Option<String>, code: u32) {
         let process = (container.to_owned(), exec);
         self.pages().ends.insert(process, code);
+    }
+
+    /// containerd went away while it was doing something for this container.
+    pub(crate) fn interrupted(&self, container: &str) {
+        self.pages().interrupted.insert(container.to_owned());
+    }
+
+    /// Those for which it did.
+    pub(crate) fn all_interrupted(&self) -> BTreeSet<String> {
+        self.pages().interrupted.clone()
     }
 
     /// All that have ended.

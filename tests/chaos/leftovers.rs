@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use embedshim_tests::Footprint;
@@ -36,7 +36,18 @@ impl Before {
 
     /// Waits until all is as before.
     pub(crate) fn compare(&self, ground: &Ground) -> anyhow::Result<()> {
-        self.footprint.wait_for_return(&ground.sandbox())?;
+        let sandbox = ground.sandbox();
+        // containerd 1.6 never removes the bundle of a task that was deleted, or not yet created, when it was itself ended: the shim
+        // tells of no task then, which it does not look for. What is ours of such a container must be gone like any other's.
+        let forgotten: Vec<PathBuf> = ground
+            .ledger
+            .all_interrupted()
+            .iter()
+            .map(|id| sandbox.bundle(id))
+            .collect();
+        self.footprint
+            .wait_for_return_except(&sandbox, &forgotten)?;
+        drop(sandbox);
         let mut left = Vec::new();
         let returned = until("files and descriptors are gone", || {
             let now = Self::look(ground);

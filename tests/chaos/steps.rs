@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use xtask::chaos::Options;
 use xtask::sandbox::until;
 
-use crate::client::{Client, accepted};
+use crate::client::Client;
 use crate::direct;
 use crate::ground::Ground;
 use crate::plan::{End, Exec, Life, Program, Rootfs, Step};
@@ -127,9 +127,7 @@ fn take_one(
     random: &mut Random,
 ) -> anyhow::Result<bool> {
     let id = format!("s{step}-{}", name.replace(' ', "-"));
-    // Kept by now, since it was answered: a connection is lost with a daemon that has accepted and not yet kept it.
-    let client = Client::connect(ground, &id)?;
-    accepted("Shutdown", client.shutdown())?;
+    let client = Client::connect_kept(ground, &id)?;
     let before = deaths(ground);
     arm(ground, step)?;
     // Sometimes the successor dies as well, while it takes over.

@@ -32,6 +32,12 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
         }
     );
     println!("  {} single steps", counts.steps);
+    if counts.unkept > 0 {
+        println!(
+            "  {} connections lost between their acceptance and their first answer",
+            counts.unkept
+        );
+    }
     println!("  {} failures", counts.failures.len());
     for failure in &counts.failures {
         println!("    {failure}");
@@ -42,7 +48,7 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
     let line = json!({
         "passed": passed, "seed": seed, "seconds": seconds, "lives": counts.lives, "execs": counts.execs,
         "codes": counts.codes, "requests": counts.requests, "longest_ms": u64::try_from(counts.longest.as_millis()).unwrap_or(u64::MAX),
-        "kills": counts.kills, "steps": counts.steps, "failures": counts.failures.len(),
+        "kills": counts.kills, "steps": counts.steps, "unkept": counts.unkept, "failures": counts.failures.len(),
     });
     println!("{line}");
     passed

@@ -70,10 +70,27 @@ impl Footprint {
 
     /// Waits until nothing is left that was not there before. The daemon's descriptors may be fewer, not more.
     pub fn wait_for_return(&self, sandbox: &Sandbox) -> anyhow::Result<()> {
+        self.wait_for_return_except(sandbox, &[])
+    }
+
+    /// The same, but these may stay.
+    pub fn wait_for_return_except(
+        &self,
+        sandbox: &Sandbox,
+        excepted: &[PathBuf],
+    ) -> anyhow::Result<()> {
+        let excepted: BTreeSet<String> = excepted
+            .iter()
+            .map(|path| format!("file {}", path.display()))
+            .collect();
         let mut last = Vec::new();
         let returned = until("everything is gone", || {
             let now = Self::of(sandbox);
-            last = now.traces.difference(&self.traces).cloned().collect();
+            let left = now.traces.difference(&self.traces);
+            last = left
+                .filter(|trace| !excepted.contains(*trace))
+                .cloned()
+                .collect();
             if now.descriptors.len() > self.descriptors.len() {
                 last.push(format!(
                     "descriptors: {:?}, before: {:?}",
