@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -13,7 +12,7 @@ use super::container::Task;
 use super::node::NodeConfig;
 use super::process::TaskProcess;
 use crate::cgroup::OomWatcher;
-use crate::clock::BootTime;
+use crate::clock::Numbers;
 use crate::descriptor::{Deposit, Role};
 use crate::error::Error;
 use crate::event::{Event, EventKind};
@@ -33,8 +32,8 @@ pub(crate) struct Shared {
     pub(crate) orphans: Orphans,
     pub(crate) oom: OomWatcher,
     pub(crate) events: mpsc::UnboundedSender<Event>,
-    /// The newest number of a process's deposit.
-    newest: AtomicU64,
+    /// Of processes' deposits.
+    numbers: Numbers,
     /// Mutations under way.
     at_work: watch::Sender<usize>,
     tasks: Mutex<HashMap<TaskKey, Arc<Task>>>,
@@ -76,7 +75,7 @@ impl Shared {
             orphans: Orphans::default(),
             oom,
             events,
-            newest: AtomicU64::new(0),
+            numbers: Numbers::default(),
             at_work: watch::Sender::new(0),
             tasks: Mutex::default(),
             watched: Mutex::default(),
@@ -139,15 +138,7 @@ impl Shared {
 
     /// A place for the descriptors of a new process.
     pub(crate) fn deposit(&self) -> Deposit {
-        // The clock goes on where a predecessor's has been, so a number is never used again in this boot.
-        let now = BootTime::now().0 / 1000;
-        let older = self.newest.fetch_max(now, Ordering::Relaxed);
-        let number = if older < now {
-            now
-        } else {
-            self.newest.fetch_add(1, Ordering::Relaxed) + 1
-        };
-        self.deposit_of(number)
+        self.deposit_of(self.numbers.draw())
     }
 
     /// The place that a record names.

@@ -16,12 +16,11 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use embedshim_core::clock::BootTime;
+use embedshim_core::clock::Numbers;
 use embedshim_core::descriptor::{DescriptorName, DescriptorStore};
 use embedshim_core::failpoint;
 use embedshim_core::id::Namespace;
@@ -106,8 +105,8 @@ struct Course {
 struct Kept {
     store: Arc<dyn DescriptorStore>,
     journals: Journals,
-    /// The number of the newest connection.
-    newest: AtomicU64,
+    /// Of connections.
+    numbers: Numbers,
 }
 
 impl<H: Handler> Server<H> {
@@ -125,7 +124,7 @@ impl<H: Handler> Server<H> {
         let kept = Kept {
             store: keeping.store,
             journals: Journals::open(keeping.directory)?,
-            newest: AtomicU64::new(0),
+            numbers: Numbers::default(),
         };
         Ok(Self {
             kept: Some(kept),
@@ -140,7 +139,7 @@ impl<H: Handler> Server<H> {
         kept.journals.keep_only(&numbers);
         info!(connections = numbers.len(), "connections taken over");
         for (number, descriptor) in connections {
-            kept.newest.fetch_max(number, Ordering::Relaxed);
+            kept.numbers.skip(number);
             let (journal, owed) = kept.journals.resume(number);
             let connection = take_over(descriptor)
                 .and_then(|stream| Connection::resume(stream, number, journal, owed));
@@ -218,14 +217,7 @@ impl<H: Handler> Server<H> {
 impl Kept {
     /// Gives a new connection a number and has it kept under that.
     fn keep(&self, stream: &UnixStream) -> u64 {
-        // The clock goes on when a daemon starts anew that has inherited nothing, so a number is never used again in this boot.
-        let now = BootTime::now().0 / 1000;
-        let older = self.newest.fetch_max(now, Ordering::Relaxed);
-        let number = if older < now {
-            now
-        } else {
-            self.newest.fetch_add(1, Ordering::Relaxed) + 1
-        };
+        let number = self.numbers.draw();
         let name = DescriptorName::Connection(number);
         failpoint::step("before a connection is kept");
         if let Err(error) = self.store.keep(&name, stream.as_fd()) {
