@@ -18,6 +18,13 @@ const DIRECTORIES: [&str; 4] = ["tasks", "connections", "events", "consoles"];
 #[derive(Debug)]
 pub(crate) struct Before {
     footprint: Footprint,
+    own: Own,
+    has_containerd: bool,
+}
+
+/// What daemon and keeper have for themselves.
+#[derive(Debug)]
+struct Own {
     files: BTreeMap<String, usize>,
     keeper: usize,
     daemon: usize,
@@ -25,17 +32,25 @@ pub(crate) struct Before {
 
 impl Before {
     /// What is there now.
-    pub(crate) fn look(ground: &Ground) -> Self {
+    pub(crate) fn look(ground: &Ground, has_containerd: bool) -> Self {
         Self {
             footprint: Footprint::of(&ground.sandbox()),
-            files: files(&ground.state_dir),
-            keeper: ground.daemons.keeper().map_or(0, descriptors),
-            daemon: ground.daemons.current().map_or(0, descriptors),
+            own: Own::look(ground),
+            has_containerd,
         }
     }
 
     /// Waits until all is as before.
     pub(crate) fn compare(&self, ground: &Ground) -> anyhow::Result<()> {
+        self.compare_traces(ground)?;
+        if !self.has_containerd {
+            return self.own.compare(ground);
+        }
+        // With a bundle that it has forgotten it has a connection, too, which ends with it.
+        ground.without_containerd(true, |_| self.own.compare(ground))
+    }
+
+    fn compare_traces(&self, ground: &Ground) -> anyhow::Result<()> {
         let sandbox = ground.sandbox();
         // containerd 1.6 never removes the bundle of a task that was deleted, or not yet created, when it was itself ended: the shim
         // tells of no task then, which it does not look for. What is ours of such a container must be gone like any other's.
@@ -45,33 +60,48 @@ impl Before {
             .iter()
             .map(|id| sandbox.bundle(id))
             .collect();
-        self.footprint
-            .wait_for_return_except(&sandbox, &forgotten)?;
-        drop(sandbox);
+        self.footprint.wait_for_return_except(&sandbox, &forgotten)
+    }
+}
+
+impl Own {
+    fn look(ground: &Ground) -> Self {
+        Self {
+            files: files(&ground.state_dir),
+            keeper: ground.daemons.keeper().map_or(0, descriptors),
+            daemon: ground.daemons.current().map_or(0, descriptors),
+        }
+    }
+
+    fn compare(&self, ground: &Ground) -> anyhow::Result<()> {
         let mut left = Vec::new();
         let returned = until("files and descriptors are gone", || {
-            let now = Self::look(ground);
-            left.clear();
-            for (name, count) in &now.files {
-                let before = self.files.get(name).copied().unwrap_or(0);
-                if *count > before {
-                    left.push(format!("{count} files in {name}, before: {before}"));
-                }
-            }
-            for (who, before, now) in [
-                ("keeper", self.keeper, now.keeper),
-                ("daemon", self.daemon, now.daemon),
-            ] {
-                if now > before {
-                    left.push(format!("{now} descriptors of the {who}, before: {before}"));
-                }
-            }
+            left = self.left(&Self::look(ground));
             Ok(left.is_empty())
         });
         if returned.is_err() {
             bail!("left behind: {}", left.join(", "));
         }
         Ok(())
+    }
+
+    fn left(&self, now: &Self) -> Vec<String> {
+        let mut left = Vec::new();
+        for (name, count) in &now.files {
+            let before = self.files.get(name).copied().unwrap_or(0);
+            if *count > before {
+                left.push(format!("{count} files in {name}, before: {before}"));
+            }
+        }
+        for (who, before, now) in [
+            ("keeper", self.keeper, now.keeper),
+            ("daemon", self.daemon, now.daemon),
+        ] {
+            if now > before {
+                left.push(format!("{now} descriptors of the {who}, before: {before}"));
+            }
+        }
+        left
     }
 }
 

@@ -90,7 +90,7 @@ fn play(ground: &Ground, options: &Options) -> anyhow::Result<()> {
     );
     let has_containerd = options.containerd > 0;
     warm_up(ground, has_containerd)?;
-    let before = Before::look(ground);
+    let before = Before::look(ground, has_containerd);
     if options.has(Phase::Steps) && !options.no_kills {
         println!("single steps");
         steps::take(ground, options)?;
