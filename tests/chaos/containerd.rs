@@ -2,6 +2,8 @@
 //! then the truth is asked for when it is back. What was known to run before must still be there.
 
 use std::ffi::OsStr;
+use std::thread::sleep;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use xtask::sandbox::{Finished, Running, Task, until};
@@ -10,6 +12,10 @@ use crate::ground::Ground;
 use crate::ledger::DEADLINE;
 use crate::plan::KILLED;
 use crate::random::Random;
+
+/// Who is not there when looked for so often will not come any more.
+const LOOKS: u32 = 20;
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What is done to a container that was started in the background.
 #[derive(Clone, Copy, Debug)]
@@ -273,20 +279,23 @@ impl Container<'_> {
 
     /// Brings a container to its end that ends by itself, was killed, or of which nobody knows how far its start had come.
     fn settle(&self, due: &[u32], is_known: bool) -> anyhow::Result<()> {
-        let mut is_there = is_known;
-        until("the container has ended", || {
-            let Some(task) = self.task()? else {
-                ensure!(!is_there, "the container is lost");
-                return Ok(true);
-            };
-            is_there = is_known;
-            if task.status == "STOPPED" {
-                return Ok(true);
+        let mut looks = 0;
+        until("the container has ended", || match self.task()? {
+            None if is_known => bail!("the container is lost"),
+            // The daemon finishes what a containerd that is gone has asked for: it may be there a moment later.
+            None => {
+                looks += 1;
+                sleep(LOOK);
+                Ok(looks > LOOKS)
             }
-            if !is_known {
-                let _ = self.ctr(["task", "kill", "--signal", "KILL", self.id])?;
+            Some(task) if task.status == "STOPPED" => Ok(true),
+            Some(_) => {
+                looks = 0;
+                if !is_known {
+                    let _ = self.ctr(["task", "kill", "--signal", "KILL", self.id])?;
+                }
+                Ok(false)
             }
-            Ok(false)
         })?;
         self.delete(due)?;
         // `--rm` may have done it; and containerd may have come between.
