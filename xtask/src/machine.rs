@@ -106,6 +106,13 @@ const FOR_GUESTS: [Requirement; 3] = [
     },
 ];
 
+/// What guests with a whole Debian need beyond that.
+const FOR_DEBIAN_GUESTS: [Requirement; 1] = [Requirement {
+    package: "mmdebstrap",
+    purpose: "makes their root file system",
+    is_there: || on_path("mmdebstrap"),
+}];
+
 /// Installs what is missing and mounts bpffs.
 pub fn prepare() -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
@@ -119,6 +126,12 @@ pub fn prepare() -> anyhow::Result<()> {
 pub fn prepare_for_guests() -> anyhow::Result<()> {
     prepare()?;
     install(&FOR_GUESTS)
+}
+
+/// The same, and what guests with a whole Debian need.
+pub fn prepare_for_debian_guests() -> anyhow::Result<()> {
+    prepare_for_guests()?;
+    install(&FOR_DEBIAN_GUESTS)
 }
 
 fn install(requirements: &[Requirement]) -> anyhow::Result<()> {

@@ -1,11 +1,13 @@
 //! `cargo xtask`: everything that is done with this repository goes through here.
 
 mod bench;
+mod deb;
 mod demo;
 mod exit_cost;
 mod fuzz;
 mod matrix;
 mod suite;
+mod systemd;
 mod tidy;
 
 use std::process::ExitCode;
@@ -36,6 +38,10 @@ enum Command {
     Chaos(chaos::Options),
     /// Boot other kernels in QEMU and run the exit monitors' suite and whole containers there
     TestMatrix(matrix::Options),
+    /// Boot a Debian guest with systemd and test units, package and survival there
+    TestSystemd(systemd::Options),
+    /// Build the Debian package
+    Deb,
     /// Compare with io.containerd.runc.v2: latency of `ctr run`, memory
     Bench(bench::Options),
     /// Fuzz everything that reads from outside: frames, requests, options, files
@@ -52,6 +58,8 @@ fn main() -> ExitCode {
         Command::Test(options) => suite::run(options),
         Command::Chaos(options) => chaos::run(options),
         Command::TestMatrix(options) => matrix::run(options),
+        Command::TestSystemd(options) => systemd::run(options),
+        Command::Deb => deb::run(),
         Command::Bench(options) => bench::run(options),
         Command::Fuzz(options) => fuzz::run(options),
         Command::Tidy => tidy::run(),

@@ -1,9 +1,9 @@
 //! Building what we ship.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
 /// With this feature a daemon dies where a test wants it to.
 pub const FAILPOINTS: &str = "embedshimd/failpoints";
@@ -73,4 +73,19 @@ fn build_targets(
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| workspace().join("target"), PathBuf::from);
     Ok(workspace().join(target).join(name))
+}
+
+/// Copies a program without its symbols.
+pub fn strip(program: &Path, target: &Path) -> anyhow::Result<()> {
+    let status = Command::new("strip")
+        .arg("-o")
+        .arg(target)
+        .arg(program)
+        .status();
+    ensure!(
+        status.context("binutils are needed")?.success(),
+        "strip {}",
+        program.display()
+    );
+    Ok(())
 }

@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use xtask::image;
 use xtask::machine::find_on_path;
-use xtask::products::{cargo, workspace};
+use xtask::products::{cargo, strip, workspace};
 
 /// The first program. It leaves the initial root, from which runc's `pivot_root(2)` is refused.
 const INIT: &str = "#!/bin/busybox sh
@@ -145,20 +145,6 @@ fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
     Ok(programs)
 }
 
-fn strip(program: &Path, target: &Path) -> anyhow::Result<()> {
-    let status = Command::new("strip")
-        .arg("-o")
-        .arg(target)
-        .arg(program)
-        .status();
-    ensure!(
-        status.context("binutils are needed")?.success(),
-        "strip {}",
-        program.display()
-    );
-    Ok(())
-}
-
 /// Everything that the loader would load, and the loader.
 fn libraries_of(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let output = Command::new("ldd")
@@ -170,7 +156,8 @@ fn libraries_of(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(paths.map(PathBuf::from).collect())
 }
 
-fn pack(root: &Path, target: &Path) -> anyhow::Result<PathBuf> {
+/// One archive of a directory, as the kernel unpacks it.
+pub(crate) fn pack(root: &Path, target: &Path) -> anyhow::Result<PathBuf> {
     let script = "cd \"$1\" && find . | cpio --quiet --create --format=newc > \"$2\"";
     let status = Command::new("sh")
         .args(["-c", script, "sh"])

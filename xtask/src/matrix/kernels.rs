@@ -21,13 +21,13 @@ const SUITES: [&str; 5] = ["trixie-backports", "trixie", "bookworm", "bullseye",
 
 /// A kernel to boot.
 #[derive(Debug)]
-pub(super) struct Kernel {
-    pub(super) name: String,
-    pub(super) image: PathBuf,
+pub(crate) struct Kernel {
+    pub(crate) name: String,
+    pub(crate) image: PathBuf,
 }
 
 /// The kernels that were asked for, fetched if they are not there yet.
-pub(super) fn of(wishes: &[String]) -> anyhow::Result<Vec<Kernel>> {
+pub(crate) fn of(wishes: &[String]) -> anyhow::Result<Vec<Kernel>> {
     if wishes.is_empty() {
         return SERIES
             .iter()

@@ -1,9 +1,9 @@
 //! `cargo xtask test-matrix`: the conformance suite and a smoke test of whole containers, on other kernels, in QEMU guests. Owns
 //! the order of things and the report; kernels, guests and results have modules of their own.
 
-mod guest;
-mod initramfs;
-mod kernels;
+pub(crate) mod guest;
+pub(crate) mod initramfs;
+pub(crate) mod kernels;
 mod report;
 
 use std::path::PathBuf;
@@ -97,7 +97,8 @@ fn visit(
     limit: Duration,
 ) -> Outcome {
     let begin = Instant::now();
-    let console = guest::run(&kernel.image, initramfs, filter, limit);
+    let arguments = format!("embedshim.filter={}", filter.unwrap_or_default());
+    let console = guest::run(&kernel.image, initramfs, &arguments, limit, |_| ());
     let kept = initramfs.with_file_name(format!("console-{}.log", kernel.name));
     if let Err(error) = std::fs::write(&kept, &console.text) {
         eprintln!("{}: {error}", kept.display());

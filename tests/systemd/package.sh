@@ -1,0 +1,68 @@
+# The package: what its scripts do at installation, upgrade and removal.
+
+is_installed() {
+    [ "$(dpkg-query --show --showformat='${Version}' embedshim)" = "$(dpkg-deb --field "$1" Version)" ]
+}
+
+the_first_installation_starts_the_socket_alone() {
+    dpkg --install old.deb
+    systemctl is-enabled embedshimd.socket
+    systemctl is-active embedshimd.socket
+    [ "$(systemctl is-active embedshimd.service)" = inactive ]
+    ! pgrep -x embedshimd
+    [ "$(stat --format='%a %U' /run/embedshim /run/embedshim/shim.sock)" = $'700 root\n600 root' ]
+    dpkg --verify embedshim
+    # Nothing but what an older systemd does not know.
+    ! systemd-analyze verify embedshimd.service embedshimd.socket 2>&1 | grep embedshim | grep -v FileDescriptorStorePreserve
+}
+
+the_first_container_starts_the_service() {
+    systemctl stop embedshimd.service
+    start_containers
+    systemctl is-active embedshimd.service
+    # No other daemon, no keeper.
+    [ "$(pgrep embedshimd)" = "$(main_pid)" ]
+    containers_are_untouched
+    exec_works
+    codes_arrive
+}
+
+an_upgrade_and_a_downgrade_are_not_noticed() {
+    local package before
+    start_containers
+    for package in new.deb old.deb; do
+        before=$(main_pid)
+        dpkg --install $package
+        is_installed $package
+        [ "$(main_pid)" != "$before" ]
+        # What runs is what is there.
+        cmp "/proc/$(main_pid)/exe" /usr/bin/embedshimd
+        [ "$(stat --dereference --format=%i "/proc/$(main_pid)/exe")" = "$(stat --format=%i /usr/bin/embedshimd)" ]
+        containers_are_untouched
+        exec_works
+    done
+    codes_arrive
+}
+
+removal_is_refused_while_containers_run() {
+    start_containers
+    ! dpkg --remove embedshim
+    systemctl is-active embedshimd.socket
+    containers_are_untouched
+    codes_arrive
+    is_installed old.deb || is_installed new.deb
+}
+
+removal_and_purge_leave_nothing() {
+    dpkg --remove embedshim
+    ! pgrep embedshimd
+    [ ! -e /run/embedshim ]
+    [ ! -e /sys/fs/bpf/embedshim ]
+    [ -e /etc/embedshim/config.toml ]
+    dpkg --purge embedshim
+    [ ! -e /etc/embedshim ]
+    [ -z "$(find /etc/systemd /lib/systemd /var/lib/systemd /usr/bin -name '*embedshim*' -o -name '*shim-embed*')" ]
+    # And anew.
+    dpkg --install new.deb
+    run_container --rm $IMAGE again true
+}

@@ -1,0 +1,139 @@
+# What an operator or an accident does to the daemon, to containerd and to systemd, under running containers.
+
+main_pid() {
+    systemctl show --property=MainPID --value embedshimd.service
+}
+
+systemd_version() {
+    systemctl --version | awk 'NR == 1 { print $2 }'
+}
+
+is_served_by_another() {
+    local now
+    now=$(main_pid)
+    [ "$now" != "$1" ] && [ "$now" != 0 ] && systemctl --quiet is-active embedshimd.service
+}
+
+# kill_ten_times OPTION...: of systemctl kill.
+kill_ten_times() {
+    local round before
+    start_containers
+    for round in $(seq 10); do
+        before=$(main_pid)
+        systemctl kill "$@" embedshimd.service
+        until_true is_served_by_another "$before"
+        containers_are_untouched
+    done
+    exec_works
+    codes_arrive
+}
+
+an_operator_kills_everything_ten_times() {
+    kill_ten_times --signal=KILL
+}
+
+the_main_process_is_killed_ten_times() {
+    kill_ten_times --kill-who=main --signal=KILL
+}
+
+systemctl_restart_is_not_noticed() {
+    local round
+    start_containers
+    for round in 1 2 3; do
+        systemctl restart embedshimd.service
+        containers_are_untouched
+        exec_works
+    done
+    codes_arrive
+}
+
+systemd_itself_is_reloaded_and_executed_anew() {
+    local what before
+    start_containers
+    for what in daemon-reload daemon-reexec; do
+        systemctl $what
+        before=$(main_pid)
+        systemctl kill --kill-who=main --signal=KILL embedshimd.service
+        until_true is_served_by_another "$before"
+        containers_are_untouched
+    done
+    exec_works
+    codes_arrive
+}
+
+has_restarted_often() {
+    [ "$(systemctl show --property=NRestarts --value embedshimd.service)" -ge $(($1 + 5)) ]
+}
+
+a_mistake_in_the_configuration_costs_nothing() {
+    local restarts
+    start_containers
+    cp /etc/embedshim/config.toml /run/config.toml
+    echo 'nonsense = 1' >>/etc/embedshim/config.toml
+    restarts=$(systemctl show --property=NRestarts --value embedshimd.service)
+    systemctl kill --kill-who=main --signal=KILL embedshimd.service
+    until_true has_restarted_often "$restarts"
+    systemctl is-active embedshimd.socket
+    cp /run/config.toml /etc/embedshim/config.toml
+    until_true systemctl --quiet is-active embedshimd.service
+    containers_are_untouched
+    exec_works
+    codes_arrive
+}
+
+containerd_restarts_while_the_daemon_is_killed() {
+    local round restart
+    start_detached
+    for round in 1 2 3; do
+        systemctl restart containerd.service &
+        restart=$!
+        systemctl kill --signal=KILL embedshimd.service
+        wait $restart
+        identities one two | diff /run/before -
+    done
+    exec_works
+    codes_of_detached_arrive
+}
+
+both_are_stopped_while_a_container_ends() {
+    local pid code=0
+    run_container --detach $IMAGE nine guest until-term 9
+    start_detached
+    pid=$(identities nine | cut -d ' ' -f 3)
+    systemctl stop containerd.service embedshimd.service embedshimd.socket
+    ! pgrep embedshimd
+    kill -TERM "$pid"
+    until_true test ! -e "/proc/$pid"
+    systemctl start embedshimd.socket
+    systemctl start containerd.service
+    # By containerd, which looks for its containers.
+    systemctl is-active embedshimd.service
+    is_stopped nine
+    ctr task delete nine || code=$?
+    [ $code = 9 ]
+    ctr container delete nine
+    identities one two | diff /run/before -
+    codes_of_detached_arrive
+}
+
+stop_does_what_the_manual_says() {
+    start_containers
+    systemctl stop embedshimd.service
+    if [ "$(systemd_version)" -ge 254 ]; then
+        # The store is kept; nobody has noticed.
+        [ "$(systemctl show --property=NFileDescriptorStore --value embedshimd.service)" -gt 0 ]
+        systemctl start embedshimd.service
+        containers_are_untouched
+        exec_works
+        codes_arrive
+    else
+        # The store is closed, and containerd destroys what it has lost.
+        until_true test -s /run/client.code
+        [ "$(cat /run/client.code)" != 7 ]
+        until_true is_nothing_running
+    fi
+}
+
+is_nothing_running() {
+    [ -z "$(ctr task ls --quiet)" ]
+}
