@@ -5,6 +5,11 @@ RUNTIME=io.containerd.embed.v1
 # Emulated, nothing is quick.
 PATIENCE=60
 
+# fails COMMAND...: since the shell does not end at `! COMMAND`.
+fails() {
+    if "$@"; then return 1; fi
+}
+
 # until_true COMMAND...: waits until it succeeds.
 until_true() {
     local deadline=$((SECONDS + PATIENCE))
@@ -23,6 +28,7 @@ start_detached() {
         run_container --detach $IMAGE $id guest until-term 3
     done
     identities one two >/run/before
+    [ "$(grep -c RUNNING /run/before)" = 2 ]
     lost_connections >/run/lost
 }
 
@@ -42,24 +48,28 @@ is_ready() {
     grep -q ready /run/client.out
 }
 
-# Name, state, pid and start time of each.
+# Name, pid, state and start time of each.
 identities() {
-    local id pid state
+    local tasks id pid state
+    tasks=$(ctr task ls)
     for id in "$@"; do
-        read -r pid state < <(ctr task ls | awk -v id="$id" '$1 == id { print $2, $3 }')
-        echo "$id $state $pid $(cut -d ' ' -f 22 "/proc/$pid/stat")"
+        read -r pid state < <(awk -v id="$id" '$1 == id { print $2, $3 }' <<<"$tasks")
+        echo "$id $pid $state $(cut -d ' ' -f 22 "/proc/$pid/stat")"
     done
 }
 
 lost_connections() {
-    journalctl --quiet --no-pager --unit=containerd.service --grep='shim disconnected' | wc -l
+    journalctl --quiet --no-pager --unit=containerd.service | grep -c 'shim disconnected' || true
 }
 
+# The same processes, and containerd says that they run.
+containers_run_on() {
+    identities $(cut -d ' ' -f 1 /run/before) | diff /run/before -
+}
+
+# And containerd has not noticed anything.
 containers_are_untouched() {
-    local ids
-    ids=$(cut -d ' ' -f 1 /run/before)
-    grep -q RUNNING /run/before
-    identities $ids | diff /run/before -
+    containers_run_on
     lost_connections | diff /run/lost -
 }
 
@@ -68,18 +78,23 @@ exec_works() {
 }
 
 is_stopped() {
-    ctr task ls | grep -q "^$1 .*STOPPED"
+    ctr task ls | grep "^$1 .*STOPPED"
+}
+
+# delete_expecting CODE ID: which ctr tells by a warning.
+delete_expecting() {
+    ctr task delete "$2" 2>&1 | grep "task $2 exit with non-zero exit code $1"
+    ctr container delete "$2"
 }
 
 codes_of_detached_arrive() {
-    local id code
+    local id
     for id in one two; do
         ctr task kill --signal TERM $id
+    done
+    for id in one two; do
         until_true is_stopped $id
-        code=0
-        ctr task delete $id || code=$?
-        [ $code = 3 ]
-        ctr container delete $id
+        delete_expecting 3 $id
     done
 }
 
@@ -93,7 +108,8 @@ codes_arrive() {
 # Whatever a failed check has left.
 remove_containers() {
     local id
-    systemctl start containerd
+    # A bundle whose removal has failed is removed by the next containerd.
+    systemctl restart containerd
     for id in $(ctr task ls --quiet); do ctr task delete --force "$id"; done
     for id in $(ctr container ls --quiet); do ctr container delete "$id"; done
 }

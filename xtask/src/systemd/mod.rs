@@ -27,7 +27,7 @@ pub(crate) struct Options {
     /// Test the binaries in this directory instead of building any
     #[arg(long, value_name = "DIR", conflicts_with = "release")]
     binaries: Option<PathBuf>,
-    /// Run only checks whose name contains this
+    /// Run only checks whose name matches this regular expression, and the installation
     filter: Option<String>,
     /// The longest that the guest may run, in seconds
     #[arg(long, value_name = "S", default_value_t = 600)]
