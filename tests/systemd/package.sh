@@ -54,6 +54,18 @@ removal_is_refused_while_containers_run() {
     is_installed old.deb
 }
 
+a_forced_removal_is_undone_by_a_new_installation() {
+    start_detached
+    systemctl stop containerd.service
+    EMBEDSHIM_REMOVE_ANYWAY=1 dpkg --remove embedshim
+    fails pgrep embedshimd
+    dpkg --install old.deb
+    systemctl start containerd.service
+    containers_run_on
+    exec_works
+    codes_of_detached_arrive
+}
+
 removal_and_purge_leave_nothing() {
     dpkg --remove embedshim
     fails pgrep embedshimd

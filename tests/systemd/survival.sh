@@ -115,6 +115,18 @@ both_are_stopped_while_a_container_ends() {
     codes_of_detached_arrive
 }
 
+# systemd refuses to start it beside a daemon; it comes back with the next one.
+the_socket_unit_can_be_stopped_alone() {
+    start_containers
+    systemctl stop embedshimd.socket
+    run_container --rm $IMAGE another true
+    systemctl restart embedshimd.service
+    systemctl is-active embedshimd.socket
+    containers_run_on
+    exec_works
+    codes_arrive
+}
+
 stop_does_what_the_manual_says() {
     start_containers
     systemctl stop embedshimd.service
