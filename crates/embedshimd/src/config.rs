@@ -182,6 +182,24 @@ mod tests {
     }
 
     #[test]
+    fn the_packaged_file_says_what_the_defaults_are() {
+        let file = include_str!("../../../packaging/config.toml");
+        assert_eq!(Config::parse(file).unwrap(), Config::default());
+        let is_setting = |line: &str| line.starts_with('#') && !line.starts_with("# ");
+        let uncommented: String = file
+            .lines()
+            .map(|line| {
+                line.strip_prefix('#')
+                    .filter(|_| is_setting(line))
+                    .unwrap_or(line)
+            })
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        assert_eq!(uncommented.matches(" = ").count(), 7, "{uncommented}");
+        assert_eq!(Config::parse(&uncommented).unwrap(), Config::default());
+    }
+
+    #[test]
     fn a_mistake_is_named_with_its_line() {
         let error = Config::parse("[monitor]\ncapacity = 1\nbakend = \"bpf\"\n").unwrap_err();
         insta::assert_snapshot!(error);
