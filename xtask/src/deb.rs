@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail, ensure};
+use nix::sys::stat::{Mode, umask};
 use xtask::machine;
 use xtask::products::{self, Profile, strip, workspace};
 
@@ -46,7 +47,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
     machine::prepare()?;
     println!("Building embedshimd (release)");
     let binaries = products::build(Profile::Release)?;
-    let package = build(&binaries, &version()?, Packing::Small)?;
+    let directory = workspace().join("target/deb");
+    let package = build(&binaries, &version()?, Packing::Small, &directory)?;
     let mut show = Command::new("dpkg-deb");
     show.arg("--info").arg(&package);
     ensure!(show.status()?.success(), "{show:?} failed");
@@ -64,9 +66,15 @@ pub(crate) fn version() -> anyhow::Result<String> {
     Ok(version.replace('-', "~"))
 }
 
-/// Packs these binaries and returns the package's path.
-pub(crate) fn build(binaries: &Path, version: &str, packing: Packing) -> anyhow::Result<PathBuf> {
-    let directory = workspace().join("target/deb");
+/// Packs these binaries into a directory and returns the package's path.
+pub(crate) fn build(
+    binaries: &Path,
+    version: &str,
+    packing: Packing,
+    directory: &Path,
+) -> anyhow::Result<PathBuf> {
+    // Whoever builds it may keep his files to himself; the package does not.
+    umask(Mode::from_bits_truncate(0o022));
     let root = directory.join("root");
     let _ = fs::remove_dir_all(&root);
     let mut programs = Vec::new();

@@ -128,7 +128,7 @@ fn add_ours(directory: &Path, binaries: &Path) -> anyhow::Result<PathBuf> {
     fs::rename(checks.join("init"), ours.join("init"))?;
     let version = deb::version()?;
     for (name, version) in [("old", format!("{version}~before")), ("new", version)] {
-        let package = deb::build(binaries, &version, Packing::Quick)?;
+        let package = deb::build(binaries, &version, Packing::Quick, &directory.join("deb"))?;
         fs::rename(package, checks.join(format!("{name}.deb")))?;
     }
     let scratch = tempfile::tempdir()?;
