@@ -87,9 +87,12 @@ pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey, is_again: bool) -> 
     }
     phase.admit(Operation::Pause)?;
     task.init.advance(Phase::Running, Phase::Pausing);
-    // A successor has to look whether it is frozen.
-    task.save(&shared).await?;
-    if let Err(error) = task.runtime.pause(task.id(), &task.log()).await {
+    // Saved first: a successor has to look whether it is frozen.
+    let frozen = match task.save(&shared).await {
+        Ok(()) => task.runtime.pause(task.id(), &task.log()).await,
+        unsaved => unsaved,
+    };
+    if let Err(error) = frozen {
         task.init.advance(Phase::Pausing, Phase::Running);
         return Err(error);
     }
