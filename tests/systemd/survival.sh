@@ -115,6 +115,21 @@ both_are_stopped_while_a_container_ends() {
     codes_of_detached_arrive
 }
 
+# Ahead, back and to where it was, each time with another daemon.
+the_clock_may_be_set() {
+    local seconds before
+    start_containers
+    for seconds in 7200 -14400 7200; do
+        date --set="@$(($(date +%s) + seconds))"
+        before=$(main_pid)
+        systemctl kill --kill-who=main --signal=KILL embedshimd.service
+        until_true is_served_by_another "$before"
+        containers_are_untouched
+    done
+    exec_works
+    codes_arrive
+}
+
 # systemd refuses to start it beside a daemon; it comes back with the next one.
 the_socket_unit_can_be_stopped_alone() {
     start_containers
