@@ -37,8 +37,6 @@ pub(super) struct Intake {
     partial: Vec<u8>,
     /// Bytes of its payload that were thrown away.
     skipped: usize,
-    /// The request that was noted last before this process, which may be in the socket still.
-    doubtful: Option<u32>,
 }
 
 /// What one look at the socket brought.
@@ -54,13 +52,15 @@ impl Intake {
         let intake = Self {
             partial: recovered.partial.clone(),
             skipped: recovered.skipped,
-            doubtful: recovered.doubtful,
         };
         if recovered.part_is_doubtful {
             let left = getsockopt(stream, PeekOff).unwrap_or(0);
             consume(stream, usize::try_from(left).unwrap_or(0))?;
         }
         setsockopt(stream, PeekOff, &-1)?;
+        if let Some(request) = recovered.doubtful {
+            consume_if_there(stream, request)?;
+        }
         Ok(intake)
     }
 
@@ -102,18 +102,13 @@ impl Intake {
             let seen = chunk.get(..count).unwrap_or_default();
             if let Some((header, payload)) = whole(seen) {
                 let length = HEADER + payload.len();
-                let is_again = self.doubtful.take() == Some(header.stream);
                 let frame = Frame::Whole(header, payload.to_vec());
-                if header.kind == Kind::Request && !is_again {
+                if header.kind == Kind::Request {
                     journal.request(header.stream, seen.get(..length).unwrap_or_default());
                 }
                 consume(stream, length)?;
                 failpoint::step("after a request was consumed");
-                return Ok(if is_again {
-                    Look::Nothing
-                } else {
-                    Look::Frame(frame)
-                });
+                return Ok(Look::Frame(frame));
             }
         }
         let wanted = self.wanted().min(CHUNK);
@@ -187,6 +182,22 @@ pub(super) fn whole(bytes: &[u8]) -> Option<(Header, &[u8])> {
     let end = length_of(header);
     let frame = bytes.get(..end).filter(|_| header.length <= MAX_PAYLOAD)?;
     Some((header, frame.get(HEADER..)?))
+}
+
+/// Takes the request that was noted last out of the socket, if it is there still. Before anything else is noted: a successor that finds more
+/// behind it takes it for consumed.
+fn consume_if_there(stream: &UnixStream, request: u32) -> io::Result<()> {
+    let mut chunk = [0; CHUNK];
+    let count = match peek(stream, &mut chunk) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+        peeked => peeked?,
+    };
+    match whole(chunk.get(..count).unwrap_or_default()) {
+        Some((header, payload)) if header.stream == request => {
+            consume(stream, HEADER + payload.len())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn peek(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {

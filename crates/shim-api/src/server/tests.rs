@@ -290,12 +290,13 @@ fn what_was_noted_and_not_taken_counts_once() {
     };
     let bytes = frame::request(1, &request).unwrap();
     journals.begin(4).request(1, &bytes);
+    // Noted when it was whole, so it is there, and not taken.
+    std::io::Write::write_all(&mut &ours, &bytes).unwrap();
     shelf
         .keep(&DescriptorName::Connection(4), theirs.as_fd())
         .unwrap();
     generation(&shelf, directory.path(), None, async || {
         let mut client = client(&ours);
-        client.write_all(&bytes).await.unwrap();
         assert_eq!(answer(&mut client).await.unwrap().0, 1);
         send(&mut client, 3, "echo", 0).await;
         // Nothing in between: the first call was not made again.
