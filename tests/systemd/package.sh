@@ -18,11 +18,17 @@ the_first_installation_starts_the_socket_alone() {
 }
 
 the_first_container_starts_the_service() {
+    local pid
     systemctl stop embedshimd.service
     start_containers
     systemctl is-active embedshimd.service
     # No other daemon, no keeper.
     [ "$(pgrep embedshimd)" = "$(main_pid)" ]
+    # As from containerd's own shims: a cgroup outside of the unit's, and what is inherited.
+    pid=$(awk '$1 == "one" { print $2 }' /run/before)
+    [ "$(cat /proc/$pid/cgroup)" = 0::/default/one ]
+    [ "$(cat /proc/$pid/oom_score_adj)" = -998 ]
+    [ "$(awk '/processes/ { print $3 }' /proc/$pid/limits)" = unlimited ]
     containers_are_untouched
     exec_works
     codes_arrive
