@@ -136,7 +136,9 @@ fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
         };
         let name = message.pointer("/target/name").and_then(Value::as_str);
         let program = message.get("executable").and_then(Value::as_str);
-        if let (Some(name), Some(program)) = (name, program) {
+        // With the tests of a package its programs are built, too.
+        let is_test = message.pointer("/target/kind/0").and_then(Value::as_str) == Some("test");
+        if let (true, Some(name), Some(program)) = (is_test, name, program) {
             programs.push((name.to_owned(), program.into()));
         }
     }
