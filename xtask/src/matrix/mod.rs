@@ -55,7 +55,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let binaries = products::build(Profile::Dev)?;
     let initramfs = initramfs::build(&binaries)?;
     let limit = Duration::from_secs(options.limit);
-    let waiting = Mutex::new(kernels.iter().enumerate().rev().collect::<Vec<_>>());
+    // The newest first: a newer kernel takes longer, and the longest is not to be waited for alone at the end.
+    let waiting = Mutex::new(kernels.iter().enumerate().collect::<Vec<_>>());
     let done = Mutex::new(Vec::new());
     thread::scope(|scope| {
         for _ in 0..AT_ONCE {
