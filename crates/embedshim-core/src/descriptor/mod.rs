@@ -15,7 +15,7 @@ use crate::process::ProcessIdentity;
 
 /// Somebody who holds descriptors for us and gives them to our successor: systemd, or embedshimd's keeper.
 ///
-/// Both calls are one datagram and return when it is queued: from then on the descriptor is safe from our death. They are carried out in
+/// Each call is one datagram and returns when it is queued: from then on the descriptor is safe from our death. They are carried out in
 /// order. An error means that it is not kept, and nothing else.
 pub trait DescriptorStore: fmt::Debug + Send + Sync {
     /// Keeps a duplicate of `descriptor`, beside what is kept under this name already.
