@@ -11,7 +11,8 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use serde_json::Value;
 use xtask::sandbox::{Sandbox, is_alive, until};
 
@@ -20,7 +21,7 @@ use crate::tests;
 pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
     a_full_state_directory_refuses_new_tasks_and_keeps_the_old,
     records_that_cannot_be_written_are_named_and_the_old_are_kept,
-    a_keeper_without_descriptors_loses_connections_and_no_container,
+    what_could_not_be_kept_is_refused_by_name_and_what_runs_is_not_lost,
     what_an_earlier_boot_has_left_is_recognised,
     a_removed_state_directory_is_put_back,
 );
@@ -135,7 +136,7 @@ impl Drop for Immutable {
     }
 }
 
-fn a_keeper_without_descriptors_loses_connections_and_no_container(
+fn what_could_not_be_kept_is_refused_by_name_and_what_runs_is_not_lost(
     stage: &Stage,
 ) -> anyhow::Result<()> {
     let sandbox = stage.bare_sandbox()?;
@@ -156,16 +157,26 @@ fn a_keeper_without_descriptors_loses_connections_and_no_container(
     let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
     bundle.edit(|spec| spec["process"]["rlimits"] = Value::Null)?;
     let (first, last) = (&shims[0], &shims[51]);
-    last.create("c", bundle.path())?;
-    let pid = last.start("c")?;
-    until("the keeper says that it keeps no more", || {
-        Ok(sandbox.daemon_log().contains("not kept:"))
-    })?;
-    sandbox.kill_daemon()?;
-    ensure!(
-        last.state("c").is_err(),
-        "its connection was kept after all"
+    let refusal = last.create("c", bundle.path()).map_or_else(
+        |error| error.to_string(),
+        |pid| format!("created with pid {pid}"),
     );
+    ensure!(
+        refusal.contains("container c would be lost") && refusal.contains("RLIMIT_NOFILE"),
+        "{refusal}"
+    );
+    let fifo = sandbox.directory().join("stdout");
+    mkfifo(&fifo, Mode::S_IRWXU)?;
+    // Its connection is kept, but its streams could not be.
+    let refusal = first.create_with("c", bundle.path(), |request| {
+        request.stdout = fifo.to_string_lossy().into_owned();
+    });
+    let refusal = refusal.map_or_else(|error| error.to_string(), |pid| pid.to_string());
+    ensure!(refusal.contains("cannot keep the streams"), "{refusal}");
+    first.create("c", bundle.path())?;
+    let pid = first.start("c")?;
+    sandbox.kill_daemon()?;
+    ensure!(last.state("c").is_err(), "its connection was kept after all");
     ensure!(first.state("c")?.pid == pid, "another pid");
     first.kill("c", Signal::SIGKILL)?;
     ensure!(

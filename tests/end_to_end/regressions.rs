@@ -346,9 +346,9 @@ fn the_streams_belong_to_io_gid(stage: &Stage) -> anyhow::Result<()> {
         options: MessageField::some(options),
         ..api::CreateTaskRequest::default()
     };
-    shim.tasks.create(shim.metadata(), &request)?;
+    let pid = shim.tasks.create(shim.metadata(), &request)?.pid;
     // runc's init gives its streams to the container's user afterwards, which is root here; the group stays.
-    let group = fs::metadata(&stdout)?.gid();
+    let group = fs::metadata(format!("/proc/{pid}/fd/1"))?.gid();
     ensure!(group == 2345, "group {group}");
     Ok(())
 }

@@ -143,7 +143,10 @@ impl Error {
             Self::InvalidId(_) | Self::Invalid(_) => ErrorKind::InvalidArgument,
             Self::Stdio(e) if e.is_request_fault() => ErrorKind::InvalidArgument,
             Self::Unimplemented(_) => ErrorKind::Unimplemented,
-            Self::Watch(WatchError::TableFull { .. }) => ErrorKind::ResourceExhausted,
+            Self::Watch(WatchError::TableFull { .. })
+            | Self::Stdio(crate::stdio::StdioError::NotKept { .. }) => {
+                ErrorKind::ResourceExhausted
+            }
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::WrongState(_)
             | Self::Runtime { .. }

@@ -76,11 +76,11 @@
 
 pub mod cgroup;
 pub mod clock;
-pub mod descriptor;
 pub mod event;
 pub mod exit;
 #[doc(hidden)]
 pub mod failpoint;
+pub mod fdstore;
 pub mod id;
 pub mod process;
 pub mod rootfs;

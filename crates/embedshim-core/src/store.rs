@@ -16,7 +16,7 @@ use crate::failpoint;
 use crate::id::{ContainerId, ExecId, Namespace, TaskKey};
 use crate::process::ProcessIdentity;
 use crate::rootfs::Mount;
-use crate::stdio::StdioPaths;
+use crate::stdio::{PipeInodes, StdioPaths};
 use crate::task::{Exit, Phase, RequestId, RuntimeOptions};
 
 /// The format this program writes. A reader refuses what is newer and keeps fields it does not know.
@@ -99,6 +99,9 @@ pub(crate) struct ProcessRecord {
     /// No writer of ours keeps its input open any more.
     #[serde(default)]
     pub(crate) stdin_closed: bool,
+    /// Its pipes, by inode.
+    #[serde(default)]
+    pub(crate) pipes: PipeInodes,
     /// The `binary://` logger that reads its output.
     #[serde(default)]
     pub(crate) logger: Option<ProcessIdentity>,

@@ -1,10 +1,11 @@
 //! What nix does not wrap safely: the only unsafe code of this crate, each block with its reason.
 
-use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Owns a descriptor that the kernel has just installed for us (`SCM_RIGHTS`) and that nobody else knows.
@@ -14,9 +15,9 @@ pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
 }
 
 /// Makes a non-blocking descriptor fit for waiting on it. Needs a tokio runtime.
-pub(crate) fn register(file: File) -> io::Result<AsyncFd<File>> {
-    // SAFETY: a `File` owns its descriptor and has the same one all its life.
-    unsafe { AsyncFd::register(file) }.map_err(|error| error.into_parts().1)
+pub(crate) fn register(fd: Arc<OwnedFd>, interest: Interest) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: the `Arc` keeps the descriptor open, and an `OwnedFd` has the same one all its life.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(|error| error.into_parts().1)
 }
 
 /// Sets a terminal's size in characters.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use embedshim_core::descriptor::{DescriptorName, DescriptorStore, Inherited, Unkept};
+use embedshim_core::fdstore::{FdName, FdStore, InheritedFds, NoFdStore};
 use embedshim_core::task::{Node, NodeConfig};
 use nix::fcntl::Flock;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -28,8 +28,10 @@ use crate::notify::Manager;
 use crate::outcome::{Code, Failure};
 use crate::{backend, lock, logging, sys};
 
-/// Blocking file-system work of that many containers goes on at once; more wait.
-const BLOCKING_THREADS: usize = 32;
+/// Each stream and each operation that waits for the kernel has a thread to itself while it does, so that a file system, a logger or a
+/// mount that does not answer holds up nothing else. Of a container there are at most three streams and one operation for each process,
+/// and the monitor's capacity bounds the processes: this is never reached.
+const BLOCKING_THREADS: usize = 65_536;
 /// How long a daemon that is asked to leave finishes what it has begun.
 const LEAVE: Duration = Duration::from_secs(10);
 /// With fewer descriptors not even a node of the usual size can be full.
@@ -69,9 +71,9 @@ async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, 
     let backend = monitor.backend();
     let socket = location::socket(state_dir).context("cannot listen")?;
     let manager = manager(&start);
-    let store: Arc<dyn DescriptorStore> = match &manager {
-        Some(manager) => Arc::clone(manager) as Arc<dyn DescriptorStore>,
-        None => Arc::new(Unkept),
+    let store: Arc<dyn FdStore> = match &manager {
+        Some(manager) => Arc::clone(manager) as Arc<dyn FdStore>,
+        None => Arc::new(NoFdStore),
     };
     let mut inherited = start.inherited;
     let listener = listen(&socket, &mut inherited, store.as_ref())?;
@@ -118,9 +120,9 @@ async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, 
 
 /// Closes and forgets what nobody took, and tells that we serve.
 fn settle(
-    inherited: Inherited,
+    inherited: InheritedFds,
     unknown: Vec<String>,
-    store: &dyn DescriptorStore,
+    store: &dyn FdStore,
     manager: Option<&Manager>,
 ) {
     for name in inherited.close_rest() {
@@ -177,21 +179,21 @@ fn lock(state_dir: &Path) -> Result<Flock<File>, Failure> {
 /// A predecessor's listener if we can use it, or a new one; kept for our successors either way.
 fn listen(
     path: &Path,
-    inherited: &mut Inherited,
-    store: &dyn DescriptorStore,
+    inherited: &mut InheritedFds,
+    store: &dyn FdStore,
 ) -> anyhow::Result<UnixListener> {
-    if let Some(descriptor) = inherited.take(&DescriptorName::Listener) {
+    if let Some(descriptor) = inherited.take(&FdName::Listener) {
         match shim_api::socket::resume(descriptor, path) {
             Ok(listener) => return Ok(listener),
             Err(error) => {
                 warn!(%error, "the listener that was kept is of no use; listening anew");
-                let _ = store.forget(&DescriptorName::Listener);
+                let _ = store.forget(&FdName::Listener);
             }
         }
     }
     let listener = shim_api::socket::listen(path)
         .with_context(|| format!("cannot listen on {}", path.display()))?;
-    if let Err(error) = store.keep(&DescriptorName::Listener, listener.as_fd()) {
+    if let Err(error) = store.keep(&FdName::Listener, &[listener.as_fd()]) {
         warn!(%error, "the listener is not kept: nobody can connect while the daemon is replaced");
     }
     Ok(listener)
@@ -205,7 +207,7 @@ fn manager(start: &Start) -> Option<Arc<Manager>> {
         );
         return None;
     };
-    match Manager::new(address) {
+    match Manager::new(address, start.store_limit, &start.inherited) {
         Ok(manager) => Some(Arc::new(manager)),
         Err(error) => {
             warn!(%error, address = %address.display(), "NOTIFY_SOCKET is of no use: our connections end with this daemon");

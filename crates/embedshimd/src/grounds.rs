@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use embedshim_core::descriptor::{DescriptorName, DescriptorStore};
+use embedshim_core::fdstore::{FdName, FdStore};
 use embedshim_core::task::Node;
 use nix::fcntl::Flock;
 use shim_api::server::Server;
@@ -26,7 +26,7 @@ pub(crate) struct Grounds<'a> {
     pub(crate) socket: &'a Path,
     pub(crate) server: &'a Server<Services>,
     pub(crate) node: &'a Node,
-    pub(crate) store: &'a dyn DescriptorStore,
+    pub(crate) store: &'a dyn FdStore,
 }
 
 impl Grounds<'_> {
@@ -81,8 +81,8 @@ impl Grounds<'_> {
         let listener = shim_api::socket::listen(self.socket).context("the socket")?;
         let kept = self
             .store
-            .forget(&DescriptorName::Listener)
-            .and_then(|()| self.store.keep(&DescriptorName::Listener, listener.as_fd()));
+            .forget(&FdName::Listener)
+            .and_then(|()| self.store.keep(&FdName::Listener, &[listener.as_fd()]));
         if let Err(error) = kept {
             warn!(%error, "the listener is not kept");
         }

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
-use embedshim_core::descriptor::{DescriptorName, Inherited};
+use embedshim_core::fdstore::{FdName, InheritedFds};
 
 use crate::sys;
 
@@ -17,11 +17,13 @@ const NAMELESS: &str = "unknown";
 #[derive(Debug, Default)]
 pub(crate) struct Start {
     /// What a predecessor has left.
-    pub(crate) inherited: Inherited,
+    pub(crate) inherited: InheritedFds,
     /// Names that say nothing to us; their descriptors are closed.
     pub(crate) unknown: Vec<String>,
     /// Where the manager listens.
     pub(crate) notify_socket: Option<OsString>,
+    /// The most descriptors that the manager holds, if it says so.
+    pub(crate) store_limit: Option<usize>,
 }
 
 impl Start {
@@ -31,7 +33,11 @@ impl Start {
         let [count, names, pid, parent] =
             ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID", "LISTEN_PPID"]
                 .map(|name| Some(sys::take_variable(name)?.to_string_lossy().into_owned()));
+        // systemd tells it from version 254 on; for an older one the unit does.
+        let limits = ["FDSTORE", "EMBEDSHIM_FDSTORE_MAX"]
+            .map(|name| sys::take_variable(name)?.to_str()?.parse().ok());
         let mut start = Self {
+            store_limit: limits.into_iter().flatten().next(),
             notify_socket: sys::take_variable("NOTIFY_SOCKET").filter(|path| !path.is_empty()),
             ..Self::default()
         };
@@ -47,7 +53,7 @@ impl Start {
                 break;
             };
             let text = names.next().unwrap_or(NAMELESS);
-            match text.parse::<DescriptorName>() {
+            match text.parse::<FdName>() {
                 Ok(name) => start.inherited.insert(name, descriptor),
                 Err(_) => start.unknown.push(text.into()),
             }

@@ -1,137 +1,199 @@
-//! [`Manager`]: whoever started the daemon and keeps its descriptors, systemd or `embedshimd keep`, by way of the datagrams of
-//! `sd_notify(3)`. Owns their form and their limits of time; what is kept under which name is the callers'.
+//! [`Manager`]: the service manager that started the daemon and holds its descriptors, systemd or `embedshimd keep`, by way of the
+//! datagrams of `sd_notify(3)`. Owns their form, their order while the manager does not read, and how many descriptors it takes; what
+//! is stored under which name is the callers'.
 
+mod outgoing;
+
+use std::collections::HashMap;
 use std::ffi::OsString;
-use std::io::{self, IoSlice, PipeReader, Read};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{self, PipeReader, Read};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use embedshim_core::descriptor::{DescriptorName, DescriptorStore};
 use embedshim_core::failpoint;
+use embedshim_core::fdstore::{FdName, FdStore, InheritedFds};
 use embedshim_core::process::ProcessIdentity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use nix::sys::resource::{Resource, getrlimit};
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType, connect, sendmsg, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
 };
-use tracing::{error, warn};
 
-use crate::keep::REAP;
+use crate::keep::{MAX_NAMES, REAP};
+use outgoing::Outgoing;
 
-/// A queue of datagrams is short (`net.unix.max_dgram_qlen`), and a manager that is stopped does not empty it.
-const SEND_LIMIT: Duration = Duration::from_secs(1);
 /// How long the manager may take to have handled everything.
 const BARRIER_LIMIT: u16 = 5_000;
+/// Descriptors that are left for requests under way and for the start of a successor.
+const SPARE: u64 = 32;
 
-/// The manager's socket.
+/// The manager's socket, and what is stored there.
 #[derive(Debug)]
 pub(crate) struct Manager {
-    /// Connected, so that it goes on when somebody removes the address from the file system.
-    socket: OwnedFd,
-    is_lost: AtomicBool,
-    /// It did not empty its queue in time: until it does, nobody waits for it again.
-    is_slow: AtomicBool,
+    outgoing: Outgoing,
+    stored: Mutex<Stored>,
+}
+
+#[derive(Debug, Default)]
+struct Stored {
+    counts: HashMap<FdName, usize>,
+    total: usize,
+    /// The length of all names with a colon after each, a name for each descriptor.
+    names: usize,
+    /// The most that the manager holds, if it says so.
+    limit: Option<usize>,
+}
+
+/// Why a descriptor is not stored.
+#[derive(Debug, thiserror::Error)]
+enum Full {
+    #[error(
+        "the descriptor store is full: it holds {total} of {limit}; raise FileDescriptorStoreMax= of the unit, or without systemd the \
+         limit of open files"
+    )]
+    Limit { total: usize, limit: usize },
+    #[error(
+        "the descriptor store is full: the names of {total} descriptors fill the longest string that a process can be given"
+    )]
+    Names { total: usize },
+    #[error(
+        "{open} of {limit} files are open, and a successor needs as many; raise the limit of open files (RLIMIT_NOFILE, LimitNOFILE=)"
+    )]
+    OpenFiles { open: u64, limit: u64 },
+}
+
+impl Stored {
+    fn admit(&self, name: &FdName, count: usize) -> Result<(), Full> {
+        let total = self.total;
+        if let Some(limit) = self.limit
+            && total + count > limit
+        {
+            return Err(Full::Limit { total, limit });
+        }
+        if self.names + count * length(name) > MAX_NAMES {
+            return Err(Full::Names { total });
+        }
+        if *name != FdName::Listener
+            && let Some((open, limit)) = open_files()
+            && open + SPARE > limit
+        {
+            return Err(Full::OpenFiles { open, limit });
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, name: FdName, count: usize) {
+        *self.counts.entry(name).or_default() += count;
+        self.total += count;
+        self.names += count * length(&name);
+    }
+
+    fn remove(&mut self, name: &FdName) {
+        let count = self.counts.remove(name).unwrap_or(0);
+        self.total -= count;
+        self.names -= count * length(name);
+    }
+}
+
+fn length(name: &FdName) -> usize {
+    name.to_string().len() + 1
+}
+
+/// How many files this process has open, and may have. Linux 6.2 tells the number as the size of the directory.
+fn open_files() -> Option<(u64, u64)> {
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    let open = match std::fs::metadata("/proc/self/fd").ok()?.size() {
+        0 => std::fs::read_dir("/proc/self/fd").ok()?.count() as u64,
+        open => open,
+    };
+    Some((open, limit))
 }
 
 impl Manager {
-    /// The one that `NOTIFY_SOCKET` names: a path, or an abstract name after `@`.
-    pub(crate) fn new(address: &OsString) -> io::Result<Self> {
+    /// The one that `NOTIFY_SOCKET` names: a path, or an abstract name after `@`. It holds `limit` descriptors at most, if that is known,
+    /// and these already.
+    pub(crate) fn new(
+        address: &OsString,
+        limit: Option<usize>,
+        inherited: &InheritedFds,
+    ) -> io::Result<Self> {
         let bytes = address.as_bytes();
         let address = match bytes.strip_prefix(b"@") {
             Some(name) => SocketAddrUnix::new_abstract_name(name)?,
             None => SocketAddrUnix::new(bytes)?,
         };
-        let socket = socket_with(
-            AddressFamily::UNIX,
-            SocketType::DGRAM,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
-        set_socket_timeout(&socket, Timeout::Send, Some(SEND_LIMIT))?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+        // Connected, so that it goes on when somebody removes the address from the file system.
         connect(&socket, &address)?;
+        let mut stored = Stored {
+            limit,
+            ..Stored::default()
+        };
+        for (name, count) in inherited.counts() {
+            stored.add(name, count);
+        }
         Ok(Self {
-            socket,
-            is_lost: AtomicBool::new(false),
-            is_slow: AtomicBool::new(false),
+            outgoing: Outgoing::new(socket),
+            stored: Mutex::new(stored),
         })
     }
 
-    /// We serve: whoever waited for us can go on.
+    /// We serve: units that waited for us can go on.
     pub(crate) fn ready(&self) -> io::Result<()> {
-        self.send("READY=1\n", &[])
+        self.outgoing.send("READY=1\n".into(), &[])
     }
 
     /// We are about to leave. Returns when everything that was ever sent is handled, or after a while.
     pub(crate) fn stopping(&self) -> io::Result<()> {
-        self.send("STOPPING=1\n", &[])?;
+        self.outgoing.send("STOPPING=1\n".into(), &[])?;
         let (mut ours, theirs) = io::pipe()?;
-        self.send("BARRIER=1\n", &[theirs.as_fd()])?;
+        self.outgoing.send("BARRIER=1\n".into(), &[theirs.as_fd()])?;
         drop(theirs);
         wait_for_end(&mut ours)
     }
 
-    /// Closes what is kept under a name that says nothing to us.
+    /// Closes what is stored under a name that says nothing to us.
     pub(crate) fn forget_text(&self, name: &str) -> io::Result<()> {
-        self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), &[])
+        self.outgoing
+            .send(format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), &[])
     }
 
-    fn send(&self, text: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors))
-        {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let bytes = [IoSlice::new(text.as_bytes())];
-        let mut flags = SendFlags::NOSIGNAL;
-        if self.is_slow.load(Ordering::Relaxed) {
-            flags |= SendFlags::DONTWAIT;
-        }
-        let sent =
-            rustix::io::retry_on_intr(|| sendmsg(&self.socket, &bytes, &mut ancillary, flags));
-        let is_full = sent == Err(rustix::io::Errno::AGAIN);
-        if is_full && !self.is_slow.load(Ordering::Relaxed) {
-            warn!("whoever keeps our connections does not read what we send: is it stopped?");
-        }
-        self.is_slow.store(is_full, Ordering::Relaxed);
-        if let Err(rustix::io::Errno::CONNREFUSED) = sent
-            && !self.is_lost.swap(true, Ordering::Relaxed)
-        {
-            error!(
-                "the keeper has ended: nobody starts this daemon again, and with it ends every connection of containerd, which then \
-                 destroys its containers. Stop containerd before this daemon"
-            );
-        }
-        Ok(sent.map(drop)?)
+    fn stored(&self) -> MutexGuard<'_, Stored> {
+        self.stored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl DescriptorStore for Manager {
-    fn keep(&self, name: &DescriptorName, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+impl FdStore for Manager {
+    fn keep(&self, name: &FdName, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut stored = self.stored();
+        stored
+            .admit(name, descriptors.len())
+            .map_err(io::Error::other)?;
         failpoint::step("before FDSTORE");
-        // Kept when its peer has left too: who has to know that is our successor.
-        let kept = self.send(
-            &format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n"),
-            &[descriptor],
-        );
+        // Stored when its peer has left too: our successor has to know that.
+        let text = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
+        self.outgoing.send(text, descriptors)?;
+        stored.add(*name, descriptors.len());
         failpoint::step("after FDSTORE");
-        kept
+        Ok(())
     }
 
-    fn forget(&self, name: &DescriptorName) -> io::Result<()> {
+    fn forget(&self, name: &FdName) -> io::Result<()> {
         failpoint::step("before FDSTOREREMOVE");
+        let mut stored = self.stored();
         let forgotten = self.forget_text(&name.to_string());
+        stored.remove(name);
         failpoint::step("after FDSTOREREMOVE");
         forgotten
     }
 
     fn reap(&self, process: ProcessIdentity) -> io::Result<()> {
         let (pid, start_ticks) = (process.pid, process.start_ticks);
-        self.send(&format!("{REAP}={pid} {start_ticks}\n"), &[])
+        self.outgoing
+            .send(format!("{REAP}={pid} {start_ticks}\n"), &[])
     }
 }
 
@@ -141,4 +203,27 @@ fn wait_for_end(pipe: &mut PipeReader) -> io::Result<()> {
         return Err(io::ErrorKind::TimedOut.into());
     }
     pipe.read(&mut [0]).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_handed_to_a_successor_is_refused_by_name() {
+        let mut stored = Stored {
+            limit: Some(3),
+            ..Stored::default()
+        };
+        let name = FdName::Process(7);
+        stored.admit(&name, 2).unwrap();
+        stored.add(name, 2);
+        let refused = stored.admit(&FdName::Process(8), 2).unwrap_err();
+        assert!(refused.to_string().contains("it holds 2 of 3"), "{refused}");
+        stored.remove(&name);
+        stored.admit(&name, 3).unwrap();
+        stored.limit = None;
+        assert!(stored.admit(&name, MAX_NAMES / length(&name)).is_ok());
+        assert!(stored.admit(&name, MAX_NAMES / length(&name) + 1).is_err());
+    }
 }

@@ -103,6 +103,11 @@ impl TaskService {
         call: &Call,
         request: api::CreateTaskRequest,
     ) -> Answer<api::CreateTaskResponse> {
+        if let Some(why) = call.session.not_kept.get() {
+            let id = &request.id;
+            let text = format!("container {id} would be lost with this daemon, since its connection is: {why}");
+            return Err(ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text));
+        }
         let bundle = PathBuf::from(&request.bundle);
         let note = read_note(&bundle).await;
         if let Some(Ok(namespace)) = note.as_ref().map(|note| note.namespace.parse()) {

@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::Cgroup;
@@ -22,7 +23,7 @@ const INOTIFY: u64 = 0;
 
 /// Tells of OOM kills in the cgroups it watches.
 pub(crate) struct OomWatcher {
-    epoll: AsyncFd<File>,
+    epoll: AsyncFd<Arc<OwnedFd>>,
     set: Epoll,
     inotify: Inotify,
     watches: Mutex<HashMap<u64, Watch>>,
@@ -49,7 +50,7 @@ impl OomWatcher {
         let set = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         set.add(&inotify, EpollEvent::new(EpollFlags::EPOLLIN, INOTIFY))?;
-        let epoll = sys::register(set.0.try_clone()?.into())?;
+        let epoll = sys::register(Arc::new(set.0.try_clone()?.into()), Interest::READABLE)?;
         Ok(Self {
             epoll,
             set,

@@ -10,12 +10,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
@@ -276,21 +278,15 @@ impl Runtime {
                 command.stdin(stdin).stdout(stdout).stderr(stderr);
             }
         }
-        failpoint::step("before the runtime is called");
-        let mut child = command.spawn().map_err(Failure::NotRun)?;
-        failpoint::step("after the runtime was called");
-        // The command holds our copies of the container's streams: a writer we kept would hide its EOF.
-        drop(command);
+        let begun = Instant::now();
+        let mut child = spawn(command, self.deadline).await?;
         if let (Some(document), Some(mut stdin)) = (input, child.stdin.take()) {
             // A runtime that does not read its input says why by its status.
             let _ = stdin.write_all(&document).await;
         }
         let output = [collect(child.stdout.take()), collect(child.stderr.take())];
-        let Ok(status) = tokio::time::timeout(self.deadline, child.wait()).await else {
-            if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
-                // Its own process group (process_group(0)), so hooks and `runc init` go with it.
-                let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
-            }
+        let Ok(status) = tokio::time::timeout(self.deadline.saturating_sub(begun.elapsed()), child.wait()).await else {
+            kill_group(&child);
             return Err(Failure::Late);
         };
         let status = status.map_err(Failure::NotRun)?;
@@ -334,6 +330,39 @@ impl Runtime {
                 },
             },
         }
+    }
+}
+
+/// Kills the runtime, and as it has a process group of its own, hooks and `runc init` with it.
+fn kill_group(child: &Child) {
+    if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// Starts the runtime in a thread of its own: that waits for `execve`, and the file system that the program is on may not answer. The
+/// command holds our copies of the container's streams, and a writer we kept would hide their end, so it ends here.
+async fn spawn(mut command: Command, limit: Duration) -> Result<Child, Failure> {
+    let is_given_up = Arc::new(AtomicBool::new(false));
+    let given_up = Arc::clone(&is_given_up);
+    let spawned = tokio::task::spawn_blocking(move || {
+        failpoint::step("before the runtime is called");
+        let child = command.spawn();
+        failpoint::step("after the runtime was called");
+        if given_up.load(Ordering::Acquire)
+            && let Ok(child) = &child
+        {
+            kill_group(child);
+        }
+        child
+    });
+    match tokio::time::timeout(limit, spawned).await {
+        Err(_late) => {
+            is_given_up.store(true, Ordering::Release);
+            Err(Failure::Late)
+        }
+        Ok(Err(panic)) => Err(Failure::NotRun(io::Error::other(panic))),
+        Ok(Ok(child)) => child.map_err(Failure::NotRun),
     }
 }
 

@@ -2,28 +2,28 @@
 //! Owns how it is started, told to be ready, and ended; it outlives the daemon, since only the process holds its pipes open.
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
 use percent_encoding::percent_decode_str;
+use tokio::io::Interest;
 use tracing::warn;
 
-use super::StdioError;
+use super::{StdioError, open};
 use crate::process::{Process, ProcessIdentity};
+use crate::sys;
 
 /// How long a logger may take until it is ready. runc-v2 waits for ever.
-const READY: Duration = Duration::from_secs(30);
+pub(crate) const READY: Duration = Duration::from_secs(30);
 /// How long it may take to end after SIGTERM (`binaryIOProcTermTimeout` of runc-v2).
 const TERM: Duration = Duration::from_secs(12);
 /// The time between two looks at whether it has ended.
@@ -31,7 +31,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// A logger as a request names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Logger {
+pub(crate) struct Logger {
     program: PathBuf,
     arguments: Vec<OsString>,
     ready: Ready,
@@ -60,13 +60,6 @@ pub(crate) struct LoggedProcess {
 pub(crate) struct LoggerPipes {
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
-}
-
-impl LoggerPipes {
-    /// The only one that a terminal needs: it has no error output of its own.
-    pub(crate) fn into_stdout(self) -> OwnedFd {
-        self.stdout
-    }
 }
 
 impl Logger {
@@ -100,20 +93,10 @@ impl Logger {
         })
     }
 
-    /// Starts the logger and waits until it is ready. Blocks.
-    pub(super) fn start(
-        &self,
-        process: &LoggedProcess,
-    ) -> Result<(LoggerPipes, ProcessIdentity), StdioError> {
-        let failed = |why: &str| {
-            let (program, why) = (self.program.clone(), why.to_owned());
-            move |source: io::Error| StdioError::Logger {
-                program,
-                why,
-                source,
-            }
-        };
-        let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed("no pipe")(errno.into()));
+    /// Starts the logger. Blocks on the file system that its program is on.
+    pub(crate) fn spawn(&self, process: &LoggedProcess) -> Result<Starting, StdioError> {
+        let failed = |why| move |source| self.failed(why, source);
+        let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|errno| self.failed("no pipe", errno.into()));
         let (stdout_read, stdout) = pipe()?;
         let (stderr_read, stderr) = pipe()?;
         let (ready, ready_write) = pipe()?;
@@ -136,42 +119,85 @@ impl Logger {
         command
             .fd_mappings(descriptors.map(mapping).into())
             .map_err(|collision| {
-                failed("cannot be given its pipes")(io::Error::other(collision))
+                self.failed("cannot be given its pipes", io::Error::other(collision))
             })?;
         let child = command.spawn().map_err(failed("cannot be started"))?;
         // Our copies of its ends: with them it would never see that it is alone, nor we that it is ready.
         drop(command);
         let pid = i32::try_from(child.id())
-            .map_err(|error| failed("has no pid")(io::Error::other(error)))?;
+            .map_err(|error| self.failed("has no pid", io::Error::other(error)))?;
         let identity = Process::open(pid)
-            .map_err(|error| failed("ended at once")(io::Error::other(error)))?
+            .map_err(|error| self.failed("ended at once", io::Error::other(error)))?
             .identity();
-        if let Err(source) = self.wait_until_ready(ready) {
-            signal(identity, libc::SIGKILL);
-            return Err(failed("is not ready")(source));
-        }
-        Ok((LoggerPipes { stdout, stderr }, identity))
+        open::set_non_blocking(&ready).map_err(failed("cannot be waited for"))?;
+        Ok(Starting {
+            logger: self.clone(),
+            pipes: LoggerPipes { stdout, stderr },
+            identity,
+            ready: Arc::new(ready),
+        })
     }
 
-    fn wait_until_ready(&self, ready: OwnedFd) -> io::Result<()> {
-        let milliseconds = u16::try_from(READY.as_millis()).unwrap_or(u16::MAX);
-        let mut fds = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::from(milliseconds)) {
-            Ok(0) => {
-                return Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    format!("no word within {} s", READY.as_secs()),
-                ));
-            }
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
+    fn failed(&self, why: &str, source: io::Error) -> StdioError {
+        StdioError::Logger {
+            program: self.program.clone(),
+            why: why.into(),
+            source,
         }
-        let count = File::from(ready).read(&mut [0])?;
-        match self.ready {
-            Ready::Byte if count == 0 => {
-                Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it has ended"))
+    }
+
+    /// A program that does not start in time, on a file system that does not answer, say.
+    pub(crate) fn late(&self) -> StdioError {
+        self.failed("is not ready", no_word())
+    }
+}
+
+fn no_word() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::TimedOut,
+        format!("no word within {} s", READY.as_secs()),
+    )
+}
+
+/// A logger that was started and has not said that it is ready.
+#[derive(Debug)]
+pub(crate) struct Starting {
+    logger: Logger,
+    pipes: LoggerPipes,
+    identity: ProcessIdentity,
+    ready: Arc<OwnedFd>,
+}
+
+impl Starting {
+    /// Its process.
+    pub(crate) fn identity(&self) -> ProcessIdentity {
+        self.identity
+    }
+
+    /// Waits until it is ready; it is killed if that takes too long. Holds no thread meanwhile.
+    pub(crate) async fn ready(self) -> Result<LoggerPipes, StdioError> {
+        let waited = tokio::time::timeout(READY, self.word()).await;
+        match waited.unwrap_or_else(|_| Err(no_word())) {
+            Ok(()) => Ok(self.pipes),
+            Err(source) => {
+                signal(self.identity, libc::SIGKILL);
+                Err(self.logger.failed("is not ready", source))
             }
-            _ => Ok(()),
+        }
+    }
+
+    async fn word(&self) -> io::Result<()> {
+        let ready = sys::register(Arc::clone(&self.ready), Interest::READABLE)?;
+        loop {
+            let mut guard = ready.readable().await?;
+            let read = guard.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut [0_u8; 1])?));
+            match (read, self.logger.ready) {
+                (Err(_not_yet), _) => {}
+                (Ok(Ok(0)), Ready::Byte) => {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it has ended"));
+                }
+                (Ok(result), _) => return result.map(drop),
+            }
         }
     }
 }
@@ -222,7 +248,7 @@ mod tests {
             id: "c".into(),
             namespace: "n".into(),
         };
-        let error = logger.start(&process).unwrap_err();
+        let error = logger.spawn(&process).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/logger"), "{error}");
     }
 }

@@ -1,18 +1,21 @@
-//! Standard streams of container processes: handed over whole where possible, copied only for terminals.
-//! Owns who may hold which end of a fifo and for how long; never interprets what flows through.
+//! Standard streams of container processes: pipes or a terminal for the process, its client's fifos and files on the other side, and
+//! the bytes that are moved between the two. Never interprets what flows.
 //!
-//! A client names fifos that it made and whose other ends it holds. The container gets the fifo itself, so there is no
-//! copier and nothing to lose when the daemon is gone. Three rules follow (`containerd.md` 11.29-31):
-//! - the client waits for EOF before it deletes, so no end of ours that can write to an output outlives the start;
-//! - a client may go away and come back, so an end of ours that can *read* each output stays open, or the container
-//!   would get EPIPE and unread output would be thrown away with the last opener;
-//! - input ends when the client says so (`CloseIO`), not when it disconnects, so we hold a writer until then.
+//! Both ends of each stream are in the process's [`ProcessFds`](crate::fdstore) from before the first call of the runtime until the
+//! process is over and all is moved, and bytes are moved by the kernel from one to the other: at no instant is there anything in this
+//! daemon's memory alone. So four rules hold whoever is killed:
+//! - the client reads no end before the process's output is over, and then at once: it waits for that before it deletes;
+//! - what a client does not read stays in the pipes, and makes the process wait: never `EPIPE`, nothing lost;
+//! - input ends when the client says so (`CloseIO`), not when it disconnects;
+//! - nothing is moved before the runtime has succeeded: until then what is in the pipes are its own words.
 
 mod console;
-mod copy;
-mod held;
+mod ends;
+mod flow;
 mod logger;
+mod open;
 mod plan;
+mod pump;
 
 use std::io;
 use std::path::PathBuf;
@@ -20,9 +23,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use console::{Console, ConsoleSocket};
-pub(crate) use held::{ChildStdio, HeldStdio};
-pub(crate) use logger::{LoggedProcess, LoggerPipes, end_logger};
+pub(crate) use console::{ConsoleSocket, remove_abandoned};
+pub(crate) use ends::{
+    ChildStdio, Of, PipeInodes, Streams, adopt_client_ends, client_has_gone, discard_pipes,
+    find_again, pipe_inodes, prepare, prepare_terminal,
+};
+pub(crate) use logger::{LoggedProcess, LoggerPipes, READY, end_logger};
 pub(crate) use plan::Plan;
 
 /// The standard streams as a request names them: paths or URIs, empty for none.
@@ -80,6 +86,20 @@ pub enum StdioError {
         #[source]
         source: io::Error,
     },
+    /// No pipe for the process.
+    #[error("cannot make a pipe for the process")]
+    Pipe {
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// They would be lost with this program, and the process with them.
+    #[error("cannot keep the streams for the next daemon")]
+    NotKept {
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The runtime did not hand over a terminal.
     #[error("the OCI runtime handed over no terminal within {} s", .0.as_secs())]
     NoConsole(Duration),
@@ -98,63 +118,5 @@ impl StdioError {
     /// The request itself is wrong, whatever the state of the system.
     pub(crate) fn is_request_fault(&self) -> bool {
         matches!(self, Self::UnknownScheme { .. } | Self::WrongKind { .. })
-    }
-}
-
-/// What the daemon holds of a process's standard streams while it lives.
-#[derive(Debug)]
-pub(crate) enum Streams {
-    /// The container has the streams themselves; we keep the far ends.
-    Held(HeldStdio),
-    /// The container has a terminal; we copy.
-    Terminal(Console),
-}
-
-impl Streams {
-    /// Gives up our writer to the process's input: it reads EOF once the client's writers are gone too. Idempotent.
-    pub(crate) fn close_stdin(&self) {
-        match self {
-            Self::Held(held) => held.close_stdin(),
-            Self::Terminal(console) => console.close_stdin(),
-        }
-    }
-
-    /// Whether its input ends with what is in it already: its client has been there, and has gone.
-    pub(crate) fn client_has_gone(&self) -> bool {
-        match self {
-            Self::Held(held) => held.client_has_gone(),
-            Self::Terminal(_) => false,
-        }
-    }
-
-    /// The process may read from now on. Returns false if its input ends with its client.
-    pub(crate) fn hold_stdin(&self) -> bool {
-        match self {
-            Self::Held(held) => held.hold_stdin(),
-            Self::Terminal(_) => true,
-        }
-    }
-
-    /// The process has ended: every end that could keep the client waiting for EOF is given up.
-    pub(crate) fn end_of_process(&self) {
-        match self {
-            Self::Held(held) => held.close_stdin(),
-            Self::Terminal(console) => console.end_of_process(),
-        }
-    }
-
-    /// Waits until all output is with the client, for at most `limit`.
-    pub(crate) async fn drained(&self, limit: Duration) {
-        if let Self::Terminal(console) = self {
-            console.drained(limit).await;
-        }
-    }
-
-    /// Sets the size of the terminal, in characters; without a terminal there is nothing to do.
-    pub(crate) fn resize(&self, width: u16, height: u16) -> Result<(), StdioError> {
-        match self {
-            Self::Held(_) => Ok(()),
-            Self::Terminal(console) => console.resize(width, height),
-        }
     }
 }

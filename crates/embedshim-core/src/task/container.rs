@@ -15,9 +15,9 @@ use super::process::TaskProcess;
 use super::request::{CreateTask, RuntimeOptions};
 use super::shared::Shared;
 use crate::cgroup::{Cgroup, Metrics};
-use crate::descriptor::Deposit;
 use crate::error::Error;
 use crate::event::EventKind;
+use crate::fdstore::ProcessFds;
 use crate::id::{ExecId, TaskKey};
 use crate::rootfs::Mount;
 use crate::runtime::Runtime;
@@ -78,7 +78,7 @@ impl Task {
         runtime: Runtime,
         has_own_pid_namespace: bool,
         made_by: Option<RequestId>,
-        deposit: Deposit,
+        fds: ProcessFds,
     ) -> Self {
         let CreateTask {
             key,
@@ -89,7 +89,7 @@ impl Task {
             checkpoint,
             ..
         } = request;
-        let init = TaskProcess::new(None, stdio, None, made_by, deposit);
+        let init = TaskProcess::new(None, stdio, None, made_by, fds);
         let task = Self::with(
             key,
             bundle,
@@ -145,13 +145,13 @@ impl Task {
         record: TaskRecord,
         runtime: Runtime,
         has_own_pid_namespace: bool,
-        deposit: impl Fn(u64) -> Deposit,
+        fds: impl Fn(u64) -> ProcessFds,
     ) -> Self {
         let key = TaskKey {
             namespace: record.namespace,
             id: record.id,
         };
-        let own = deposit(record.init.number);
+        let own = fds(record.init.number);
         let init = TaskProcess::restored(None, record.init, own);
         let task = Self::with(
             key,
@@ -174,7 +174,7 @@ impl Task {
             .execs
             .into_iter()
             .map(|(id, exec)| {
-                let own = deposit(exec.number);
+                let own = fds(exec.number);
                 (
                     id.clone(),
                     Arc::new(TaskProcess::restored(Some(id), exec, own)),

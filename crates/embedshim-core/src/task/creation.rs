@@ -15,15 +15,15 @@ use super::process::TaskProcess;
 use super::request::CreateTask;
 use super::shared::Shared;
 use crate::cgroup::Cgroup;
-use crate::descriptor::Role;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::failpoint;
+use crate::fdstore::ProcessFds;
 use crate::process::Process;
 use crate::rootfs;
 use crate::runtime::{Create, Input, Restore, Runtime};
 use crate::spec::Spec;
-use crate::stdio::{self, Console, ConsoleSocket, LoggedProcess, LoggerPipes, Plan, Streams};
+use crate::stdio::{self, ConsoleSocket, LoggedProcess, LoggerPipes, Plan, StdioError, Streams};
 use crate::store::Bundle;
 
 /// How long a runtime that says it has started a terminal may take to hand it over.
@@ -80,13 +80,14 @@ pub(super) async fn create(
         runtime,
         spec.has_own_pid_namespace(),
         errand.request,
-        shared.deposit(),
+        shared.new_fds(),
     ));
     reserve(&shared, &task).await?;
     let _turn = task.init.turn().await?;
     task.init.starting();
     let mut runtime_was_called = false;
-    match establish(&shared, &task, &plan, &mut runtime_was_called).await {
+    let left = shared.take_client_ends(errand.request);
+    match establish(&shared, &task, &plan, left, &mut runtime_was_called).await {
         Ok(pid) => {
             info!(namespace = %task.key.namespace, id = %task.key.id, pid, "created");
             exits::release_early(&shared, &task, &task.init);
@@ -121,8 +122,13 @@ async fn establish(
     shared: &Arc<Shared>,
     task: &Arc<Task>,
     plan: &Plan,
+    left: Option<ProcessFds>,
     runtime_was_called: &mut bool,
 ) -> Result<u32, Error> {
+    if let Some(left) = left {
+        stdio::adopt_client_ends(&task.init.fds, &left)
+            .map_err(|source| StdioError::NotKept { source })?;
+    }
     task.save(shared).await?;
     mount_rootfs(task).await?;
     if task.checkpoint.is_none() {
@@ -193,13 +199,16 @@ pub(super) async fn launch(
     let process = Arc::new(opened(read_pid(&pid_file).await?)?);
     let pid = process.identity().pid;
     task.init.connect(streams);
+    if task.checkpoint.is_some() || plan.terminal() {
+        task.init.begin_input();
+    }
     task.set_cgroup(find_cgroup(pid).await);
     shared.watch(task, &task.init, process).await?;
     watch_for_oom(shared, task);
     Ok(())
 }
 
-/// Opens a process's standard streams, lets `call` run the runtime with them, and gives back our ends.
+/// Makes a process's streams, lets `call` run the runtime with them, and lets them flow if that succeeds.
 pub(super) async fn with_streams(
     shared: &Shared,
     task: &Task,
@@ -207,53 +216,76 @@ pub(super) async fn with_streams(
     plan: &Plan,
     call: impl AsyncFnOnce(Input, Option<&Path>) -> Result<(), Error>,
 ) -> Result<Streams, Error> {
-    let pipes = start_logger(task, process, plan).await?;
-    if !plan.terminal() {
-        let (opening, owner) = (plan.clone(), task.io_owner());
-        let deposit = process.deposit.clone();
-        let (child, held) = blocking(move || opening.open(owner, pipes, deposit)).await??;
-        if process.exec.is_some() || task.checkpoint.is_some() {
-            // These read as soon as the runtime has begun them.
-            if held.client_has_gone() {
-                held.close_stdin();
-            } else {
-                held.hold_stdin();
-            }
-        }
-        call(Input::Container(child), None).await?;
-        return Ok(Streams::Held(held));
+    let logger = start_logger(shared, task, process, plan).await?;
+    let called = if plan.terminal() {
+        with_terminal(shared, process, plan, logger, call).await
+    } else {
+        with_pipes(task, process, plan, logger, call).await
+    };
+    if let Err(error) = called {
+        stdio::discard_pipes(&process.fds);
+        return Err(error);
     }
-    let pipe = pipes.map(LoggerPipes::into_stdout);
-    if let Some(pipe) = &pipe {
-        process.deposit.keep(Role::Stdout, pipe);
+    Ok(Streams::start(&process.fds, process.kind(), task.id()))
+}
+
+async fn with_pipes(
+    task: &Task,
+    process: &TaskProcess,
+    plan: &Plan,
+    logger: Option<LoggerPipes>,
+    call: impl AsyncFnOnce(Input, Option<&Path>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let (plan, owner, of) = (plan.clone(), task.io_owner(), process.kind());
+    let fds = process.fds.clone();
+    let child = blocking(move || stdio::prepare(&plan, of, owner, logger, &fds)).await??;
+    process.note_pipes();
+    if process.exec.is_some() || task.checkpoint.is_some() {
+        // These read as soon as the runtime has begun them.
+        process.decide_stdin();
     }
-    let (directory, deposit) = (shared.config.state_dir.clone(), process.deposit.clone());
-    let socket = blocking(move || ConsoleSocket::bind(&directory, deposit)).await??;
+    call(Input::Container(child), None).await
+}
+
+async fn with_terminal(
+    shared: &Shared,
+    process: &TaskProcess,
+    plan: &Plan,
+    logger: Option<LoggerPipes>,
+    call: impl AsyncFnOnce(Input, Option<&Path>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let (plan, fds, directory) = (plan.clone(), process.fds.clone(), &shared.config.state_dir);
+    blocking(move || stdio::prepare_terminal(&plan, logger, &fds)).await??;
+    let socket = ConsoleSocket::bind(directory, &process.fds)?;
     let path = socket.path().to_owned();
     // The runtime sends the master before it returns, and the socket's buffer keeps it: no need to accept meanwhile.
     call(Input::Null, Some(&path)).await?;
-    let master = socket.accept(CONSOLE_DEADLINE).await?;
-    let console = Console::start(master, plan, pipe, process.deposit.clone())?;
-    Ok(Streams::Terminal(console))
+    Ok(socket.accept(CONSOLE_DEADLINE).await?)
 }
 
-/// Starts the process's logger, if it has one, and notes who that is.
+/// Starts the process's logger, if it has one. Its identity is durable before it is waited for: a successor has to end it.
 async fn start_logger(
+    shared: &Shared,
     task: &Task,
     process: &TaskProcess,
     plan: &Plan,
 ) -> Result<Option<LoggerPipes>, Error> {
+    let Some(logger) = plan.logger().cloned() else {
+        return Ok(None);
+    };
     let exec = process.exec.as_ref().map(ToString::to_string);
     let logged = LoggedProcess {
         id: exec.unwrap_or_else(|| task.id().to_owned()),
         namespace: task.key.namespace.to_string(),
     };
-    let plan = plan.clone();
-    let started = blocking(move || plan.start_logger(&logged)).await??;
-    Ok(started.map(|(pipes, logger)| {
-        process.logs_by(logger);
-        pipes
-    }))
+    let late = logger.late();
+    let spawned = blocking(move || logger.spawn(&logged));
+    let starting = tokio::time::timeout(stdio::READY, spawned)
+        .await
+        .map_err(|_| late)???;
+    process.logs_by(starting.identity());
+    task.save(shared).await?;
+    Ok(Some(starting.ready().await?))
 }
 
 /// Ends the process's logger, if it has one.

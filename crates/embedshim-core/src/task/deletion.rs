@@ -24,8 +24,8 @@ use crate::store::Bundle;
 
 /// How long a killed process may take to end before a deletion is refused.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
-/// How long the rest of the output may take to be copied; runc-v2 waits as long.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long somebody may keep the output open after the end of its process; runc-v2 waits as long.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
 /// The same for a clean-up, which containerd kills after 5 s.
 const CLEANUP_KILL_DEADLINE: Duration = Duration::from_secs(3);
 

@@ -63,7 +63,7 @@ async fn start_init(
     let result = if task.checkpoint.is_some() {
         restore(shared, task).await
     } else {
-        init.hold_stdin();
+        init.begin_input();
         task.runtime.start(task.id(), &task.log()).await
     };
     if result.is_ok() {
@@ -193,6 +193,7 @@ async fn run_exec(
     .await?;
     let opened = Arc::new(opened(read_pid(&files.pid).await?)?);
     process.connect(streams);
+    process.begin_input();
     shared.watch(task, process, opened).await?;
     Ok(process.now().pid)
 }
@@ -269,7 +270,7 @@ pub(super) async fn exec(
             request.stdio,
             Some(spec),
             errand.request,
-            shared.deposit(),
+            shared.new_fds(),
         ),
     )?;
     let exec = request.exec.clone();

@@ -13,9 +13,9 @@ use super::request::Exit;
 use super::shared::{Owner, Shared};
 use super::state::Phase;
 use crate::cgroup::Metrics;
-use crate::descriptor::Role;
 use crate::event::EventKind;
 use crate::exit::{Evidence, ExitRecord, ExitStatus};
+use crate::fdstore::FdRole;
 use crate::process::ProcessIdentity;
 
 /// A monitor that fails is asked again after this.
@@ -105,7 +105,7 @@ pub(super) async fn settle(
     match durable {
         // The kernel's record is given up only for a durable one: a successor can still ask for it.
         Ok(()) => {
-            process.deposit.forget(Role::Pidfd);
+            process.fds.forget(&[FdRole::Pidfd]);
             if let Err(error) = shared.monitor.confirm(record.process).await {
                 warn!(pid = record.process.pid, %error, "cannot free the kernel's exit record");
             }

@@ -19,10 +19,10 @@ use super::shared::Shared;
 use super::state::Phase;
 use super::{control, creation, deletion, execution, exits, restoration};
 use crate::cgroup::{Metrics, OomWatcher};
-use crate::descriptor::{DescriptorStore, Inherited, Unkept};
 use crate::error::Error;
 use crate::event::{Event, EventSink};
 use crate::exit::ExitMonitor;
+use crate::fdstore::{FdStore, InheritedFds, NoFdStore};
 use crate::id::{ProcessKey, TaskKey};
 use crate::store::{Store, boot_id};
 
@@ -41,9 +41,9 @@ pub struct NodeConfig {
     /// processes that outlive their parents. It cannot know who else in this process waits for children, so it is only for a
     /// program that has one node and lets nobody else start any. Without it only children that are watched are reaped.
     pub reap_orphans: bool,
-    /// Who keeps descriptors that have to outlive this process: terminals, the ends of fifos. Without anybody
-    /// ([`Unkept`](crate::descriptor::Unkept)), terminals end with this process.
-    pub descriptors: Arc<dyn DescriptorStore>,
+    /// Holds descriptors that have to outlive this process: terminals, both ends of streams. With [`NoFdStore`], an init's output goes on
+    /// when the next node finds its pipes; terminals, inputs and the outputs of execs end with this process.
+    pub descriptors: Arc<dyn FdStore>,
     /// Who hears of events; without one they are to be had from [`Node::next_event`].
     pub events: Option<Arc<dyn EventSink>>,
 }
@@ -55,7 +55,7 @@ impl NodeConfig {
             state_dir: state_dir.into(),
             runtime_deadline: Duration::from_mins(5),
             reap_orphans: false,
-            descriptors: Arc::new(Unkept),
+            descriptors: Arc::new(NoFdStore),
             events: None,
         }
     }
@@ -95,14 +95,14 @@ impl Node {
     /// subreaper (`PR_SET_CHILD_SUBREAPER`, and [`NodeConfig::reap_orphans`]). Dropping the last clone of a node ends its work;
     /// the containers run on, for the next one that is opened on the state directory.
     pub async fn open(config: NodeConfig, monitor: Arc<dyn ExitMonitor>) -> Result<Self, Error> {
-        Self::take_over(config, monitor, &mut Inherited::default()).await
+        Self::take_over(config, monitor, &mut InheritedFds::default()).await
     }
 
     /// The same with the descriptors that a predecessor's store gave back; what belongs to a task is taken out.
     pub async fn take_over(
         config: NodeConfig,
         monitor: Arc<dyn ExitMonitor>,
-        inherited: &mut Inherited,
+        inherited: &mut InheritedFds,
     ) -> Result<Self, Error> {
         let state_dir = config.state_dir.clone();
         let (store, boot_id) =

@@ -9,12 +9,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::errand::{Errand, RequestId};
 use super::request::Exit;
 use super::state::Phase;
-use crate::descriptor::Deposit;
 use crate::error::Error;
 use crate::exit::ExitRecord;
+use crate::fdstore::ProcessFds;
 use crate::id::ExecId;
 use crate::process::{Process, ProcessIdentity};
-use crate::stdio::{StdioPaths, Streams};
+use crate::stdio::{self, Of, PipeInodes, StdioPaths, Streams};
 use crate::store::{ProcessRecord, StartMark};
 
 /// A process of a task.
@@ -24,8 +24,8 @@ pub(crate) struct TaskProcess {
     pub(crate) stdio: StdioPaths,
     /// The request that made it; an init's is its task's.
     pub(crate) made_by: Option<RequestId>,
-    /// What outlives this daemon of its descriptors.
-    pub(crate) deposit: Deposit,
+    /// Its descriptors that outlive this daemon.
+    pub(crate) fds: ProcessFds,
     /// The queue of mutations: one at a time, first come, first served. Reads and exits don't take it.
     turn: Arc<Semaphore>,
     published: watch::Sender<Published>,
@@ -47,6 +47,7 @@ struct Live {
     process: Option<Arc<Process>>,
     identity: Option<ProcessIdentity>,
     streams: Option<Arc<Streams>>,
+    pipes: PipeInodes,
     stdin_closed: bool,
     logger: Option<ProcessIdentity>,
     spec: Option<String>,
@@ -65,7 +66,7 @@ impl TaskProcess {
         stdio: StdioPaths,
         spec: Option<String>,
         made_by: Option<RequestId>,
-        deposit: Deposit,
+        fds: ProcessFds,
     ) -> Self {
         let record = ProcessRecord {
             stdio,
@@ -73,11 +74,11 @@ impl TaskProcess {
             made_by,
             ..ProcessRecord::default()
         };
-        Self::restored(exec, record, deposit)
+        Self::restored(exec, record, fds)
     }
 
     /// A process as it was remembered. It has no descriptors yet.
-    pub(crate) fn restored(exec: Option<ExecId>, record: ProcessRecord, deposit: Deposit) -> Self {
+    pub(crate) fn restored(exec: Option<ExecId>, record: ProcessRecord, fds: ProcessFds) -> Self {
         let published = Published {
             phase: record.phase,
             pid: record.identity.map_or(0, |identity| positive(identity.pid)),
@@ -88,6 +89,7 @@ impl TaskProcess {
             identity: record.identity,
             spec: record.spec,
             stdin_closed: record.stdin_closed,
+            pipes: record.pipes,
             logger: record.logger,
             ended: record.exit,
             start: record.start,
@@ -97,7 +99,7 @@ impl TaskProcess {
             exec,
             stdio: record.stdio,
             made_by: record.made_by,
-            deposit,
+            fds,
             turn: Arc::new(Semaphore::new(1)),
             published: watch::Sender::new(published),
             live: Mutex::new(live),
@@ -185,7 +187,7 @@ impl TaskProcess {
         live.streams = None;
         live.start = None;
         drop(live);
-        self.deposit.forget_all();
+        self.fds.forget_all();
         self.published.send_modify(|now| now.start_failed = true);
     }
 
@@ -197,7 +199,7 @@ impl TaskProcess {
         live.streams = None;
         live.early_exit = None;
         drop(live);
-        self.deposit.forget_all();
+        self.fds.forget_all();
         self.published.send_modify(|now| now.pid = 0);
     }
 
@@ -246,7 +248,7 @@ impl TaskProcess {
     /// Lets go of its streams, for good.
     pub(crate) fn disconnect(&self) {
         self.live().streams = None;
-        self.deposit.forget_all();
+        self.fds.forget_all();
     }
 
     /// Closes our end of its input, now or as soon as there is one.
@@ -258,22 +260,38 @@ impl TaskProcess {
         }
     }
 
-    /// Decides whether its input outlives its client, before it may read. To be durable before [`hold_stdin`](Self::hold_stdin).
+    /// Decides whether its input outlives its client, before it may read. To be durable before [`begin_input`](Self::begin_input).
     pub(crate) fn decide_stdin(&self) {
-        let mut live = self.live();
-        if let Some(streams) = &live.streams
-            && streams.client_has_gone()
-        {
-            streams.close_stdin();
-            live.stdin_closed = true;
+        if stdio::client_has_gone(&self.fds) {
+            self.live().stdin_closed = true;
         }
     }
 
-    /// It may read its input from now on, which is kept open if that was decided.
-    pub(crate) fn hold_stdin(&self) {
-        let mut live = self.live();
+    /// It may read its input from now on, which is kept open if that was decided. Idempotent.
+    pub(crate) fn begin_input(&self) {
+        let live = self.live();
         if let Some(streams) = &live.streams {
-            live.stdin_closed |= !streams.hold_stdin();
+            streams.begin_input(live.stdin_closed);
+        }
+    }
+
+    /// Which pipes it was given.
+    pub(crate) fn note_pipes(&self) {
+        let pipes = stdio::pipe_inodes(&self.fds);
+        self.live().pipes = pipes;
+    }
+
+    /// Which pipes it was given, and whether the writer of its input was given up.
+    pub(crate) fn pipes(&self) -> (PipeInodes, bool) {
+        let live = self.live();
+        (live.pipes, live.stdin_closed)
+    }
+
+    /// What kind of process it is.
+    pub(crate) fn kind(&self) -> Of {
+        match self.exec {
+            None => Of::Init,
+            Some(_) => Of::Exec,
         }
     }
 
@@ -335,13 +353,14 @@ impl TaskProcess {
         };
         ProcessRecord {
             stdin_closed: live.stdin_closed,
+            pipes: live.pipes,
             logger: live.logger,
             phase,
             stdio: self.stdio.clone(),
             identity: live.identity,
             exit: live.ended,
             spec: live.spec.clone(),
-            number: self.deposit.number(),
+            number: self.fds.number(),
             made_by: self.made_by,
             start: live.start,
             start_failed: self.now().start_failed,

@@ -12,24 +12,24 @@ use super::detached::blocking;
 use super::exits;
 use super::process::TaskProcess;
 use super::request::Exit;
-use super::resumption::{Kept, Unfinished, connect, undo};
+use super::resumption::{Unfinished, reconnect, undo};
 use super::shared::Shared;
 use super::state::Phase;
 use crate::clock::BootTime;
-use crate::descriptor::{Inherited, Role};
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::exit::{Adopted, Evidence, ExitRecord, ExitStatus, Known, UnknownReason};
+use crate::fdstore::{FdRole, InheritedFds};
 use crate::process::{Process, ProcessIdentity};
 use crate::runtime::{Runtime, UnderWay};
 use crate::spec::Spec;
+use crate::stdio;
 use crate::store::{Bundle, TaskRecord};
 
 /// A process that the record believes alive.
 struct Believed {
     identity: ProcessIdentity,
     pidfd: Option<OwnedFd>,
-    kept: Kept,
     task: Arc<Task>,
     process: Arc<TaskProcess>,
 }
@@ -72,7 +72,7 @@ struct Findings {
 }
 
 /// Takes over everything in the store. Afterwards every task is there, and every exit that happened meanwhile is on its way.
-pub(super) async fn restore(shared: &Arc<Shared>, inherited: &mut Inherited) -> Result<(), Error> {
+pub(super) async fn restore(shared: &Arc<Shared>, inherited: &mut InheritedFds) -> Result<(), Error> {
     let store = shared.store.clone();
     // All of it in one go: a change of threads for each of 500 tasks would take longer than the work.
     let (remains, mut calls) = blocking(move || {
@@ -121,11 +121,12 @@ pub(super) async fn restore(shared: &Arc<Shared>, inherited: &mut Inherited) -> 
                 watch_for_oom(shared, task);
             }
         }
-        reconnect(task, process, believed.kept).await;
+        reconnect(task, process).await;
         if let Adopted::Ended(record) = found {
             end(shared, task, process, record);
         }
     }
+    remove_abandoned_sockets(shared).await;
     for lost in findings.lost {
         let record = ExitRecord {
             process: lost.identity,
@@ -162,7 +163,7 @@ async fn restore_task(
         record,
         runtime,
         spec.has_own_pid_namespace(),
-        |number| shared.deposit_of(number),
+        |number| shared.fds_of(number),
     ));
     if task.is_complete() && calls.is_empty() && is_forsaken {
         warn!(id = %task.id(), "removing a dead task whose bundle is gone: nobody will ever ask for it");
@@ -179,11 +180,11 @@ async fn examine(
     task: &Arc<Task>,
     is_of_this_boot: bool,
     calls: Vec<Process>,
-    inherited: &mut Inherited,
+    inherited: &mut InheritedFds,
     findings: &mut Findings,
 ) {
     if !task.is_complete() {
-        drop(task.init.deposit.inherit(inherited));
+        task.init.fds.inherit(inherited);
         undo(shared, Arc::clone(task), calls);
         return;
     }
@@ -193,14 +194,10 @@ async fn examine(
     let mut unfinished = Unfinished::of(task, calls);
     // Execs first, since the init's end is the last of its container.
     for process in task.all_execs().into_iter().chain([Arc::clone(&task.init)]) {
-        let (pidfds, kept): (Kept, Kept) = process
-            .deposit
-            .inherit(inherited)
-            .into_iter()
-            .partition(|(role, _)| *role == Role::Pidfd);
+        process.fds.inherit(inherited);
         let now = process.now();
         if let Some(exit) = now.exit {
-            has_ended(shared, task, &process, exit, kept).await;
+            has_ended(shared, task, &process, exit).await;
         } else if let Some(identity) = process.identity().filter(|_| !now.start_failed) {
             if process.exec.is_some() && task.enter_exec().is_err() {
                 // The init has ended before: the exec's end is only to be learned, nothing waits for it.
@@ -211,8 +208,10 @@ async fn examine(
             }
             let believed = Believed {
                 identity,
-                pidfd: pidfds.into_iter().next().map(|(_, pidfd)| pidfd),
-                kept,
+                pidfd: process
+                    .fds
+                    .get(FdRole::Pidfd)
+                    .and_then(|pidfd| pidfd.try_clone().ok()),
                 task: Arc::clone(task),
                 process,
             };
@@ -222,9 +221,9 @@ async fn examine(
                 findings.lost.push(believed);
             }
         } else if process.exec.is_some() && process.start_mark().is_some() && is_of_this_boot {
-            unfinished.exec(process, kept);
+            unfinished.exec(process);
         } else {
-            process.deposit.forget_all();
+            process.fds.forget_all();
         }
     }
     if is_of_this_boot && unfinished.is_something() {
@@ -238,14 +237,12 @@ async fn has_ended(
     task: &Arc<Task>,
     process: &Arc<TaskProcess>,
     exit: Exit,
-    kept: Kept,
 ) {
     if let Some(identity) = process.identity() {
         exits::let_be_reaped(shared, identity);
     }
-    if !kept.is_empty() {
-        reconnect(task, process, kept).await;
-    }
+    process.fds.forget(&[FdRole::Pidfd]);
+    reconnect(task, process).await;
     if let Some(streams) = process.streams() {
         streams.end_of_process();
     }
@@ -275,15 +272,18 @@ fn end(shared: &Arc<Shared>, task: &Arc<Task>, process: &Arc<TaskProcess>, recor
     }
 }
 
-/// Takes its standard streams up again. A terminal goes on if somebody has kept its master, and is lost if not.
-async fn reconnect(task: &Task, process: &TaskProcess, kept: Kept) {
-    match connect(process, kept).await {
-        Ok(Some(streams)) => process.connect(streams),
-        Ok(None) => {
-            warn!(id = %task.id(), "its terminal is lost: it went with the daemon that held it");
-        }
-        Err(error) => {
-            warn!(id = %task.id(), %error, "cannot take up its standard streams again");
-        }
+/// Removes the sockets of terminals that no process waits for.
+async fn remove_abandoned_sockets(shared: &Shared) {
+    let state_dir = shared.config.state_dir.clone();
+    let in_use: Vec<_> = shared
+        .all()
+        .iter()
+        .flat_map(|task| task.all_execs())
+        .map(|process| process.fds.clone())
+        .filter(|fds| fds.get(FdRole::Console).is_some())
+        .collect();
+    let removed = blocking(move || stdio::remove_abandoned(&state_dir, &in_use));
+    if let Err(error) = removed.await {
+        warn!(%error, "sockets of terminals that will not come are left");
     }
 }

@@ -1,7 +1,6 @@
 //! What a predecessor was about when it died: finished if it has taken effect, left to be asked for again if not, undone if it cannot be
 //! either. Owns that nothing else is done to a task before that: it holds the turns of the processes concerned.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use tokio::sync::OwnedSemaphorePermit;
@@ -16,16 +15,13 @@ use super::process::TaskProcess;
 use super::shared::Shared;
 use super::state::Phase;
 use crate::clock::BootTime;
-use crate::descriptor::Role;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::exit::{Evidence, ExitRecord, ExitStatus, UnknownReason};
+use crate::fdstore::FdRole;
 use crate::process::{OpenError, Process, ProcessIdentity};
 use crate::runtime::wait_for;
-use crate::stdio::{Console, ConsoleSocket, HeldStdio, Plan, Streams};
-
-/// Descriptors that were kept for one process.
-pub(super) type Kept = Vec<(Role, OwnedFd)>;
+use crate::stdio::{self, ConsoleSocket, Plan, Streams};
 
 /// One task's unfinished business.
 pub(super) struct Unfinished {
@@ -33,7 +29,7 @@ pub(super) struct Unfinished {
     /// Calls of the OCI runtime that still run.
     calls: Vec<Process>,
     /// Execs that somebody has begun to start.
-    execs: Vec<(Arc<TaskProcess>, Kept)>,
+    execs: Vec<Arc<TaskProcess>>,
     /// Execs that run or have run, which nobody has been told.
     untold: Vec<Arc<TaskProcess>>,
     /// Whose turns are held.
@@ -53,10 +49,10 @@ impl Unfinished {
     }
 
     /// The start of this exec, which may have an end already.
-    pub(super) fn exec(&mut self, exec: Arc<TaskProcess>, kept: Kept) {
+    pub(super) fn exec(&mut self, exec: Arc<TaskProcess>) {
         exec.starting();
         self.turns.extend(exec.turn_now());
-        self.execs.push((exec, kept));
+        self.execs.push(exec);
     }
 
     /// This exec was seen to run. Were it not told to be started, the request that comes again would start it twice.
@@ -93,10 +89,10 @@ impl Unfinished {
                     warn!(id = %self.task.id(), exec_id = %exec, %error, "that an exec was started is not durable");
                 }
             }
-            for (exec, kept) in self.execs {
-                if let Err(error) = finish_exec(&shared, &self.task, &exec, kept).await {
+            for exec in self.execs {
+                if let Err(error) = finish_exec(&shared, &self.task, &exec).await {
                     warn!(id = %self.task.id(), exec_id = ?exec.exec, %error, "an exec's start cannot be finished");
-                    exec.deposit.forget_all();
+                    exec.fds.forget_all();
                     exits::release_early(&shared, &self.task, &exec);
                     self.task.leave_exec(&shared);
                 }
@@ -115,7 +111,9 @@ pub(super) fn undo(shared: &Arc<Shared>, task: Arc<Task>, calls: Vec<Process>) {
         wait_for(&calls, shared.config.runtime_deadline).await;
         end_logger(&task.init).await;
         remove_traces(&shared, &task, true).await;
-        task.init.deposit.forget_all();
+        // What is in the pipes are the runtime's words; the client reads on, and gets the output of the next attempt.
+        stdio::discard_pipes(&task.init.fds);
+        shared.leave_client_ends(task.init.made_by, task.init.fds.clone());
         shared.release(&task);
         drop(work);
     });
@@ -152,6 +150,7 @@ async fn agree_on_phase(shared: &Arc<Shared>, task: &Arc<Task>) {
         if let Some((phase, told)) = change
             && init.advance(recorded, phase)
         {
+            init.begin_input();
             info!(namespace = %task.key.namespace, id = %task.id(), ?phase, "a predecessor has done this");
             if let Some(told) = told {
                 shared.emit(task, told);
@@ -182,14 +181,13 @@ async fn finish_exec(
     shared: &Arc<Shared>,
     task: &Arc<Task>,
     process: &Arc<TaskProcess>,
-    kept: Kept,
 ) -> Result<(), Error> {
     let Some(exec) = process.exec.clone() else {
         return Ok(());
     };
     let files = ExecFiles::new(&task.bundle.path, &exec);
     let Ok(pid) = read_pid(&files.pid).await else {
-        process.deposit.forget_all();
+        stdio::discard_pipes(&process.fds);
         end_logger(process).await;
         exits::release_early(shared, task, process);
         return Ok(());
@@ -216,13 +214,11 @@ async fn finish_exec(
         });
         return exec_started(shared, task, process, &exec).await;
     };
-    match connect(process, kept).await {
-        Ok(Some(streams)) => process.connect(streams),
-        Ok(None) => warn!(id = %task.id(), exec_id = %exec, "its terminal is lost"),
-        Err(error) => {
-            warn!(id = %task.id(), exec_id = %exec, %error, "cannot reconnect its standard streams");
-        }
-    }
+    take_terminal(task, process).await;
+    process.note_pipes();
+    process.decide_stdin();
+    reconnect(task, process).await;
+    process.begin_input();
     shared.watch(task, process, Arc::new(opened)).await?;
     exec_started(shared, task, process, &exec).await
 }
@@ -245,33 +241,50 @@ async fn open(task: &Task, pid: i32) -> Result<Option<Process>, Error> {
     Ok(members.contains(&pid).then_some(process))
 }
 
-/// A process's streams, out of what was kept or opened again; `None` if its terminal is lost.
-pub(super) async fn connect(
-    process: &TaskProcess,
-    mut kept: Kept,
-) -> Result<Option<Streams>, Error> {
-    let (plan, deposit) = (Plan::parse(&process.stdio)?, process.deposit.clone());
-    if !plan.terminal() {
-        let held = if kept.is_empty() && plan.has_paths() {
-            blocking(move || HeldStdio::reopen(&plan, kept, deposit)).await?
-        } else {
-            HeldStdio::reopen(&plan, kept, deposit)
-        };
-        return Ok(Some(Streams::Held(held)));
+/// Takes the terminal that the runtime has handed over, or will, to the socket that a predecessor has left.
+async fn take_terminal(task: &Task, process: &TaskProcess) {
+    let taken = match ConsoleSocket::resume(&process.fds) {
+        None => Ok(()),
+        Some(Err(source)) => Err(Error::Internal(source.to_string())),
+        Some(Ok(socket)) => socket.accept(CONSOLE_DEADLINE).await.map_err(Error::from),
+    };
+    if let Err(error) = taken {
+        warn!(id = %task.id(), exec_id = ?process.exec, %error, "cannot take the terminal of an exec");
     }
-    let socket = kept.iter().position(|(role, _)| *role == Role::Console);
-    let has_master = kept.iter().any(|(role, _)| *role == Role::Terminal);
-    if let Some(socket) = socket {
-        let (_, listener) = kept.swap_remove(socket);
-        let resumed = ConsoleSocket::resume(listener, deposit.clone());
-        let pipe = kept.iter().position(|(role, _)| *role == Role::Stdout);
-        if let (Ok(socket), false) = (resumed, has_master) {
-            let pipe = pipe.map(|pipe| kept.swap_remove(pipe).1);
-            let master = socket.accept(CONSOLE_DEADLINE).await?;
-            let console = Console::start(master, &plan, pipe, deposit)?;
-            return Ok(Some(Streams::Terminal(console)));
+}
+
+/// Lets the streams of a process flow again, which is alive or has ended.
+pub(super) async fn reconnect(task: &Task, process: &TaskProcess) {
+    if process.exec.is_none() && !Streams::has_any(&process.fds) {
+        find_pipes(task, process).await;
+    }
+    if process.stdio.terminal && process.fds.get(FdRole::Terminal).is_none() {
+        if process.now().exit.is_none() {
+            warn!(id = %task.id(), exec_id = ?process.exec, "its terminal is lost: it went with the daemon that held it");
         }
+    } else if !Streams::has_any(&process.fds) {
+        return;
     }
-    let resumed = Console::resume(&plan, kept, deposit).transpose()?;
-    Ok(resumed.map(Streams::Terminal))
+    process.connect(Streams::start(&process.fds, process.kind(), task.id()));
+    if process.exec.is_some() || process.stdio.terminal || process.now().phase != Phase::Created {
+        process.begin_input();
+    }
+}
+
+/// Daemon and store have ended together: what the init has written meanwhile is in its pipes.
+async fn find_pipes(task: &Task, process: &TaskProcess) {
+    let (Some(identity), None) = (process.identity(), process.now().exit) else {
+        return;
+    };
+    let (pipes, is_stdin_closed) = process.pipes();
+    let fds = process.fds.clone();
+    let found = async {
+        let plan = Plan::parse(&process.stdio)?;
+        let found = move || stdio::find_again(&plan, pipes, identity, is_stdin_closed, &fds);
+        blocking(found).await??;
+        Ok::<_, Error>(())
+    };
+    if let Err(error) = found.await {
+        warn!(id = %task.id(), %error, "cannot go on with the streams of a container");
+    }
 }

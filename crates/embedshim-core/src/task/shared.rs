@@ -4,23 +4,28 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch};
+use tracing::warn;
 
 use super::container::Task;
+use super::errand::RequestId;
 use super::node::NodeConfig;
 use super::process::TaskProcess;
 use crate::cgroup::OomWatcher;
 use crate::clock::Numbers;
-use crate::descriptor::{Deposit, Role};
 use crate::error::Error;
 use crate::event::{Event, EventKind};
 use crate::exit::{ExitMonitor, Survives, Watched};
+use crate::fdstore::{FdRole, ProcessFds};
 use crate::id::{ProcessKey, TaskKey};
 use crate::orphans::Orphans;
 use crate::process::{Process, ProcessIdentity};
 use crate::store::Store;
+
+/// A request that has not come again after this never will: its connection is lost.
+const ABANDONED: Duration = Duration::from_secs(30);
 
 /// What all operations of a node need.
 #[derive(Debug)]
@@ -32,8 +37,10 @@ pub(crate) struct Shared {
     pub(crate) orphans: Orphans,
     pub(crate) oom: OomWatcher,
     pub(crate) events: mpsc::UnboundedSender<Event>,
-    /// Of processes' deposits.
+    /// Of processes' sets of descriptors.
     numbers: Numbers,
+    /// The client's ends of creations that were cut short, for the request when it comes again.
+    abandoned: Mutex<HashMap<RequestId, ProcessFds>>,
     /// Mutations under way.
     at_work: watch::Sender<usize>,
     tasks: Mutex<HashMap<TaskKey, Arc<Task>>>,
@@ -76,6 +83,7 @@ impl Shared {
             oom,
             events,
             numbers: Numbers::default(),
+            abandoned: Mutex::default(),
             at_work: watch::Sender::new(0),
             tasks: Mutex::default(),
             watched: Mutex::default(),
@@ -136,17 +144,41 @@ impl Shared {
             .collect()
     }
 
-    /// A place for the descriptors of a new process.
-    pub(crate) fn deposit(&self) -> Deposit {
-        self.deposit_of(self.numbers.draw())
+    /// The descriptors of a new process: none yet.
+    pub(crate) fn new_fds(&self) -> ProcessFds {
+        self.fds_of(self.numbers.draw())
     }
 
-    /// The place that a record names.
-    pub(crate) fn deposit_of(&self, number: u64) -> Deposit {
+    /// Those of the number that a record names.
+    pub(crate) fn fds_of(&self, number: u64) -> ProcessFds {
         if number == 0 {
-            return self.deposit();
+            return self.new_fds();
         }
-        Deposit::new(Arc::clone(&self.config.descriptors), number)
+        ProcessFds::new(Arc::clone(&self.config.descriptors), number)
+    }
+
+    /// Keeps what the client of a creation that was cut short has given, until its request comes again or for [`ABANDONED`].
+    pub(crate) fn leave_client_ends(self: &Arc<Self>, request: Option<RequestId>, fds: ProcessFds) {
+        let Some(request) = request else {
+            return fds.forget_all();
+        };
+        self.abandoned().insert(request, fds);
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(ABANDONED).await;
+            if let Some(fds) = shared.take_client_ends(Some(request)) {
+                fds.forget_all();
+            }
+        });
+    }
+
+    /// What was left for this request.
+    pub(crate) fn take_client_ends(&self, request: Option<RequestId>) -> Option<ProcessFds> {
+        self.abandoned().remove(&request?)
+    }
+
+    fn abandoned(&self) -> MutexGuard<'_, HashMap<RequestId, ProcessFds>> {
+        self.abandoned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A mutation is under way for as long as this lives.
@@ -179,7 +211,12 @@ impl Shared {
         if self.monitor.guarantees().survives == Survives::WithDescriptors
             && let Some(pidfd) = process.pidfd()
         {
-            owner.deposit.keep(Role::Pidfd, &pidfd);
+            let kept = pidfd
+                .try_clone_to_owned()
+                .and_then(|pidfd| owner.fds.keep([(FdRole::Pidfd, Arc::new(pidfd))]));
+            if let Err(error) = kept {
+                warn!(id = %task.id(), %error, "a pidfd is not stored: an exit while no daemon runs will be unknown");
+            }
         }
         match self.monitor.watch(process).await? {
             Watched::Armed => {}

@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 use super::backoff::Backoff;
 use super::handover;
 use super::inbox::{Inbox, MAX_MESSAGE, Received};
-use super::kept::Kept;
+use super::kept::{Kept, most};
 use super::message::Message;
 use super::program::{self, Program};
 use super::zombies::Zombies;
@@ -199,7 +199,7 @@ impl Keeper {
         let started = self
             .parts
             .program
-            .start_daemon(&self.kept, &self.parts.inbox_path);
+            .start_daemon(&self.kept, most(self.parts.limit), &self.parts.inbox_path);
         let now = Instant::now();
         self.daemon = match started {
             Ok(pid) => Daemon::Running(Running {

@@ -6,7 +6,7 @@ use nix::sys::stat::fstat;
 
 /// No string that `execve` takes is longer than 128 KiB, and `LISTEN_FDNAMES=` with all names is one. What was over would keep every
 /// successor from being started.
-const MAX_NAMES: usize = 128 * 1024 - 64;
+pub(crate) const MAX_NAMES: usize = 128 * 1024 - 64;
 
 /// What is kept, in the order in which it came.
 #[derive(Debug, Default)]
@@ -19,7 +19,6 @@ pub(super) struct Kept {
 /// Why one is not kept.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Full {
-    /// Two more are needed for each while a successor is started.
     #[error(
         "there are {kept} already, a third of the limit of open files; raise that (RLIMIT_NOFILE, LimitNOFILE=)"
     )]
@@ -45,7 +44,7 @@ impl Kept {
         {
             return Ok(());
         }
-        if u64::try_from(kept).unwrap_or(u64::MAX) >= limit / 3 {
+        if kept >= most(limit) {
             return Err(Full::Descriptors { kept });
         }
         if self.names + name.len() + 1 > MAX_NAMES {
@@ -78,6 +77,11 @@ impl Kept {
             .filter(move |(other, _)| *other == name)
             .map(|(_, descriptor)| descriptor)
     }
+}
+
+/// How many can be kept by a keeper that may have this many files open: two more are needed for each while a successor is started.
+pub(super) fn most(limit: u64) -> usize {
+    usize::try_from(limit / 3).unwrap_or(usize::MAX)
 }
 
 /// Sockets, pipes and files are the same if their inodes are. Others (a pidfd before Linux 6.9) share one inode: of the same name,

@@ -28,6 +28,7 @@ use keeper::{Keeper, Parts};
 use kept::Kept;
 use program::Program;
 
+pub(crate) use kept::MAX_NAMES;
 pub(crate) use message::REAP;
 
 /// Keeps until SIGTERM or SIGINT.

@@ -57,11 +57,11 @@ impl Program {
         &self.path
     }
 
-    /// Starts the daemon with everything that is kept.
-    pub(super) fn start_daemon(&self, kept: &Kept, inbox: &Path) -> anyhow::Result<Pid> {
-        let child = match self.spawn(self.path.as_os_str(), kept, inbox) {
+    /// Starts the daemon with everything that is kept, and tells it the most that can be.
+    pub(super) fn start_daemon(&self, kept: &Kept, most: usize, inbox: &Path) -> anyhow::Result<Pid> {
+        let child = match self.spawn(self.path.as_os_str(), kept, most, inbox) {
             // It may be on its way to be replaced; the one we run is there still.
-            Err(error) if error.is_not_there() => self.spawn(OsStr::new(SELF), kept, inbox),
+            Err(error) if error.is_not_there() => self.spawn(OsStr::new(SELF), kept, most, inbox),
             result => result,
         };
         let id = child.map_err(|NotStarted(error)| error)?;
@@ -71,7 +71,13 @@ impl Program {
             .context("the kernel gave a process no number")
     }
 
-    fn spawn(&self, file: &OsStr, kept: &Kept, inbox: &Path) -> Result<u32, NotStarted> {
+    fn spawn(
+        &self,
+        file: &OsStr,
+        kept: &Kept,
+        most: usize,
+        inbox: &Path,
+    ) -> Result<u32, NotStarted> {
         let mut names = String::new();
         let mut mappings = Vec::with_capacity(kept.len());
         for (child_fd, (name, descriptor)) in (3..).zip(kept.iter()) {
@@ -97,6 +103,7 @@ impl Program {
             .env("LISTEN_FDS", kept.len().to_string())
             .env("LISTEN_FDNAMES", names)
             .env("NOTIFY_SOCKET", inbox)
+            .env("FDSTORE", most.to_string())
             .stdin(Stdio::null())
             // Ctrl-C is for us, who then end it in order.
             .process_group(0);

@@ -92,8 +92,13 @@ pub(super) struct Connection {
 
 impl Connection {
     /// One that was just accepted.
-    pub(super) fn new(stream: UnixStream, number: Option<u64>, journal: Journal) -> Self {
-        let (calls, outcomes) = Calls::new(number);
+    pub(super) fn new(
+        stream: UnixStream,
+        number: Option<u64>,
+        journal: Journal,
+        session: Session,
+    ) -> Self {
+        let (calls, outcomes) = Calls::new(number, session);
         Self {
             stream,
             journal,
@@ -113,7 +118,7 @@ impl Connection {
         owed: Recovered,
     ) -> io::Result<Self> {
         let intake = Intake::resume(&stream, &owed)?;
-        let (calls, outcomes) = Calls::new(Some(number));
+        let (calls, outcomes) = Calls::new(Some(number), Session::default());
         if let Some(namespace) = owed.namespace.clone() {
             calls.session.namespace.get_or_init(|| namespace);
         }
@@ -352,13 +357,13 @@ fn begin<H: Handler>(frame: Begin<'_>, calls: &mut Calls, handler: &Arc<H>) -> R
 }
 
 impl Calls {
-    fn new(number: Option<u64>) -> (Self, mpsc::Receiver<Outcome>) {
+    fn new(number: Option<u64>, session: Session) -> (Self, mpsc::Receiver<Outcome>) {
         let (outcomes, receiver) = mpsc::channel(1);
         let calls = Self {
             number,
             tasks: JoinSet::new(),
             streams: HashMap::new(),
-            session: Arc::default(),
+            session: Arc::new(session),
             is_namespace_noted: false,
             outcomes,
         };

@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use embedshim_core::clock::Numbers;
-use embedshim_core::descriptor::{DescriptorName, DescriptorStore};
 use embedshim_core::failpoint;
+use embedshim_core::fdstore::{FdName, FdStore};
 use embedshim_core::id::Namespace;
 use embedshim_core::task::RequestId;
 use tokio::net::{UnixListener, UnixStream};
@@ -63,6 +63,8 @@ pub struct Call {
 pub struct Session {
     /// The namespace of its calls, once one of them has told it. containerd uses a connection for one container only.
     pub namespace: OnceLock<Namespace>,
+    /// Why it will be lost with this process though others are not. No container may depend on it.
+    pub not_kept: OnceLock<String>,
 }
 
 /// What answers calls.
@@ -79,7 +81,7 @@ pub trait Handler: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct Keeping {
     /// Who keeps them.
-    pub store: Arc<dyn DescriptorStore>,
+    pub store: Arc<dyn FdStore>,
     /// A directory of its own for what is read and not answered, on tmpfs.
     pub directory: PathBuf,
 }
@@ -103,7 +105,7 @@ struct Course {
 
 #[derive(Debug)]
 struct Kept {
-    store: Arc<dyn DescriptorStore>,
+    store: Arc<dyn FdStore>,
     journals: Journals,
     /// Of connections.
     numbers: Numbers,
@@ -190,14 +192,19 @@ impl<H: Handler> Server<H> {
             warn!(%error, "connection refused");
             return;
         }
+        let session = Session::default();
         let (number, journal) = match &self.kept {
             None => (None, Journal::none()),
             Some(kept) => {
-                let number = kept.keep(&stream);
+                let number = kept.numbers.draw();
+                if let Err(error) = kept.keep(number, &stream) {
+                    warn!(connection = number, %error, "connection is not stored: it ends with this daemon, and no container is created on it");
+                    let _ = session.not_kept.set(error.to_string());
+                }
                 (Some(number), kept.journals.begin(number))
             }
         };
-        self.spawn(Connection::new(stream, number, journal), number);
+        self.spawn(Connection::new(stream, number, journal, session), number);
     }
 
     fn spawn(&self, connection: Connection, number: Option<u64>) {
@@ -215,15 +222,10 @@ impl<H: Handler> Server<H> {
 }
 
 impl Kept {
-    /// Gives a new connection a number and has it kept under that.
-    fn keep(&self, stream: &UnixStream) -> u64 {
-        let number = self.numbers.draw();
-        let name = DescriptorName::Connection(number);
+    fn keep(&self, number: u64, stream: &UnixStream) -> io::Result<()> {
         failpoint::step("before a connection is kept");
-        if let Err(error) = self.store.keep(&name, stream.as_fd()) {
-            warn!(%error, "a connection is not kept: it will be lost with this daemon, and its container with it");
-        }
-        number
+        self.store
+            .keep(&FdName::Connection(number), &[stream.as_fd()])
     }
 
     fn forget(&self, number: u64) {
@@ -231,8 +233,8 @@ impl Kept {
     }
 }
 
-fn forget(store: &dyn DescriptorStore, number: u64) {
-    if let Err(error) = store.forget(&DescriptorName::Connection(number)) {
+fn forget(store: &dyn FdStore, number: u64) {
+    if let Err(error) = store.forget(&FdName::Connection(number)) {
         debug!(%error, connection = number, "a connection that has ended is still kept");
     }
 }
@@ -247,7 +249,7 @@ fn take_over(descriptor: OwnedFd) -> io::Result<UnixStream> {
 #[cfg(fuzzing)]
 pub(crate) async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> io::Result<()> {
     let (_running, course) = watch::channel(Course::default());
-    Connection::new(stream, None, Journal::none())
+    Connection::new(stream, None, Journal::none(), Session::default())
         .run(handler, course)
         .await
 }

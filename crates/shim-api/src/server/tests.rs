@@ -123,20 +123,22 @@ async fn who_leaves_is_not_waited_for() {
 
 /// A store that is this test: what is kept outlives the server.
 #[derive(Debug, Default)]
-struct Shelf(std::sync::Mutex<Vec<(DescriptorName, OwnedFd)>>);
+struct Shelf(std::sync::Mutex<Vec<(FdName, OwnedFd)>>);
 
-impl DescriptorStore for Shelf {
+impl FdStore for Shelf {
     fn keep(
         &self,
-        name: &DescriptorName,
-        descriptor: std::os::fd::BorrowedFd<'_>,
+        name: &FdName,
+        descriptors: &[std::os::fd::BorrowedFd<'_>],
     ) -> io::Result<()> {
-        let kept = descriptor.try_clone_to_owned()?;
-        self.0.lock().unwrap().push((name.clone(), kept));
+        for descriptor in descriptors {
+            let kept = descriptor.try_clone_to_owned()?;
+            self.0.lock().unwrap().push((*name, kept));
+        }
         Ok(())
     }
 
-    fn forget(&self, name: &DescriptorName) -> io::Result<()> {
+    fn forget(&self, name: &FdName) -> io::Result<()> {
         self.0.lock().unwrap().retain(|(kept, _)| kept != name);
         Ok(())
     }
@@ -146,7 +148,7 @@ impl Shelf {
     fn connections(&self) -> Vec<(u64, OwnedFd)> {
         let kept = self.0.lock().unwrap();
         let connections = kept.iter().filter_map(|(name, descriptor)| match name {
-            DescriptorName::Connection(number) => Some((*number, descriptor.try_clone().unwrap())),
+            FdName::Connection(number) => Some((*number, descriptor.try_clone().unwrap())),
             _ => None,
         });
         connections.collect()
@@ -293,7 +295,7 @@ fn what_was_noted_and_not_taken_counts_once() {
     // Noted when it was whole, so it is there, and not taken.
     std::io::Write::write_all(&mut &ours, &bytes).unwrap();
     shelf
-        .keep(&DescriptorName::Connection(4), theirs.as_fd())
+        .keep(&FdName::Connection(4), &[theirs.as_fd()])
         .unwrap();
     generation(&shelf, directory.path(), None, async || {
         let mut client = client(&ours);

@@ -1,0 +1,452 @@
+//! [`ProcessFds`]: the descriptors of one process of a container that outlive this daemon, as one set that changes at once. Owns how
+//! a set is held by the kernel and found again; what a descriptor is for is [`FdRole`]'s.
+//!
+//! The set is one message with all descriptors (`SCM_RIGHTS`) in the queue of a socket pair, and the store holds the pair. A change
+//! sends the new set and then drops the old one, so that at any instant the last message in the queue is a whole set: a daemon that
+//! is killed between the two leaves both, and the older is dropped by its successor. A change needs nothing of the store's process,
+//! which may be stopped: what leaves the set is closed when the call returns.
+
+use std::collections::HashSet;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv, recvmsg,
+    sendmsg, socketpair,
+};
+use nix::sys::stat::fstat;
+use rustix::io::ioctl_fionread;
+use tracing::warn;
+
+use super::{FdName, FdStore, InheritedFds};
+use crate::failpoint;
+use crate::sys;
+
+/// The version of a message, its first byte; then a byte for each descriptor, its role.
+const FORMAT: u8 = b'1';
+/// More descriptors than roles are never in a set; the kernel passes 253 at once.
+const MAX_FDS: usize = 32;
+
+/// What a descriptor is to a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum FdRole {
+    /// The client's end of its input: a fifo, open for reading and writing as long as the input is to outlive its client.
+    StdinClient,
+    /// The writing end of its input pipe.
+    StdinPipe,
+    /// The client's end of its output: a fifo, a log file, or for a terminal the pipe of a logger.
+    StdoutClient,
+    /// The reading end of its output pipe.
+    StdoutPipe,
+    /// The client's end of its error output.
+    StderrClient,
+    /// The reading end of its error pipe.
+    StderrPipe,
+    /// The master of its pseudo-terminal.
+    Terminal,
+    /// The socket over which the OCI runtime hands over its terminal.
+    Console,
+    /// Its pidfd.
+    Pidfd,
+}
+
+impl FdRole {
+    const ALL: [(Self, u8); 9] = [
+        (Self::StdinClient, b'i'),
+        (Self::StdinPipe, b'I'),
+        (Self::StdoutClient, b'o'),
+        (Self::StdoutPipe, b'O'),
+        (Self::StderrClient, b'e'),
+        (Self::StderrPipe, b'E'),
+        (Self::Terminal, b't'),
+        (Self::Console, b'c'),
+        (Self::Pidfd, b'p'),
+    ];
+
+    fn letter(self) -> u8 {
+        let found = Self::ALL.iter().find(|(role, _)| *role == self);
+        found.map_or(b'?', |(_, letter)| *letter)
+    }
+
+    fn of(letter: u8) -> Option<Self> {
+        let found = Self::ALL.iter().find(|(_, known)| *known == letter);
+        found.map(|(role, _)| *role)
+    }
+}
+
+/// The descriptors of one process. Clones are of the same set. Dropping it forgets nothing, since that is also what the end of a
+/// daemon looks like.
+#[derive(Clone, Debug)]
+pub(crate) struct ProcessFds {
+    store: Arc<dyn FdStore>,
+    number: u64,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    set: Set,
+    queue: Option<Queue>,
+}
+
+type Set = Vec<(FdRole, Arc<OwnedFd>)>;
+
+impl ProcessFds {
+    /// An empty set under this number, which no other process has.
+    pub(crate) fn new(store: Arc<dyn FdStore>, number: u64) -> Self {
+        Self {
+            store,
+            number,
+            state: Arc::default(),
+        }
+    }
+
+    /// What the process's record has to hold.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Takes over what a predecessor has left under this number.
+    pub(crate) fn inherit(&self, inherited: &mut InheritedFds) {
+        let sockets = inherited.take_all(&self.name());
+        if sockets.is_empty() {
+            return;
+        }
+        let mut state = self.state();
+        match Queue::resume(sockets) {
+            Ok((queue, set)) => {
+                state.queue = Some(queue);
+                state.set = set;
+            }
+            Err(error) => {
+                warn!(name = %self.name(), %error, "cannot read the stored descriptors of a process");
+                let _ = self.store.forget(&self.name());
+            }
+        }
+    }
+
+    /// The descriptor of this role.
+    pub(crate) fn get(&self, role: FdRole) -> Option<Arc<OwnedFd>> {
+        let state = self.state();
+        let found = state.set.iter().find(|(known, _)| *known == role);
+        found.map(|(_, descriptor)| Arc::clone(descriptor))
+    }
+
+    /// Whether nothing is in the set.
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.state().set.is_empty()
+    }
+
+    /// Adds descriptors, each in the place of the one that has its role. On failure the set is what it was.
+    pub(crate) fn keep(
+        &self,
+        descriptors: impl IntoIterator<Item = (FdRole, Arc<OwnedFd>)>,
+    ) -> io::Result<()> {
+        self.change(|set| {
+            for (role, descriptor) in descriptors {
+                set.retain(|(known, _)| *known != role);
+                set.push((role, descriptor));
+            }
+        })
+    }
+
+    /// Removes and closes what has these roles, but for what is still in use by this process.
+    pub(crate) fn forget(&self, roles: &[FdRole]) {
+        self.exchange(None, roles);
+    }
+
+    /// Removes and closes what has these roles, and adds a descriptor in the same step.
+    pub(crate) fn exchange(&self, kept: Option<(FdRole, Arc<OwnedFd>)>, forgotten: &[FdRole]) {
+        let exchanged = self.change(|set| {
+            set.retain(|(role, _)| !forgotten.contains(role));
+            set.extend(kept);
+        });
+        if let Err(error) = exchanged {
+            warn!(name = %self.name(), roles = ?forgotten, %error, "descriptors that are not needed any more stay stored");
+        }
+    }
+
+    /// Removes and closes everything.
+    pub(crate) fn forget_all(&self) {
+        if let Err(error) = self.change(Vec::clear) {
+            warn!(name = %self.name(), %error, "descriptors that are not needed any more stay stored");
+        }
+    }
+
+    /// Takes over what has these roles in another set, which is empty afterwards. There is no instant in which neither has them.
+    pub(crate) fn adopt(&self, other: &Self, roles: &[FdRole]) -> io::Result<()> {
+        let set = other.state().set.clone();
+        self.keep(set.into_iter().filter(|(role, _)| roles.contains(role)))?;
+        other.forget_all();
+        Ok(())
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Set)) -> io::Result<()> {
+        let mut state = self.state();
+        let mut next = state.set.clone();
+        change(&mut next);
+        if next.is_empty() && state.set.is_empty() && state.queue.is_none() {
+            return Ok(());
+        }
+        if self.store.is_durable() {
+            self.publish(&mut state.queue, &next)?;
+        }
+        state.set = next;
+        Ok(())
+    }
+
+    fn publish(&self, queue: &mut Option<Queue>, next: &Set) -> io::Result<()> {
+        let name = self.name();
+        if next.is_empty() {
+            if let Some(queue) = queue.take() {
+                queue.clear();
+                self.store.forget(&name)?;
+            }
+            return Ok(());
+        }
+        if let Some(queue) = queue {
+            failpoint::step("before a set of descriptors is replaced");
+            queue.send(next)?;
+            failpoint::step("between two sets of descriptors");
+            queue.drop_oldest();
+            return Ok(());
+        }
+        let new = Queue::new()?;
+        new.send(next)?;
+        self.store
+            .keep(&name, &[new.receiver.as_fd(), new.sender.as_fd()])?;
+        *queue = Some(new);
+        Ok(())
+    }
+
+    fn name(&self) -> FdName {
+        FdName::Process(self.number)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The socket pair in whose queue a set is.
+#[derive(Debug)]
+struct Queue {
+    sender: OwnedFd,
+    receiver: OwnedFd,
+}
+
+impl Queue {
+    fn new() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (sender, receiver) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        Ok(Self { sender, receiver })
+    }
+
+    /// Finds out which of the pair is which, and takes the newest set.
+    fn resume(sockets: Vec<OwnedFd>) -> io::Result<(Self, Set)> {
+        let mut seen = HashSet::new();
+        let (mut sender, mut receiver) = (None, None);
+        for socket in sockets {
+            let stat = fstat(&socket)?;
+            // Stored twice, perhaps.
+            if !seen.insert((stat.st_dev, stat.st_ino)) {
+                continue;
+            }
+            let place = if ioctl_fionread(&socket)? > 0 {
+                &mut receiver
+            } else {
+                &mut sender
+            };
+            *place = Some(socket);
+        }
+        let missing = || io::Error::other("the socket pair is not whole");
+        let queue = Self {
+            sender: sender.ok_or_else(missing)?,
+            receiver: receiver.ok_or_else(missing)?,
+        };
+        loop {
+            let (length, set) = queue.peek()?;
+            if ioctl_fionread(&queue.receiver)? <= length as u64 {
+                return Ok((queue, set));
+            }
+            queue.drop_oldest();
+        }
+    }
+
+    fn send(&self, set: &Set) -> io::Result<()> {
+        let mut text = vec![FORMAT];
+        text.extend(set.iter().map(|(role, _)| role.letter()));
+        let fds: Vec<RawFd> = set.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        let parts = [IoSlice::new(&text)];
+        sendmsg::<()>(self.sender.as_raw_fd(), &parts, &rights, flags, None)?;
+        Ok(())
+    }
+
+    /// The oldest set, which stays where it is, and the length of its message.
+    fn peek(&self) -> io::Result<(usize, Set)> {
+        let mut text = [0; 1 + MAX_FDS];
+        let mut parts = [IoSliceMut::new(&mut text)];
+        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let message =
+            recvmsg::<()>(self.receiver.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+        let length = message.bytes;
+        let received: Vec<OwnedFd> = message
+            .cmsgs()?
+            .filter_map(|control| match control {
+                ControlMessageOwned::ScmRights(fds) => Some(fds),
+                _ => None,
+            })
+            .flatten()
+            .map(sys::own_received)
+            .collect();
+        let lacks = message.flags.contains(MsgFlags::MSG_CTRUNC);
+        let letters = match text.get(..length).and_then(<[u8]>::split_first) {
+            Some((&FORMAT, letters)) if letters.len() == received.len() && !lacks => letters,
+            _ if lacks => return Err(io::Error::other("no descriptors are left (RLIMIT_NOFILE)")),
+            _ => return Err(io::Error::other("the set is of another format")),
+        };
+        // A role of a later version is closed.
+        let known = letters.iter().zip(received).filter_map(|(&letter, fd)| {
+            Some((FdRole::of(letter)?, Arc::new(fd)))
+        });
+        Ok((length, known.collect()))
+    }
+
+    /// Closes the oldest set: without room for control messages the kernel closes what is in it.
+    fn drop_oldest(&self) {
+        let _ = recv(self.receiver.as_raw_fd(), &mut [0; 1 + MAX_FDS], MsgFlags::MSG_DONTWAIT);
+    }
+
+    fn clear(&self) {
+        while ioctl_fionread(&self.receiver).is_ok_and(|unread| unread > 0) {
+            self.drop_oldest();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{PipeReader, Read};
+    use std::os::fd::BorrowedFd;
+
+    use super::*;
+
+    /// Holds duplicates, as the keeper does.
+    #[derive(Debug, Default)]
+    struct Shelf(Mutex<Vec<(FdName, OwnedFd)>>);
+
+    impl FdStore for Shelf {
+        fn keep(&self, name: &FdName, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+            for fd in fds {
+                self.0.lock().unwrap().push((*name, fd.try_clone_to_owned()?));
+            }
+            Ok(())
+        }
+
+        fn forget(&self, name: &FdName) -> io::Result<()> {
+            self.0.lock().unwrap().retain(|(other, _)| other != name);
+            Ok(())
+        }
+    }
+
+    impl Shelf {
+        fn given_back(&self) -> InheritedFds {
+            let mut inherited = InheritedFds::default();
+            for (name, fd) in self.0.lock().unwrap().iter() {
+                inherited.insert(*name, fd.try_clone().unwrap());
+            }
+            inherited
+        }
+    }
+
+    fn pipe() -> (PipeReader, Arc<OwnedFd>) {
+        let (reader, writer) = io::pipe().unwrap();
+        (reader, Arc::new(writer.into()))
+    }
+
+    fn is_at_end(reader: &mut PipeReader) -> bool {
+        let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+        nix::fcntl::fcntl(&*reader, flags).unwrap();
+        reader.read(&mut [0]).is_ok_and(|count| count == 0)
+    }
+
+    fn successor(shelf: &Arc<Shelf>) -> ProcessFds {
+        let next = ProcessFds::new(shelf.clone(), 7);
+        next.inherit(&mut shelf.given_back());
+        next
+    }
+
+    #[test]
+    fn a_set_outlives_its_daemon_and_what_is_forgotten_is_closed_at_once() {
+        let shelf = Arc::new(Shelf::default());
+        let fds = ProcessFds::new(shelf.clone(), 7);
+        let ((mut out, out_end), (mut err, err_end)) = (pipe(), pipe());
+        fds.keep([(FdRole::StdoutClient, out_end), (FdRole::StderrClient, err_end)])
+            .unwrap();
+        drop(fds);
+        let next = successor(&shelf);
+        assert!(!is_at_end(&mut out) && !is_at_end(&mut err));
+        // Nothing is asked of the store for this.
+        next.forget(&[FdRole::StdoutClient]);
+        assert!(is_at_end(&mut out) && !is_at_end(&mut err));
+        drop(next);
+        let last = successor(&shelf);
+        assert!(last.get(FdRole::StdoutClient).is_none());
+        assert!(last.get(FdRole::StderrClient).is_some());
+        last.forget_all();
+        assert!(is_at_end(&mut err) && shelf.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn of_two_sets_the_newer_counts() {
+        let shelf = Arc::new(Shelf::default());
+        let fds = ProcessFds::new(shelf.clone(), 7);
+        let ((mut old, old_end), (mut new, new_end)) = (pipe(), pipe());
+        fds.keep([(FdRole::StdinClient, old_end)]).unwrap();
+        // As a daemon leaves it that is killed between the two steps of a change.
+        let state = fds.state();
+        let next = vec![(FdRole::StdinClient, new_end)];
+        state.queue.as_ref().unwrap().send(&next).unwrap();
+        drop(state);
+        drop((next, fds));
+        let next = successor(&shelf);
+        assert!(is_at_end(&mut old) && !is_at_end(&mut new));
+        next.forget_all();
+        assert!(is_at_end(&mut new));
+    }
+
+    #[test]
+    fn an_adopted_end_is_in_one_of_both_sets_at_any_time() {
+        let shelf = Arc::new(Shelf::default());
+        let fds = ProcessFds::new(shelf.clone(), 7);
+        let ((mut client, client_end), (mut other, other_end)) = (pipe(), pipe());
+        fds.keep([(FdRole::StdoutClient, client_end), (FdRole::StdoutPipe, other_end)])
+            .unwrap();
+        let heir = ProcessFds::new(shelf.clone(), 8);
+        heir.adopt(&fds, &[FdRole::StdoutClient]).unwrap();
+        assert!(fds.is_empty() && is_at_end(&mut other) && !is_at_end(&mut client));
+        heir.forget_all();
+        assert!(is_at_end(&mut client));
+    }
+
+    #[test]
+    fn what_is_no_set_is_refused_and_forgotten() {
+        let shelf = Arc::new(Shelf::default());
+        let (_reader, writer) = pipe();
+        let name = FdName::Process(7);
+        shelf.keep(&name, &[writer.as_fd()]).unwrap();
+        assert!(successor(&shelf).is_empty() && shelf.0.lock().unwrap().is_empty());
+        let queue = Queue::new().unwrap();
+        nix::sys::socket::send(queue.sender.as_raw_fd(), b"2abc", MsgFlags::empty()).unwrap();
+        shelf
+            .keep(&name, &[queue.sender.as_fd(), queue.receiver.as_fd()])
+            .unwrap();
+        assert!(successor(&shelf).is_empty() && shelf.0.lock().unwrap().is_empty());
+    }
+}

@@ -1,0 +1,309 @@
+//! Opening what a client names, and making what a process gets: fifos, log files, pipes. Blocks on the file system, never on a
+//! missing peer.
+//!
+//! A client end is a fifo that is open for reading and writing: as a writer it keeps the client from reading EOF, as a reader it
+//! keeps what the client has not read while it is away, and spares us EPIPE.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, fchown};
+use std::path::Path;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{SFlag, fstat};
+use nix::unistd::pipe2;
+
+use super::StdioError;
+use super::plan::Output;
+
+/// A process can have any number of descriptors; its standard streams come first.
+const MAX_LOOKED_AT: usize = 4096;
+
+/// A pipe between a process and this daemon.
+#[derive(Debug)]
+pub(super) struct Pipe {
+    /// Non-blocking.
+    pub(super) ours: OwnedFd,
+    pub(super) theirs: OwnedFd,
+}
+
+/// Opens the client's end of an output; `None` if there is nothing to be opened: it is not wanted, or a logger's.
+pub(super) fn output(stream: &'static str, output: &Output) -> Result<Option<OwnedFd>, StdioError> {
+    match output {
+        Output::Null | Output::Logger(_) => Ok(None),
+        Output::File(path) => log_file(stream, path).map(Some),
+        Output::Path(path) => match kind(stream, path)? {
+            Kind::Fifo => fifo(stream, path).map(Some),
+            Kind::File => {
+                let mut options = OpenOptions::new();
+                existing(stream, path, options.append(true), libc::O_NONBLOCK)
+                    .map(|file| Some(file.into()))
+            }
+        },
+    }
+}
+
+/// Opens the client's input for reading alone: it tells whether a client has come and gone.
+pub(super) fn input(path: &Path) -> Result<OwnedFd, StdioError> {
+    if !matches!(kind("stdin", path)?, Kind::Fifo) {
+        return Err(StdioError::WrongKind {
+            stream: "stdin",
+            path: path.into(),
+            what: "a regular file, which only outputs can be",
+        });
+    }
+    let mut options = OpenOptions::new();
+    existing("stdin", path, options.read(true), libc::O_NONBLOCK).map(OwnedFd::from)
+}
+
+/// The input fifo with a writer of ours, so that it does not end with its client.
+pub(super) fn held_input(path: &Path) -> Result<OwnedFd, StdioError> {
+    input(path)?;
+    fifo("stdin", path)
+}
+
+/// A pipe whose writing end the process gets. With `outlives_us` that end can be read as well: the process is a reader of its own
+/// output, which is not lost, and it gets no EPIPE, when this daemon and the store end together.
+pub(super) fn output_pipe(outlives_us: bool) -> io::Result<Pipe> {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+    set_non_blocking(&reader)?;
+    let theirs = if outlives_us {
+        reopen(&writer, libc::O_RDWR)?
+    } else {
+        writer
+    };
+    Ok(Pipe {
+        ours: reader,
+        theirs,
+    })
+}
+
+/// A pipe whose reading end the process gets.
+pub(super) fn input_pipe() -> io::Result<Pipe> {
+    let (theirs, ours) = pipe2(OFlag::O_CLOEXEC)?;
+    set_non_blocking(&ours)?;
+    Ok(Pipe { ours, theirs })
+}
+
+/// The same pipe or fifo again, with another mode. It needs no path of its own.
+pub(super) fn reopen(descriptor: &impl AsFd, flags: i32) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", descriptor.as_fd().as_raw_fd());
+    let access = flags & libc::O_ACCMODE;
+    let file = OpenOptions::new()
+        .read(access != libc::O_WRONLY)
+        .write(access != libc::O_RDONLY)
+        .custom_flags(flags & !libc::O_ACCMODE)
+        .open(path)?;
+    Ok(file.into())
+}
+
+/// Gives a descriptor's file to the owner that a request names, so that a remapped root can open `/dev/stdout`.
+pub(super) fn give(descriptor: &OwnedFd, owner: Option<(u32, u32)>) -> io::Result<()> {
+    match owner {
+        Some((uid, gid)) => fchown(descriptor, Some(uid), Some(gid)),
+        None => Ok(()),
+    }
+}
+
+/// Whether bytes can be spliced into it: a pipe or a fifo, and no file.
+pub(super) fn is_pipe(descriptor: &impl AsFd) -> bool {
+    fstat(descriptor)
+        .is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO)
+}
+
+/// Whether it is open for writing too: a fifo of ours that keeps its own end away.
+pub(super) fn is_held(descriptor: &impl AsFd) -> bool {
+    fcntl(descriptor, FcntlArg::F_GETFL)
+        .is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_RDWR)
+}
+
+/// Whether it is open for reading alone: what is left of a client's end whose output is over.
+pub(super) fn is_reader(descriptor: &impl AsFd) -> bool {
+    fcntl(descriptor, FcntlArg::F_GETFL)
+        .is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_RDONLY)
+}
+
+/// The pipe of this inode among the descriptors of a process, opened anew. Nothing else is opened or looked into: what the process has
+/// open beside may be a device, or on a file system that does not answer.
+pub(super) fn pipe_of(pid: i32, inode: u64, flags: i32) -> Option<OwnedFd> {
+    let directory = format!("/proc/{pid}/fd");
+    let name = format!("pipe:[{inode}]");
+    let listed = fs::read_dir(&directory).into_iter().flatten().flatten();
+    let link = listed
+        .take(MAX_LOOKED_AT)
+        .map(|entry| entry.path())
+        .find(|path| fs::read_link(path).is_ok_and(|target| target.as_os_str() == name.as_str()))?;
+    // It may be another file by now: O_PATH opens nothing, and what it names does not change any more.
+    let named = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(link)
+        .ok()?;
+    let is_it = is_pipe(&named) && fstat(&named).is_ok_and(|stat| stat.st_ino == inode);
+    is_it.then(|| reopen(&named, flags).ok())?
+}
+
+pub(super) fn set_non_blocking(descriptor: &impl AsFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(descriptor, FcntlArg::F_GETFL)?);
+    fcntl(descriptor, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+pub(super) fn null(stream: &'static str) -> Result<OwnedFd, StdioError> {
+    let mut options = OpenOptions::new();
+    let path = Path::new("/dev/null");
+    existing(stream, path, options.read(true).write(true), 0).map(OwnedFd::from)
+}
+
+fn fifo(stream: &'static str, path: &Path) -> Result<OwnedFd, StdioError> {
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true);
+    existing(stream, path, options, libc::O_NONBLOCK).map(OwnedFd::from)
+}
+
+enum Kind {
+    Fifo,
+    File,
+}
+
+fn kind(stream: &'static str, path: &Path) -> Result<Kind, StdioError> {
+    let failed = |source| StdioError::Open {
+        stream,
+        path: path.into(),
+        source,
+    };
+    let kind = fs::symlink_metadata(path).map_err(failed)?.file_type();
+    let wrong = |what| {
+        Err(StdioError::WrongKind {
+            stream,
+            path: path.into(),
+            what,
+        })
+    };
+    match () {
+        () if kind.is_fifo() => Ok(Kind::Fifo),
+        () if kind.is_file() => Ok(Kind::File),
+        () if kind.is_dir() => wrong("a directory"),
+        () if kind.is_symlink() => wrong("a symbolic link"),
+        () => wrong("a device or a socket"),
+    }
+}
+
+/// Opens what [`kind`] has looked at; should it have become a symbolic link since, it is refused.
+fn existing(
+    stream: &'static str,
+    path: &Path,
+    options: &mut OpenOptions,
+    flags: i32,
+) -> Result<File, StdioError> {
+    options
+        .custom_flags(flags | libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(|source| StdioError::Open {
+            stream,
+            path: path.into(),
+            source,
+        })
+}
+
+/// A log file, made with its directories if it is missing, as runc-v2 does.
+fn log_file(stream: &'static str, path: &Path) -> Result<OwnedFd, StdioError> {
+    let failed = |source: io::Error| StdioError::Open {
+        stream,
+        path: path.into(),
+        source,
+    };
+    if let Some(directory) = path.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(directory)
+            .map_err(failed)?;
+    }
+    // Non-blocking: should a fifo without a reader be there, opening fails instead of waiting.
+    let mut options = OpenOptions::new();
+    let file = options
+        .append(true)
+        .create(true)
+        .mode(0o644)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    file.map(OwnedFd::from).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+
+    use super::super::pump::fill;
+    use super::*;
+
+    fn read_all(mut pipe: &File) -> (Vec<u8>, Option<ErrorKind>) {
+        let mut bytes = Vec::new();
+        let end = pipe.read_to_end(&mut bytes);
+        (bytes, end.err().map(|error| error.kind()))
+    }
+
+    #[test]
+    fn an_inits_output_waits_in_its_pipe_when_every_other_end_is_gone() {
+        let pipe = output_pipe(true).unwrap();
+        drop(pipe.ours);
+        let mut theirs = File::from(pipe.theirs);
+        theirs.write_all(b"nobody listens").unwrap();
+        let again = File::from(reopen(&theirs, libc::O_RDONLY | libc::O_NONBLOCK).unwrap());
+        drop(theirs);
+        assert_eq!(read_all(&again), (b"nobody listens".to_vec(), None));
+    }
+
+    #[test]
+    fn a_pipe_is_found_again_in_its_process_and_nothing_else_is() {
+        let pipe = output_pipe(true).unwrap();
+        let inode = fstat(&pipe.ours).unwrap().st_ino;
+        drop(pipe.ours);
+        fill(&File::from(pipe.theirs.try_clone().unwrap()), b"waits");
+        let own = i32::try_from(std::process::id()).unwrap();
+        let flags = libc::O_RDONLY | libc::O_NONBLOCK;
+        let found = File::from(pipe_of(own, inode, flags).unwrap());
+        drop(pipe.theirs);
+        assert_eq!(read_all(&found), (b"waits".to_vec(), None));
+        assert!(pipe_of(own, inode + 1_000_000, flags).is_none());
+    }
+
+    #[test]
+    fn an_execs_output_pipe_is_not_its_own_reader() {
+        let pipe = output_pipe(false).unwrap();
+        drop(pipe.ours);
+        let error = File::from(pipe.theirs).write(b"x").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn what_is_not_there_or_not_a_stream_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |name: &str| {
+            let path = dir.path().join(name);
+            output("stdout", &Output::Path(path)).unwrap_err()
+        };
+        let missing = open("missing");
+        assert!(matches!(missing, StdioError::Open { stream: "stdout", .. }), "{missing}");
+        let directory = open("");
+        assert!(directory.to_string().contains("is a directory"), "{directory}");
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
+        assert!(open("link").to_string().contains("symbolic link"));
+        fs::write(dir.path().join("file"), "").unwrap();
+        let error = input(&dir.path().join("file")).unwrap_err();
+        assert!(error.to_string().contains("only outputs"), "{error}");
+    }
+
+    #[test]
+    fn a_log_file_is_made_with_its_directories_and_appended_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/log");
+        for text in ["one ", "two"] {
+            let file = output("stdout", &Output::File(path.clone())).unwrap().unwrap();
+            File::from(file).write_all(text.as_bytes()).unwrap();
+        }
+        assert_eq!(fs::read_to_string(path).unwrap(), "one two");
+    }
+}
