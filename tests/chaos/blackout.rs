@@ -1,5 +1,5 @@
 //! The blackout: containerd is stopped, keeper and daemon are killed, and containers end while nobody is there. Afterwards the code
-//! of each is known, and who lived lives.
+//! of each is known, who lived lives, and what loggers and log files got is whole.
 
 use anyhow::{Context, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -9,7 +9,9 @@ use xtask::sandbox::{Sandbox, is_alive, until};
 use crate::client::{Client, accepted};
 use crate::direct::handles_term;
 use crate::ground::Ground;
-use crate::plan::{End, KILLED, Life, Program, Rootfs};
+use crate::plan::{End, Life, ProcessPlan, Sink};
+use crate::program::{KILLED, Program};
+use crate::streams::ClientStreams;
 
 /// What the containers do, and which signal they get in the dark.
 const CROWD: [(Program, Option<Signal>); 5] = [
@@ -32,11 +34,12 @@ const CROWD: [(Program, Option<Signal>); 5] = [
     ),
 ];
 
-struct Member {
+struct Member<'a> {
     id: String,
     pid: u32,
     program: Program,
     signal: Option<Signal>,
+    streams: ClientStreams<'a>,
 }
 
 /// Turns the light off and on again.
@@ -44,7 +47,13 @@ pub(crate) fn happen(ground: &Ground, has_containerd: bool) -> anyhow::Result<()
     ground.ledger.note("blackout");
     let mut crowd = Vec::new();
     for (number, (program, signal)) in CROWD.into_iter().enumerate() {
-        crowd.push(begin(ground, format!("b{number}"), program, signal)?);
+        // A client that reads a fifo is not there either, in a blackout: it would be containerd.
+        let sink = if number % 2 == 0 {
+            Sink::Logger
+        } else {
+            Sink::File
+        };
+        crowd.push(begin(ground, format!("b{number}"), program, signal, sink)?);
     }
     if has_containerd {
         let sandbox = ground.sandbox();
@@ -82,18 +91,16 @@ fn begin(
     id: String,
     program: Program,
     signal: Option<Signal>,
-) -> anyhow::Result<Member> {
-    let life = Life {
-        rootfs: Rootfs::Overlay,
-        program,
-        end: End::Itself,
-        waits_early: false,
-        steps: Vec::new(),
-    };
+    sink: Sink,
+) -> anyhow::Result<Member<'_>> {
+    let mut life = Life::of_init(ProcessPlan::plain(program, End::Itself).to(sink));
+    life.init.is_awaited = true;
     let bundle = ground.bundles.make(&id, &life)?;
+    let streams = ClientStreams::open(ground, &id, "", &life.init)?;
     let client = Client::connect_kept(ground, &id)?;
-    accepted("Create", client.create(&bundle))?;
+    accepted("Create", client.create(&bundle, &streams))?;
     let pid = accepted("Start", client.start(""))?;
+    streams.await_lines()?;
     if signal == Some(Signal::SIGTERM) {
         handles_term(pid)?;
     }
@@ -102,11 +109,12 @@ fn begin(
         pid,
         program,
         signal,
+        streams,
     })
 }
 
 /// Waits for the end of whoever ends in the dark, after helping.
-fn end(member: &Member) -> anyhow::Result<()> {
+fn end(member: &Member<'_>) -> anyhow::Result<()> {
     let pid = i32::try_from(member.pid)?;
     if let Some(signal) = member.signal {
         kill(Pid::from_raw(pid), signal).with_context(|| format!("cannot kill {}", member.id))?;
@@ -117,7 +125,7 @@ fn end(member: &Member) -> anyhow::Result<()> {
     until("it ends in the dark", || Ok(!is_alive(pid)))
 }
 
-fn look(ground: &Ground, member: &Member) -> anyhow::Result<()> {
+fn look(ground: &Ground, member: &Member<'_>) -> anyhow::Result<()> {
     let client = Client::connect_kept(ground, &member.id)?;
     let due = if member.signal == Some(Signal::SIGKILL) {
         KILLED
@@ -133,6 +141,7 @@ fn look(ground: &Ground, member: &Member) -> anyhow::Result<()> {
     ground.ledger.code(&member.id, "Wait", told, &[due]);
     let told = accepted("Delete", client.delete(""))?;
     ground.ledger.code(&member.id, "Delete", told, &[due]);
+    member.streams.check_deleted(told)?;
     ground.ledger.count(|counts| counts.lives += 1);
     ground.check_gone(&member.id)?;
     ground.bundles.remove(&member.id)

@@ -6,11 +6,11 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
-use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 use shim_api::bundle::BundleNote;
 
-use crate::plan::{Life, Program, Rootfs};
+use crate::logger::Logger;
+use crate::plan::{Life, Rootfs};
 
 /// What all bundles have in common.
 #[derive(Debug)]
@@ -20,6 +20,7 @@ pub(crate) struct Bundles {
     namespace: String,
     events: PathBuf,
     template: Value,
+    pub(crate) logger: Logger,
 }
 
 /// One bundle, and what the request to create its container says.
@@ -27,7 +28,6 @@ pub(crate) struct Bundles {
 pub(crate) struct Made {
     pub(crate) path: PathBuf,
     pub(crate) mounts: Vec<api::Mount>,
-    pub(crate) stdin: Option<PathBuf>,
 }
 
 impl Bundles {
@@ -58,6 +58,7 @@ impl Bundles {
             namespace: namespace.into(),
             events: events.into(),
             template,
+            logger: Logger::install(directory)?,
         })
     }
 
@@ -76,8 +77,12 @@ impl Bundles {
             Rootfs::Overlay => ("rootfs".into(), vec![self.overlay(&path)?]),
         };
         let mut spec = self.template.clone();
-        set(&mut spec, "/process/args", json!(life.program.arguments()));
-        set(&mut spec, "/process/terminal", json!(false));
+        set(&mut spec, "/process/args", json!(life.init.arguments()));
+        set(
+            &mut spec,
+            "/process/terminal",
+            json!(life.init.streams.terminal),
+        );
         set(&mut spec, "/root/path", json!(root));
         set(
             &mut spec,
@@ -95,19 +100,7 @@ impl Bundles {
             ..BundleNote::default()
         };
         note.write(&path)?;
-        let stdin = match life.program {
-            Program::UntilEof { .. } => {
-                let fifo = path.join("stdin");
-                nix::unistd::mkfifo(&fifo, Mode::S_IRWXU)?;
-                Some(fifo)
-            }
-            _ => None,
-        };
-        Ok(Made {
-            path,
-            mounts,
-            stdin,
-        })
+        Ok(Made { path, mounts })
     }
 
     fn bind(&self) -> api::Mount {

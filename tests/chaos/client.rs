@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use containerd_shim_protos::{TaskClient, api};
+use embedshim_core::stdio::StdioPaths;
 use embedshim_tests::Shim;
 use nix::sys::signal::Signal;
 use protobuf::MessageField;
@@ -16,7 +17,8 @@ use ttrpc::context::Context as Metadata;
 use crate::bundle::Made;
 use crate::ground::Ground;
 use crate::ledger::{DEADLINE, Ledger};
-use crate::plan::Program;
+use crate::plan::ProcessPlan;
+use crate::streams::ClientStreams;
 
 /// A message, or a refusal in words.
 pub(crate) type Answer<T> = Result<T, String>;
@@ -115,13 +117,21 @@ impl Client {
         }
     }
 
-    pub(crate) fn create(&self, bundle: &Made) -> anyhow::Result<Answer<u32>> {
-        let path = |path: &std::path::PathBuf| path.display().to_string();
+    pub(crate) fn create(&self, bundle: &Made, streams: &ClientStreams<'_>) -> anyhow::Result<Answer<u32>> {
+        let StdioPaths {
+            stdin,
+            stdout,
+            stderr,
+            terminal,
+        } = streams.paths();
         let request = api::CreateTaskRequest {
             id: self.id.clone(),
-            bundle: path(&bundle.path),
+            bundle: bundle.path.display().to_string(),
             rootfs: bundle.mounts.clone(),
-            stdin: bundle.stdin.as_ref().map(path).unwrap_or_default(),
+            stdin,
+            stdout,
+            stderr,
+            terminal,
             ..api::CreateTaskRequest::default()
         };
         let answer = self.begin("Create", request, TaskClient::create).answer()?;
@@ -225,13 +235,14 @@ impl Client {
         self.begin("Resume", request, TaskClient::resume).answer()
     }
 
-    pub(crate) fn close_stdin(&self) -> anyhow::Result<Answer<api::Empty>> {
+    pub(crate) fn close_stdin(&self, exec: &str) -> anyhow::Result<Answer<api::Empty>> {
         let request = api::CloseIORequest {
             id: self.id.clone(),
+            exec_id: exec.into(),
             stdin: true,
             ..api::CloseIORequest::default()
         };
-        self.begin("CloseIO", request, TaskClient::close_io)
+        self.begin(&format!("CloseIO {exec}"), request, TaskClient::close_io)
             .answer()
     }
 
@@ -244,9 +255,20 @@ impl Client {
             .answer()
     }
 
-    pub(crate) fn exec(&self, exec: &str, program: Program) -> anyhow::Result<Answer<api::Empty>> {
+    pub(crate) fn exec(
+        &self,
+        exec: &str,
+        plan: &ProcessPlan,
+        streams: &ClientStreams<'_>,
+    ) -> anyhow::Result<Answer<api::Empty>> {
+        let StdioPaths {
+            stdin,
+            stdout,
+            stderr,
+            terminal,
+        } = streams.paths();
         let process = serde_json::json!({
-            "args": program.arguments(), "cwd": "/", "env": ["PATH=/bin"],
+            "args": plan.arguments(), "cwd": "/", "env": ["PATH=/bin"], "terminal": terminal,
         });
         let spec = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
@@ -257,6 +279,10 @@ impl Client {
             id: self.id.clone(),
             exec_id: exec.into(),
             spec: MessageField::some(spec),
+            stdin,
+            stdout,
+            stderr,
+            terminal,
             ..api::ExecProcessRequest::default()
         };
         self.begin(&format!("Exec {exec}"), request, TaskClient::exec)

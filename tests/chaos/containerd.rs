@@ -10,7 +10,7 @@ use xtask::sandbox::{Finished, Running, Task, until};
 
 use crate::ground::Ground;
 use crate::ledger::DEADLINE;
-use crate::plan::KILLED;
+use crate::program::KILLED;
 use crate::random::Random;
 
 /// Who is not there when looked for so often will not come any more.

@@ -1,28 +1,24 @@
 //! Lives over ttrpc: carries a [`Life`] out as containerd would, on a connection of its own, and compares every answer with the one
-//! that is due (`containerd.md` 4.2). No answer may show that a daemon died meanwhile.
+//! that is due (`containerd.md` 4.2), and what its streams bring with what was written. Nothing may show that a daemon died meanwhile.
 
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use containerd_shim_protos::api;
-use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use xtask::sandbox::until;
 
 use crate::bundle::Made;
 use crate::client::{Client, Pending, accepted, refused};
+use crate::execs::Lingering;
 use crate::ground::Ground;
 use crate::ledger::Ledger;
-use crate::plan::{End, Exec, Life, Program, Step};
+use crate::plan::{End, Life, Step};
+use crate::program::Program;
+use crate::streams::ClientStreams;
 
 const NO_TASK: &str = "container not created";
-const NO_EXEC: &str = "process does not exist";
 const FINISHED: &str = "process already finished";
 
 /// Lives one life on a connection of its own.
@@ -43,19 +39,17 @@ pub(crate) fn live_on(ground: &Ground, id: &str, life: &Life, client: anyhow::Re
     ground.ledger.count(|counts| counts.lives += 1);
 }
 
-/// An exec that ends with its container.
-type Lingering = (String, Exec, Pending<api::WaitResponse>);
-
-struct Container<'a> {
-    ground: &'a Ground,
-    id: &'a str,
+pub(crate) struct Container<'a> {
+    pub(crate) ground: &'a Ground,
+    pub(crate) id: &'a str,
     life: &'a Life,
-    client: Client,
+    pub(crate) client: Client,
     bundle: Made,
+    streams: ClientStreams<'a>,
     pid: u32,
     /// Execs that end with the container.
-    lingering: Mutex<Vec<Lingering>>,
-    execs: u64,
+    pub(crate) lingering: Vec<Lingering<'a>>,
+    pub(crate) execs: u64,
 }
 
 impl<'a> Container<'a> {
@@ -71,33 +65,34 @@ impl<'a> Container<'a> {
             life,
             client,
             bundle: ground.bundles.make(id, life)?,
+            streams: ClientStreams::open(ground, id, "", &life.init)?,
             pid: 0,
-            lingering: Mutex::default(),
+            lingering: Vec::new(),
             execs: 0,
         })
     }
 
-    fn ledger(&self) -> &Ledger {
+    pub(crate) fn ledger(&self) -> &Ledger {
         &self.ground.ledger
     }
 
     fn live(&mut self) -> anyhow::Result<()> {
-        if self.life.program == Program::Missing {
-            refused(
-                "Create",
-                "OCI runtime create failed",
-                self.client.create(&self.bundle),
-            )?;
+        let created = self.client.create(&self.bundle, &self.streams);
+        if self.life.init.program == Program::Missing {
+            refused("Create", "OCI runtime create failed", created)?;
+            self.streams.check_nothing_came()?;
             return self.gone();
         }
-        self.pid = accepted("Create", self.client.create(&self.bundle))?;
+        self.pid = accepted("Create", created)?;
         ensure!(self.pid > 0, "Create tells no pid");
         self.expect_status("", api::Status::CREATED)?;
-        if self.life.end == End::Unstarted {
+        if self.life.init.end == End::Unstarted {
             accepted("Delete", self.client.delete(""))?;
+            self.streams.check_nothing_came()?;
             return self.gone();
         }
-        let early = self.life.waits_early.then(|| self.client.wait(""));
+        self.streams.write_early()?;
+        let early = self.life.init.waits_early.then(|| self.client.wait(""));
         let pid = accepted("Start", self.client.start(""))?;
         ensure!(
             pid == self.pid,
@@ -105,31 +100,34 @@ impl<'a> Container<'a> {
             self.pid
         );
         let wait = early.unwrap_or_else(|| self.client.wait(""));
-        for &step in &self.life.steps {
+        self.streams.await_lines()?;
+        for step in &self.life.steps {
             self.take(step).with_context(|| format!("{step:?}"))?;
         }
         let code = self.end(wait)?;
         self.after(code)?;
+        self.streams.check_ended(code)?;
         let told = accepted("Delete", self.client.delete(""))?;
         self.ledger().code(self.id, "Delete", told, &[code]);
+        self.streams.check_files(code)?;
+        self.check_lingering()?;
         self.gone()
     }
 
     /// Brings the init to its end, as planned, and returns the code that is told of it.
     fn end(&mut self, wait: Pending<api::WaitResponse>) -> anyhow::Result<u32> {
-        let due = self.life.codes();
+        let due = self.life.init.codes();
         let mut due = due.as_slice();
-        let own = [self.life.program.own_code()];
-        match self.life.end {
+        let own = [self.life.init.program.own_code()];
+        match self.life.init.end {
             End::Term => {
                 handles_term(self.pid)?;
                 accepted("Kill", self.client.kill("", Signal::SIGTERM))?;
             }
             End::Kill => drop(accepted("Kill", self.client.kill("", Signal::SIGKILL))?),
             End::CloseIo => {
-                let stdin = self.bundle.stdin.as_ref().context("no input")?;
-                feed(stdin)?;
-                accepted("CloseIO", self.client.close_stdin())?;
+                self.streams.feed()?;
+                accepted("CloseIO", self.client.close_stdin(""))?;
             }
             End::Race { after_ms } => {
                 sleep(Duration::from_millis(after_ms));
@@ -145,16 +143,7 @@ impl<'a> Container<'a> {
         let told = accepted("Wait", wait.answer())?.exit_status;
         self.ledger().code(self.id, "Wait", told, due);
         self.ledger().ended(self.id, None, told);
-        for (exec, plan, wait) in std::mem::take(
-            self.lingering
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner),
-        ) {
-            let told = accepted("Wait", wait.answer())?.exit_status;
-            let name = format!("{} {exec}", self.id);
-            self.ledger().code(&name, "Wait", told, &plan.codes());
-            self.ledger().ended(self.id, Some(exec), told);
-        }
+        self.end_lingering()?;
         Ok(told)
     }
 
@@ -174,7 +163,7 @@ impl<'a> Container<'a> {
 
     /// A signal to who has ended. A daemon that died under this request may have sent it while he lived, for all its successor
     /// knows: then, and only then, it may be called sent.
-    fn kill_finds_nobody(&self, exec: &str) -> anyhow::Result<()> {
+    pub(crate) fn kill_finds_nobody(&self, exec: &str) -> anyhow::Result<()> {
         let before = self.ground.daemons.current();
         match self.client.kill(exec, Signal::SIGKILL)? {
             Err(told) if told.contains(FINISHED) => Ok(()),
@@ -192,14 +181,15 @@ impl<'a> Container<'a> {
         self.ground.bundles.remove(self.id)
     }
 
-    fn take(&mut self, step: Step) -> anyhow::Result<()> {
-        match step {
+    fn take(&mut self, step: &Step) -> anyhow::Result<()> {
+        match *step {
             Step::Read => self.read(),
             Step::Pause => self.pause(),
-            Step::Exec(exec) => self.exec(exec),
+            Step::Exec(ref exec) => self.exec(exec),
             Step::Probes { count, code } => self.probes(count, code),
             Step::CreateAgain => {
-                refused("Create", "already exists", self.client.create(&self.bundle))
+                let created = self.client.create(&self.bundle, &self.streams);
+                refused("Create", "already exists", created)
             }
             Step::StartAgain => {
                 let words = "cannot start a running process";
@@ -238,90 +228,7 @@ impl<'a> Container<'a> {
         self.expect_status("", api::Status::RUNNING).map(drop)
     }
 
-    fn next_exec(&mut self) -> String {
-        self.execs += 1;
-        self.ledger().count(|counts| counts.execs += 1);
-        format!("e{}", self.execs)
-    }
-
-    fn exec(&mut self, plan: Exec) -> anyhow::Result<()> {
-        let exec = self.next_exec();
-        accepted("Exec", self.client.exec(&exec, plan.program))?;
-        if plan.program == Program::Missing {
-            refused("Start", "OCI runtime exec failed", self.client.start(&exec))?;
-            accepted("Delete", self.client.delete(&exec))?;
-            return refused("State", NO_EXEC, self.client.state(&exec));
-        }
-        let early = plan.waits_early.then(|| self.client.wait(&exec));
-        let pid = accepted("Start", self.client.start(&exec))?;
-        ensure!(pid > 0, "Start of {exec} tells no pid");
-        let wait = early.unwrap_or_else(|| self.client.wait(&exec));
-        match plan.end {
-            End::Term => {
-                handles_term(pid)?;
-                accepted("Kill", self.client.kill(&exec, Signal::SIGTERM))?;
-            }
-            End::Kill => drop(accepted("Kill", self.client.kill(&exec, Signal::SIGKILL))?),
-            End::WithInit => {
-                self.lingering
-                    .get_mut()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .push((exec, plan, wait));
-                return Ok(());
-            }
-            _ => {}
-        }
-        self.finish_exec(&exec, plan, wait)
-    }
-
-    fn finish_exec(
-        &self,
-        exec: &str,
-        plan: Exec,
-        wait: Pending<api::WaitResponse>,
-    ) -> anyhow::Result<()> {
-        let name = format!("{} {exec}", self.id);
-        let code = accepted("Wait", wait.answer())?.exit_status;
-        self.ledger().code(&name, "Wait", code, &plan.codes());
-        self.ledger().ended(self.id, Some(exec.to_owned()), code);
-        let state = self.expect_status(exec, api::Status::STOPPED)?;
-        self.ledger()
-            .code(&name, "State", state.exit_status, &[code]);
-        self.kill_finds_nobody(exec)?;
-        let told = accepted("Delete", self.client.delete(exec))?;
-        self.ledger().code(&name, "Delete", told, &[code]);
-        refused("State", NO_EXEC, self.client.state(exec))
-    }
-
-    /// Several execs at once, on the one connection.
-    fn probes(&mut self, count: u64, code: u32) -> anyhow::Result<()> {
-        let execs: Vec<String> = (0..count).map(|_| self.next_exec()).collect();
-        let plan = Exec {
-            program: Program::Exit { code, after_ms: 0 },
-            end: End::Itself,
-            waits_early: true,
-        };
-        let this = &*self;
-        let probe = |exec: &str| {
-            accepted("Exec", this.client.exec(exec, plan.program))?;
-            let wait = this.client.wait(exec);
-            accepted("Start", this.client.start(exec))?;
-            this.finish_exec(exec, plan, wait)
-        };
-        std::thread::scope(|scope| {
-            let probes: Vec<_> = execs
-                .iter()
-                .map(|exec| scope.spawn(|| probe(exec)))
-                .collect();
-            let mut results = probes.into_iter().map(|probe| match probe.join() {
-                Ok(result) => result,
-                Err(_) => bail!("a probe panicked"),
-            });
-            results.try_for_each(|result| result)
-        })
-    }
-
-    fn expect_status(&self, exec: &str, due: api::Status) -> anyhow::Result<api::StateResponse> {
+    pub(crate) fn expect_status(&self, exec: &str, due: api::Status) -> anyhow::Result<api::StateResponse> {
         let state = accepted("State", self.client.state(exec))?;
         let told = state.status.enum_value_or_default();
         ensure!(
@@ -342,14 +249,4 @@ pub(crate) fn handles_term(pid: u32) -> anyhow::Result<()> {
         let is_guest = field("Name:").is_some_and(|name| name.trim() == "guest");
         Ok(is_guest && caught.is_some_and(|caught| caught & (1 << 14) != 0))
     })
-}
-
-/// Writes something to a container's input and leaves. The daemon's own end is what keeps it open then.
-fn feed(fifo: &Path) -> anyhow::Result<()> {
-    let mut input = OpenOptions::new()
-        .write(true)
-        .custom_flags(OFlag::O_NONBLOCK.bits())
-        .open(fifo)
-        .context("nobody reads the input")?;
-    Ok(input.write_all(b"input\n")?)
 }

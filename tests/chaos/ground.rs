@@ -130,6 +130,16 @@ impl Ground {
         Ok(())
     }
 
+    /// Keeps what a stream brought that is not what was due.
+    pub(crate) fn keep_evidence(&self, name: &str, bytes: &[u8]) {
+        let directory = self.sandbox().directory().join("streams");
+        let file = directory.join(name.replace(' ', "-"));
+        let kept = fs::create_dir_all(directory).and_then(|()| fs::write(&file, bytes));
+        if let Err(error) = kept {
+            self.ledger.note(&format!("{}: {error}", file.display()));
+        }
+    }
+
     /// Keeps what tells of a failed run: logs, the ledger, what the daemon has written.
     pub(crate) fn save(&self, to: &Path) -> anyhow::Result<()> {
         let sandbox = self.sandbox();
@@ -137,6 +147,10 @@ impl Ground {
         fs::create_dir_all(to)?;
         for file in ["ledger", "containerd.log"] {
             let _ = fs::copy(sandbox.directory().join(file), to.join(file));
+        }
+        let streams = sandbox.directory().join("streams");
+        if streams.exists() {
+            copy_files(&streams, &to.join("streams"))?;
         }
         copy_files(&sandbox.state_dir(), &to.join("state"))
     }

@@ -1,5 +1,5 @@
-//! [`Ledger`]: what was asked and answered, which codes were due and which were told, and everything that is wrong. Writes a line
-//! for each into a file, which is what one reads when a run has failed.
+//! [`Ledger`]: what was asked and answered, which codes were due and which were told, what streams brought, and everything that is
+//! wrong. Writes a line for each into a file, which is what one reads when a run has failed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -19,6 +19,12 @@ pub(crate) struct Counts {
     pub(crate) requests: u64,
     /// Codes that were compared with the one that was due.
     pub(crate) codes: u64,
+    /// Outputs that brought each number once and in order.
+    pub(crate) streams: u64,
+    /// What they brought.
+    pub(crate) bytes: u64,
+    /// What a daemon that died has appended to log files once more.
+    pub(crate) repeated: u64,
     /// By kind.
     pub(crate) kills: BTreeMap<&'static str, u64>,
     pub(crate) steps: u64,
@@ -97,6 +103,16 @@ impl Ledger {
                 "{process}: {source} tells code {told}, due is {due:?}"
             ));
         }
+    }
+
+    /// A stream has brought what was due, some of it twice if it goes to a log file.
+    pub(crate) fn stream(&self, name: &str, bytes: usize, repeated: usize) {
+        let mut pages = self.pages();
+        self.line(&mut pages, &format!("{name}: {bytes} bytes, {repeated} twice"));
+        let counts = &mut pages.counts;
+        counts.streams += 1;
+        counts.bytes += bytes as u64;
+        counts.repeated += repeated as u64;
     }
 
     /// A process has ended with this code, of which an event must tell.

@@ -12,7 +12,7 @@ use crate::daemon::Daemon;
 use crate::ground::Ground;
 
 /// Directories of the state directory whose files belong to containers, connections or events that are gone.
-const DIRECTORIES: [&str; 4] = ["tasks", "connections", "events", "consoles"];
+const DIRECTORIES: [&str; 4] = ["tasks", "connections", "events", "tty"];
 
 /// What was there before.
 #[derive(Debug)]

@@ -8,14 +8,20 @@ mod containerd;
 mod daemon;
 mod direct;
 mod events;
+mod execs;
+mod fifo;
 mod ground;
 mod killer;
 mod ledger;
 mod leftovers;
+mod logger;
 mod plan;
+mod program;
 mod random;
+mod sequence;
 mod steps;
 mod storm;
+mod streams;
 mod summary;
 
 use std::path::Path;
@@ -31,7 +37,8 @@ use xtask::{chaos, image};
 
 use ground::Ground;
 use leftovers::Before;
-use plan::{End, Life, Program, Rootfs};
+use plan::{End, Life, ProcessPlan};
+use program::Program;
 
 #[derive(Debug, Parser)]
 #[command(name = "chaos")]
@@ -121,19 +128,16 @@ fn compare(ground: &Ground, before: &Before, when: &'static str) -> anyhow::Resu
     before.compare(ground).context(when)
 }
 
-/// What the first container costs once for all, such as the cgroup of the namespace, is not a leftover.
+/// What the first container costs once for all, such as the cgroup of the namespace and the directory of console sockets, is not a leftover.
 fn warm_up(ground: &Ground, has_containerd: bool) -> anyhow::Result<()> {
-    let life = Life {
-        rootfs: Rootfs::Overlay,
-        program: Program::Exit {
-            code: 1,
-            after_ms: 0,
-        },
-        end: End::Itself,
-        waits_early: false,
-        steps: Vec::new(),
+    let program = Program::Exit {
+        code: 1,
+        after_ms: 0,
     };
-    direct::live(ground, "first", &life);
+    let init = ProcessPlan::plain(program, End::Itself);
+    for init in [init, init.on_terminal()] {
+        direct::live(ground, "first", &Life::of_init(init));
+    }
     if has_containerd {
         let sandbox = ground.sandbox();
         sandbox.detached(&[], "first", &["true"])?;

@@ -1,95 +1,29 @@
-//! [`Life`]: what one container does and what is done to it, from its creation to its deletion, and with which code it ends.
-//! A function of the seed; knows nothing of how it is carried out.
+//! [`Life`]: what one container does and what is done to it, from its creation to its deletion, with which code it ends, and where
+//! its streams go. A function of the seed; knows nothing of how it is carried out.
 
+use crate::program::{KILLED, Lines, Program};
 use crate::random::Random;
 
-/// What a process does.
+/// Where the outputs of a process go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Program {
-    /// Ends by itself.
-    Exit { code: u32, after_ms: u64 },
-    /// Ends with this code at SIGTERM.
-    UntilTerm { code: u32 },
-    /// Ends with this code at the end of its input.
-    UntilEof { code: u32 },
-    /// Never ends by itself; for an init, SIGTERM is nothing either.
-    Sleep,
-    /// Dies of SIGSEGV.
-    Fault,
-    /// Its main thread is gone long before another ends it.
-    LeaderFirst { code: u32, after_ms: u64 },
-    /// Is not there.
-    Missing,
+pub(crate) enum Sink {
+    /// To fifos, whose other ends the client reads.
+    Fifo,
+    /// `binary://`.
+    Logger,
+    /// `file://`.
+    File,
 }
 
-/// 128 and SIGKILL.
-pub(crate) const KILLED: u32 = 137;
-const SEGMENTATION_FAULT: u32 = 139;
-
-impl Program {
-    pub(crate) fn arguments(self) -> Vec<String> {
-        let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
-        match self {
-            Self::Exit { code, after_ms: 0 } => words(&["/bin/sh", "-c", &format!("exit {code}")]),
-            Self::Exit { code, after_ms } => {
-                let script = format!(
-                    "sleep {}.{:03}; exit {code}",
-                    after_ms / 1000,
-                    after_ms % 1000
-                );
-                words(&["/bin/sh", "-c", &script])
-            }
-            Self::UntilTerm { code } => words(&["/bin/guest", "until-term", &code.to_string()]),
-            Self::UntilEof { code } => {
-                words(&["/bin/sh", "-c", &format!("cat > /dev/null; exit {code}")])
-            }
-            Self::Sleep => words(&["/bin/sleep", "100000"]),
-            Self::Fault => words(&["/bin/guest", "fault"]),
-            Self::LeaderFirst { code, after_ms } => words(&[
-                "/bin/guest",
-                "leader-first",
-                &code.to_string(),
-                &after_ms.to_string(),
-            ]),
-            Self::Missing => words(&["/bin/missing"]),
-        }
-    }
-
-    /// The code with which it ends if nobody kills it.
-    pub(crate) fn own_code(self) -> u32 {
-        match self {
-            Self::Exit { code, .. }
-            | Self::UntilTerm { code }
-            | Self::UntilEof { code }
-            | Self::LeaderFirst { code, .. } => code,
-            Self::Fault => SEGMENTATION_FAULT,
-            Self::Sleep | Self::Missing => KILLED,
-        }
-    }
-
-    /// Goes on until something is done to it.
-    pub(crate) fn is_lasting(self) -> bool {
-        matches!(
-            self,
-            Self::UntilTerm { .. } | Self::UntilEof { .. } | Self::Sleep
-        )
-    }
-
-    fn short(random: &mut Random) -> Self {
-        let code = random.code();
-        match random.below(6) {
-            0 | 1 => Self::Exit { code, after_ms: 0 },
-            2 => Self::Fault,
-            3 => Self::LeaderFirst {
-                code,
-                after_ms: random.millis(200),
-            },
-            _ => Self::Exit {
-                code,
-                after_ms: 1 + random.millis(400),
-            },
-        }
-    }
+/// The streams of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Streams {
+    pub(crate) terminal: bool,
+    pub(crate) sink: Sink,
+    /// The client reads more slowly than the process writes.
+    pub(crate) is_slow: bool,
+    /// The client writes its input before the process is started.
+    pub(crate) writes_early: bool,
 }
 
 /// How a process ends.
@@ -111,13 +45,17 @@ pub(crate) enum End {
     Unstarted,
 }
 
-/// A further process in a container.
+/// One process, an init or an exec.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Exec {
+pub(crate) struct ProcessPlan {
     pub(crate) program: Program,
     pub(crate) end: End,
+    pub(crate) streams: Streams,
+    pub(crate) lines: Lines,
     /// Waited for before it is started, or only when it may be over.
     pub(crate) waits_early: bool,
+    /// Nothing is done to it before all its own lines have come.
+    pub(crate) is_awaited: bool,
 }
 
 /// What happens to a container that runs.
@@ -125,7 +63,7 @@ pub(crate) struct Exec {
 pub(crate) enum Step {
     Read,
     Pause,
-    Exec(Exec),
+    Exec(ProcessPlan),
     /// Several at the same time, as probes are.
     Probes {
         count: u64,
@@ -154,9 +92,7 @@ pub(crate) enum Rootfs {
 #[derive(Clone, Debug)]
 pub(crate) struct Life {
     pub(crate) rootfs: Rootfs,
-    pub(crate) program: Program,
-    pub(crate) end: End,
-    pub(crate) waits_early: bool,
+    pub(crate) init: ProcessPlan,
     pub(crate) steps: Vec<Step>,
 }
 
@@ -192,30 +128,134 @@ impl Life {
         };
         Self {
             rootfs,
-            program,
-            end,
-            waits_early: random.chance(60),
+            init: ProcessPlan::of(random, program, end, 55),
             steps: (0..count).map(|_| Step::of(random)).collect(),
         }
     }
 
+    /// A container on an overlay in which nothing else runs.
+    pub(crate) fn of_init(init: ProcessPlan) -> Self {
+        Self {
+            rootfs: Rootfs::Overlay,
+            init,
+            steps: Vec::new(),
+        }
+    }
+}
+
+impl ProcessPlan {
+    /// A process whose streams are fifos in so many of a hundred cases.
+    fn of(random: &mut Random, program: Program, end: End, fifos: u64) -> Self {
+        let streams = Streams::of(random, program, fifos);
+        Self {
+            program,
+            end,
+            streams,
+            lines: Lines::of(random, streams),
+            waits_early: random.chance(60),
+            is_awaited: program.is_lasting() && end != End::Unstarted && random.chance(50),
+        }
+    }
+
+    fn exec(random: &mut Random) -> Self {
+        let code = random.code();
+        let (program, end) = match random.below(11) {
+            0..=4 => (Program::short(random), End::Itself),
+            5 | 6 => (Program::Sleep, End::Kill),
+            7 => (Program::UntilTerm { code }, End::Term),
+            8 => (Program::Sleep, End::WithInit),
+            9 => (Program::UntilEof { code }, End::CloseIo),
+            _ => (Program::Missing, End::Itself),
+        };
+        Self::of(random, program, end, 80)
+    }
+
+    /// A process with fifos and a few lines.
+    pub(crate) fn plain(program: Program, end: End) -> Self {
+        Self {
+            program,
+            end,
+            streams: Streams {
+                terminal: false,
+                sink: Sink::Fifo,
+                is_slow: false,
+                writes_early: false,
+            },
+            lines: Lines {
+                out: 40,
+                err: 20,
+                input: 60,
+            },
+            waits_early: true,
+            is_awaited: false,
+        }
+    }
+
+    /// The same with a terminal, which has one output.
+    pub(crate) fn on_terminal(mut self) -> Self {
+        self.streams.terminal = true;
+        self.lines.err = 0;
+        self
+    }
+
+    /// The same with a logger or a log file. In a file, pieces of one output may come between parts of a line of the other: only one
+    /// is written to.
+    pub(crate) fn to(mut self, sink: Sink) -> Self {
+        self.streams.sink = sink;
+        if sink == Sink::File {
+            self.lines.err = 0;
+        }
+        self
+    }
+
     /// The codes that are right: one, unless two ends race.
     pub(crate) fn codes(&self) -> Vec<u32> {
-        codes(self.program, self.end)
+        let own = self.program.own_code();
+        match self.end {
+            End::Kill | End::WithInit | End::Unstarted => vec![KILLED],
+            End::Race { .. } => vec![own, KILLED],
+            End::Itself | End::Term | End::CloseIo => vec![own],
+        }
     }
 }
 
-impl Exec {
-    pub(crate) fn codes(&self) -> Vec<u32> {
-        codes(self.program, self.end)
+impl Streams {
+    fn of(random: &mut Random, program: Program, fifos: u64) -> Self {
+        let terminal = random.chance(25);
+        let sink = match random.below(100) {
+            number if number < fifos => Sink::Fifo,
+            // A logger's pipe is the runtime's too, as with runc-v2: it hears why there is no process.
+            number if number % 2 == 0 && program != Program::Missing => Sink::Logger,
+            _ => Sink::File,
+        };
+        // What a client writes to a terminal comes back until the process has said that it shall not.
+        let reads = matches!(program, Program::UntilEof { .. }) && !terminal;
+        Self {
+            terminal,
+            sink,
+            is_slow: random.chance(25),
+            writes_early: reads && random.chance(50),
+        }
     }
 }
 
-fn codes(program: Program, end: End) -> Vec<u32> {
-    match end {
-        End::Kill | End::WithInit | End::Unstarted => vec![KILLED],
-        End::Race { .. } => vec![program.own_code(), KILLED],
-        End::Itself | End::Term | End::CloseIo => vec![program.own_code()],
+impl Lines {
+    fn of(random: &mut Random, streams: Streams) -> Self {
+        let mut count = |many| {
+            if random.chance(many) {
+                10_000 + random.below(30_000)
+            } else {
+                1 + random.below(300)
+            }
+        };
+        // More than a pipe holds: 6 bytes a line.
+        let (mut out, mut err, mut input) = (count(25), count(10), count(25));
+        if streams.terminal {
+            (out, err, input) = (1 + out / 8, 0, 1 + input / 8);
+        } else if streams.sink == Sink::File {
+            err = 0;
+        }
+        Self { out, err, input }
     }
 }
 
@@ -224,7 +264,7 @@ impl Step {
         match random.below(20) {
             0..=2 => Self::Read,
             3..=5 => Self::Pause,
-            6..=12 => Self::Exec(Exec::of(random)),
+            6..=12 => Self::Exec(ProcessPlan::exec(random)),
             13..=14 => Self::Probes {
                 count: 2 + random.below(3),
                 code: random.code(),
@@ -235,24 +275,6 @@ impl Step {
             _ => Self::Rest {
                 ms: random.millis(300),
             },
-        }
-    }
-}
-
-impl Exec {
-    fn of(random: &mut Random) -> Self {
-        let code = random.code();
-        let (program, end) = match random.below(10) {
-            0..=4 => (Program::short(random), End::Itself),
-            5 | 6 => (Program::Sleep, End::Kill),
-            7 => (Program::UntilTerm { code }, End::Term),
-            8 => (Program::Sleep, End::WithInit),
-            _ => (Program::Missing, End::Itself),
-        };
-        Self {
-            program,
-            end,
-            waits_early: random.chance(60),
         }
     }
 }
@@ -272,7 +294,7 @@ mod tests {
     fn no_life_ends_with_the_code_of_what_is_not_known() {
         for seed in 0..500 {
             let life = Life::of(&mut Random::of(seed, &[]));
-            assert!(!life.codes().contains(&255) && !life.codes().contains(&0));
+            assert!(!life.init.codes().contains(&255) && !life.init.codes().contains(&0));
         }
     }
 }

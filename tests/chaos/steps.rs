@@ -13,63 +13,84 @@ use xtask::sandbox::until;
 use crate::client::Client;
 use crate::direct;
 use crate::ground::Ground;
-use crate::plan::{End, Exec, Life, Program, Rootfs, Step};
+use crate::plan::{End, Life, ProcessPlan, Sink, Step};
+use crate::program::Program;
 use crate::random::Random;
 
 const STEPS: u64 = 4;
+/// More lines than pipe and fifo hold.
+const MANY: u64 = 30_000;
 /// A daemon that dies in all its steps and has more than this is not what this suite was made for.
 const TOO_MANY: u64 = 1000;
 
 /// The lives whose steps are taken: together they do everything that lasts.
 fn lives() -> Vec<(&'static str, Life)> {
-    let life = |program, end, steps| Life {
-        rootfs: Rootfs::Overlay,
-        program,
-        end,
-        waits_early: true,
-        steps,
+    let plain = ProcessPlan::plain;
+    let short = |code| plain(Program::Exit { code, after_ms: 0 }, End::Itself);
+    let copies = |code| plain(Program::UntilEof { code }, End::CloseIo);
+    let sleeps = |end| plain(Program::Sleep, end);
+    let many = |mut plan: ProcessPlan| {
+        plan.lines.out = MANY;
+        plan
     };
-    let exec = |program, end| {
-        Step::Exec(Exec {
-            program,
-            end,
-            waits_early: true,
-        })
-    };
-    let short = |code| Program::Exit { code, after_ms: 0 };
-    vec![
-        ("plain", life(short(37), End::Itself, vec![])),
+    let mut early = copies(9);
+    early.streams.writes_early = true;
+    let alone = |plan| (plan, Vec::new());
+    let with = |plan, steps: &[Step]| (plan, steps.to_vec());
+    let killed = sleeps(End::Kill);
+    let lives = [
+        ("plain", alone(short(37))),
         (
             "exec",
-            life(
-                Program::UntilTerm { code: 9 },
-                End::Term,
-                vec![
-                    exec(short(41), End::Itself),
-                    exec(Program::Sleep, End::Kill),
-                    exec(Program::Sleep, End::WithInit),
+            with(
+                plain(Program::UntilTerm { code: 9 }, End::Term),
+                &[
+                    Step::Exec(short(41)),
+                    Step::Exec(killed),
+                    Step::Exec(sleeps(End::WithInit)),
                 ],
             ),
         ),
-        (
-            "failing create",
-            life(Program::Missing, End::Itself, vec![]),
-        ),
+        ("failing create", alone(plain(Program::Missing, End::Itself))),
         (
             "failing exec",
-            life(
-                Program::Sleep,
-                End::Kill,
-                vec![exec(Program::Missing, End::Itself)],
+            with(killed, &[Step::Exec(plain(Program::Missing, End::Itself))]),
+        ),
+        ("pause", with(killed, &[Step::Pause])),
+        ("input", alone(copies(8))),
+        ("early input", alone(early)),
+        ("unstarted", alone(sleeps(End::Unstarted))),
+        ("terminal", alone(short(12).on_terminal())),
+        ("terminal input", alone(copies(13).on_terminal())),
+        (
+            "exec terminal",
+            with(killed, &[Step::Exec(short(14).on_terminal())]),
+        ),
+        (
+            "exec input",
+            with(
+                killed,
+                &[
+                    Step::Exec(copies(15)),
+                    Step::Exec(copies(16).on_terminal()),
+                ],
             ),
         ),
-        ("pause", life(Program::Sleep, End::Kill, vec![Step::Pause])),
+        ("logger", alone(short(17).to(Sink::Logger))),
         (
-            "input",
-            life(Program::UntilEof { code: 8 }, End::CloseIo, vec![]),
+            "terminal logger",
+            alone(short(18).on_terminal().to(Sink::Logger)),
         ),
-        ("unstarted", life(Program::Sleep, End::Unstarted, vec![])),
-    ]
+        ("log file", alone(short(19).to(Sink::File))),
+        (
+            "terminal log file",
+            alone(short(20).on_terminal().to(Sink::File)),
+        ),
+        ("much", alone(many(short(21)))),
+        ("much on a terminal", alone(many(short(22).on_terminal()))),
+        ("much to a log file", alone(many(short(23).to(Sink::File)))),
+    ];
+    lives.map(|(name, (init, steps))| (name, Life { steps, ..Life::of_init(init) })).into()
 }
 
 /// Takes the steps: all of them, or as many as are asked for, chosen by the seed.
@@ -97,6 +118,9 @@ pub(crate) fn take(ground: &Ground, options: &Options) -> anyhow::Result<()> {
 
 fn take_all(ground: &Ground, options: &Options) -> anyhow::Result<()> {
     for (number, (name, life)) in (0..).zip(lives()) {
+        if !options.lives.is_empty() && !options.lives.iter().any(|wanted| wanted == name) {
+            continue;
+        }
         let mut random = Random::of(options.seed(), &[STEPS, number]);
         // Without --every-step each life has so many deaths, spread over it.
         let stride = if options.every_step {

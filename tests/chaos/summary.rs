@@ -17,6 +17,15 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
         "  {} containers, {} execs, {} codes compared",
         counts.lives, counts.execs, counts.codes
     );
+    let verdict = if passed {
+        ", each number once and in order"
+    } else {
+        ""
+    };
+    println!(
+        "  {} streams, {} bytes{verdict} ({} bytes twice in log files)",
+        counts.streams, counts.bytes, counts.repeated
+    );
     println!(
         "  {} requests answered, the slowest after {:.2} s ({})",
         counts.requests,
@@ -47,7 +56,7 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
     }
     let line = json!({
         "passed": passed, "seed": seed, "seconds": seconds, "lives": counts.lives, "execs": counts.execs,
-        "codes": counts.codes, "requests": counts.requests, "longest_ms": u64::try_from(counts.longest.as_millis()).unwrap_or(u64::MAX),
+        "codes": counts.codes, "streams": counts.streams, "bytes": counts.bytes, "repeated": counts.repeated, "requests": counts.requests, "longest_ms": u64::try_from(counts.longest.as_millis()).unwrap_or(u64::MAX),
         "kills": counts.kills, "steps": counts.steps, "unkept": counts.unkept, "failures": counts.failures.len(),
     });
     println!("{line}");

@@ -26,6 +26,7 @@ mod replacement;
 mod smoke;
 mod streams;
 mod survival;
+mod terminals;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -63,6 +64,8 @@ fn main() -> ExitCode {
         &exits::OURS,
         &events::TESTS,
         &events::OURS,
+        &terminals::TESTS,
+        &terminals::OURS,
         &survival::TESTS,
         &survival::OURS,
         &survival::UPGRADES,

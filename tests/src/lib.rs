@@ -2,15 +2,17 @@
 //! `end_to_end/`.
 
 mod cri;
+mod ends;
 mod footprint;
 mod listener;
 mod shim;
 mod stage;
 mod streaming;
 
+pub use ends::{Reader, ensure_counted, on_a_terminal, writer};
 pub use cri::{Cri, Executed, Namespaces, Pod};
 pub use footprint::Footprint;
 pub use listener::{Heard, Listener};
-pub use shim::{Bundle, Shim};
+pub use shim::{Bundle, Shim, binary_name, write_program};
 pub use stage::{Scope, Stage, Test};
 pub use streaming::Streaming;

@@ -2,12 +2,16 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, ensure};
 use containerd_shim_protos::TaskClient;
 use containerd_shim_protos::api;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim::oci::Options;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use ttrpc::context::{self, Context as Metadata};
@@ -37,7 +41,12 @@ impl Shim {
     /// Connects to whoever serves a state directory.
     pub fn at(state_dir: &Path, namespace: &str) -> anyhow::Result<Self> {
         let address = format!("unix://{}/shim.sock", state_dir.display());
-        let client = ttrpc::Client::connect(&address).with_context(|| address.clone())?;
+        Self::at_address(&address, namespace)
+    }
+
+    /// Connects to the shim at an address, such as a shim's `start` prints.
+    pub fn at_address(address: &str, namespace: &str) -> anyhow::Result<Self> {
+        let client = ttrpc::Client::connect(address).with_context(|| address.to_owned())?;
         Ok(Self {
             tasks: TaskClient::new(client),
             namespace: namespace.into(),
@@ -136,6 +145,88 @@ impl Shim {
             .delete(self.metadata(), &request)
             .map(|response| response.exit_status)
     }
+}
+
+impl Shim {
+    /// Declares an exec of a command, with something more in the request: streams, a terminal.
+    pub fn exec_with(
+        &self,
+        id: &str,
+        exec: &str,
+        command: &[&str],
+        more: impl FnOnce(&mut api::ExecProcessRequest),
+    ) -> ttrpc::Result<()> {
+        let spec = json!({
+            "args": command, "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}
+        });
+        let mut request = api::ExecProcessRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            spec: MessageField::some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+                value: spec.to_string().into_bytes(),
+                ..Any::default()
+            }),
+            ..api::ExecProcessRequest::default()
+        };
+        more(&mut request);
+        self.tasks.exec(self.metadata(), &request).map(drop)
+    }
+
+    /// Starts an exec.
+    pub fn start_exec(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::StartRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            ..api::StartRequest::default()
+        };
+        self.tasks
+            .start(self.metadata(), &request)
+            .map(|response| response.pid)
+    }
+
+    /// Waits for the end of an exec and returns the code.
+    pub fn wait_exec(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::WaitRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            ..api::WaitRequest::default()
+        };
+        self.tasks
+            .wait(self.metadata(), &request)
+            .map(|response| response.exit_status)
+    }
+
+    /// Deletes an exec and returns the code.
+    pub fn delete_exec(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
+        let request = api::DeleteRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            ..api::DeleteRequest::default()
+        };
+        self.tasks
+            .delete(self.metadata(), &request)
+            .map(|response| response.exit_status)
+    }
+}
+
+/// The options of a task that name another OCI runtime.
+pub fn binary_name(program: &Path) -> MessageField<Any> {
+    let options = Options {
+        binary_name: program.to_string_lossy().into_owned(),
+        ..Options::default()
+    };
+    MessageField::some(Any {
+        type_url: "containerd.runc.v1.Options".into(),
+        value: options.write_to_bytes().unwrap_or_default(),
+        ..Any::default()
+    })
+}
+
+/// Writes a file that can be executed.
+pub fn write_program(path: &Path, text: &str) -> anyhow::Result<()> {
+    fs::write(path, text)?;
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
 }
 
 /// A bundle made by hand: `runc spec` with the static busybox as its root.

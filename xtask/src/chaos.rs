@@ -55,6 +55,9 @@ pub struct Options {
     /// Without --every-step, one of so many steps is taken
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub stride: u64,
+    /// Take the single steps of these lives only, such as "terminal input"
+    #[arg(long = "life", value_name = "NAME")]
+    pub lives: Vec<String>,
     /// Kill nobody: what fails then is the suite, or a defect that needs no chaos
     #[arg(long)]
     pub no_kills: bool,

@@ -29,7 +29,12 @@ use super::open;
 
 /// What is moved at once: all that a pipe of the usual size holds.
 const CHUNK: usize = 64 * 1024;
-/// What is read from a terminal at once where it cannot be spliced, `PIPE_BUF`: a pipe with room takes it at once.
+/// The size of the pipes of a stream that flows without pause, since most of its cost are changes between processes. One that nobody
+/// reads does not flow, and stays as small as every pipe: its process waits after 64 KiB.
+const LARGE: usize = 1024 * 1024;
+/// So much without pause makes pipes large.
+const MUCH: usize = 1024 * 1024;
+/// What is taken from a terminal at once, all that its buffer holds. It is `PIPE_BUF`, too: a pipe with room takes it at once.
 const SMALL: usize = 4096;
 /// A stream that is silent for so many milliseconds gives its thread back.
 const LINGER: u8 = 10;
@@ -103,9 +108,13 @@ pub(super) fn pump(
 ) -> io::Result<Stopped> {
     let mut scratch = None;
     let mut in_vain = 0;
+    let mut pipes = Pipes::of(source, &sink);
+    if !open::is_pipe(&source) {
+        pipes.size = SMALL;
+    }
     while !stop.load(Ordering::Relaxed) {
         let moved = match &mut sink {
-            Sink::Stream(to) => move_to_stream(source, *to),
+            Sink::Stream(to) => move_to_stream(source, *to, pipes.size),
             Sink::Null => discard(source),
             Sink::File(file, dropped) => match &mut scratch {
                 Some(scratch) => move_to_file(source, file, scratch, dropped, label),
@@ -117,7 +126,11 @@ pub(super) fn pump(
         };
         match moved {
             Ok(0) => return Ok(Stopped::End),
-            Ok(_) | Err(Errno::INTR) => in_vain = 0,
+            Ok(count) => {
+                pipes.flowed(count);
+                in_vain = 0;
+            }
+            Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
                 if let Some(stopped) = wait(source, &sink)? {
                     return Ok(stopped);
@@ -134,6 +147,50 @@ pub(super) fn pump(
         }
     }
     Ok(Stopped::Asked)
+}
+
+/// The pipes that a stream flows through, which are large while it flows without pause.
+struct Pipes<'a> {
+    pipes: [Option<BorrowedFd<'a>>; 2],
+    size: usize,
+    flowed: usize,
+}
+
+impl<'a> Pipes<'a> {
+    fn of(source: BorrowedFd<'a>, sink: &Sink<'a>) -> Self {
+        let sink = match sink {
+            Sink::Stream(to) => Some(*to),
+            Sink::File(..) | Sink::Null => None,
+        };
+        Self {
+            pipes: [Some(source), sink],
+            size: CHUNK,
+            flowed: 0,
+        }
+    }
+
+    fn flowed(&mut self, count: usize) {
+        self.flowed = self.flowed.saturating_add(count);
+        if self.flowed >= MUCH && self.size == CHUNK {
+            self.resize(LARGE);
+        }
+    }
+
+    /// What is no pipe, or holds more than that, or may not be larger, stays as it is.
+    fn resize(&mut self, size: usize) {
+        self.size = size;
+        for pipe in self.pipes.iter().flatten() {
+            let _ = rustix::pipe::fcntl_setpipe_size(pipe, size);
+        }
+    }
+}
+
+impl Drop for Pipes<'_> {
+    fn drop(&mut self) {
+        if self.size > CHUNK {
+            self.resize(CHUNK);
+        }
+    }
 }
 
 /// Waits a moment for what is missing; `None` if it has come.
@@ -156,12 +213,16 @@ fn wait(source: BorrowedFd<'_>, sink: &Sink<'_>) -> io::Result<Option<Stopped>> 
     }
 }
 
-fn move_to_stream(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<usize> {
+fn move_to_stream(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    size: usize,
+) -> rustix::io::Result<usize> {
     if TERMINALS_CANNOT_BE_SPLICED.load(Ordering::Relaxed) && !(open::is_pipe(&from) && open::is_pipe(&to)) {
         return copy(from, to);
     }
     let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-    match splice(from, None, to, None, CHUNK, flags) {
+    match splice(from, None, to, None, size, flags) {
         Err(Errno::INVAL) => {
             TERMINALS_CANNOT_BE_SPLICED.store(true, Ordering::Relaxed);
             copy(from, to)
