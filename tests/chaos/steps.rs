@@ -136,12 +136,12 @@ fn take_all(ground: &Ground, options: &Options) -> anyhow::Result<()> {
         {
             deaths += 1;
             step += stride;
-            if step > TOO_MANY || ground.ledger.has_failures() {
+            if step > TOO_MANY || (ground.ledger.has_failures() && !options.go_on) {
                 break;
             }
         }
         println!("  {name}: died at {deaths} of at most {} steps", step - 1);
-        if ground.ledger.has_failures() {
+        if ground.ledger.has_failures() && !options.go_on {
             break;
         }
     }

@@ -106,7 +106,7 @@ impl<'a> ClientStreams<'a> {
                 Output::Stderr => self.paths.stderr = text,
                 _ => self.paths.stdout = text,
             }
-            let reader = Reader::start(&path, self.plan.streams.is_slow);
+            let reader = Reader::start(&path, self.plan.streams.is_slow, self.ground.gap());
             self.outputs.push((output, End::Fifo(reader)));
         }
         Ok(())

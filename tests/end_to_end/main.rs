@@ -18,9 +18,12 @@ mod exits;
 mod failures;
 mod half_done;
 mod hostile;
+mod hung;
 mod kubernetes;
+mod log_files;
 mod model;
 mod mounts;
+mod pipes;
 mod regressions;
 mod replacement;
 mod smoke;
@@ -64,6 +67,11 @@ fn main() -> ExitCode {
         &exits::OURS,
         &events::TESTS,
         &events::OURS,
+        &hung::TESTS,
+        &log_files::TESTS,
+        &log_files::OURS,
+        &pipes::TESTS,
+        &pipes::OURS,
         &terminals::TESTS,
         &terminals::OURS,
         &survival::TESTS,

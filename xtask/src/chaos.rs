@@ -58,6 +58,9 @@ pub struct Options {
     /// Take the single steps of these lives only, such as "terminal input"
     #[arg(long = "life", value_name = "NAME")]
     pub lives: Vec<String>,
+    /// Take the single steps after one that fails, too
+    #[arg(long)]
+    pub go_on: bool,
     /// Kill nobody: what fails then is the suite, or a defect that needs no chaos
     #[arg(long)]
     pub no_kills: bool,
