@@ -117,7 +117,11 @@ impl Client {
         }
     }
 
-    pub(crate) fn create(&self, bundle: &Made, streams: &ClientStreams<'_>) -> anyhow::Result<Answer<u32>> {
+    pub(crate) fn create(
+        &self,
+        bundle: &Made,
+        streams: &ClientStreams<'_>,
+    ) -> anyhow::Result<Answer<u32>> {
         let StdioPaths {
             stdin,
             stdout,

@@ -228,7 +228,11 @@ impl<'a> Container<'a> {
         self.expect_status("", api::Status::RUNNING).map(drop)
     }
 
-    pub(crate) fn expect_status(&self, exec: &str, due: api::Status) -> anyhow::Result<api::StateResponse> {
+    pub(crate) fn expect_status(
+        &self,
+        exec: &str,
+        due: api::Status,
+    ) -> anyhow::Result<api::StateResponse> {
         let state = accepted("State", self.client.state(exec))?;
         let told = state.status.enum_value_or_default();
         ensure!(

@@ -110,7 +110,10 @@ impl Ledger {
     /// A stream has brought what was due, some of it twice if it goes to a log file.
     pub(crate) fn stream(&self, name: &str, bytes: usize, repeated: usize) {
         let mut pages = self.pages();
-        self.line(&mut pages, &format!("{name}: {bytes} bytes, {repeated} twice"));
+        self.line(
+            &mut pages,
+            &format!("{name}: {bytes} bytes, {repeated} twice"),
+        );
         let counts = &mut pages.counts;
         counts.streams += 1;
         counts.bytes += bytes as u64;

@@ -136,7 +136,11 @@ impl ProcessPlan {
                 let pause = after_ms * 1000 / PIECES;
                 let pieces = (0..PIECES).map(|piece| {
                     let (from, to) = (out * piece / PIECES, out * (piece + 1) / PIECES);
-                    let seq = if to > from { format!("seq {} {to}; ", from + 1) } else { String::new() };
+                    let seq = if to > from {
+                        format!("seq {} {to}; ", from + 1)
+                    } else {
+                        String::new()
+                    };
                     format!("{seq}sleep 0.{pause:06}; ")
                 });
                 pieces.collect()
@@ -173,7 +177,11 @@ impl ProcessPlan {
             _ if self.program == Program::Missing => return Due::default(),
             Output::Stdout => lines(1, self.lines.out),
             Output::Stderr => lines(FIRST_OF_STDERR, self.lines.err),
-            Output::Both => [lines(1, self.lines.out), lines(FIRST_OF_STDERR, self.lines.err)].concat(),
+            Output::Both => [
+                lines(1, self.lines.out),
+                lines(FIRST_OF_STDERR, self.lines.err),
+            ]
+            .concat(),
         };
         let mut at_least = if is_done || has_shown { all.len() } else { 0 };
         if output != Output::Stderr {
@@ -188,7 +196,11 @@ impl ProcessPlan {
             }
         }
         let due = Due { all, at_least };
-        if self.streams.terminal { due.on_terminal() } else { due }
+        if self.streams.terminal {
+            due.on_terminal()
+        } else {
+            due
+        }
     }
 }
 
@@ -218,8 +230,14 @@ mod tests {
         );
         let code = 7;
         let slow = script(Program::Exit { code, after_ms: 80 });
-        assert!(slow.contains("seq 1 2; sleep 0.010000; seq 3 5; sleep"), "{slow}");
-        assert!(slow.ends_with("seq 18 20; sleep 0.010000; wait; exit 7"), "{slow}");
+        assert!(
+            slow.contains("seq 1 2; sleep 0.010000; seq 3 5; sleep"),
+            "{slow}"
+        );
+        assert!(
+            slow.ends_with("seq 18 20; sleep 0.010000; wait; exit 7"),
+            "{slow}"
+        );
     }
 
     #[test]
@@ -229,10 +247,14 @@ mod tests {
             err: 0,
             input: 0,
         };
-        let due = |program, code, has_shown| plan(program, lines).due(Output::Stdout, code, has_shown);
+        let due =
+            |program, code, has_shown| plan(program, lines).due(Output::Stdout, code, has_shown);
         assert_eq!(due(Program::Sleep, Some(KILLED), false).at_least, 0);
         assert_eq!(due(Program::Sleep, Some(KILLED), true).at_least, 21);
-        let exit = Program::Exit { code: 4, after_ms: 0 };
+        let exit = Program::Exit {
+            code: 4,
+            after_ms: 0,
+        };
         assert_eq!(due(exit, Some(4), false).at_least, 21);
         assert_eq!(due(exit, Some(KILLED), false).at_least, 0);
         assert_eq!(due(Program::Missing, None, false), Due::default());

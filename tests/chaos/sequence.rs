@@ -78,7 +78,10 @@ impl Due {
         if due == furthest {
             return Ok(repeated);
         }
-        Err(format!("the last {} bytes came before, and what followed them does not come again", furthest - due))
+        Err(format!(
+            "the last {} bytes came before, and what followed them does not come again",
+            furthest - due
+        ))
     }
 
     fn check_length(&self, length: usize) -> Result<(), String> {
@@ -87,7 +90,9 @@ impl Due {
         }
         let (all, least) = (self.all.len(), self.at_least);
         let last = show(before(&self.all, length));
-        Err(format!("it ends after {length} of {all} bytes, at least {least} are due; its last: {last}"))
+        Err(format!(
+            "it ends after {length} of {all} bytes, at least {least} are due; its last: {last}"
+        ))
     }
 
     /// Where in what is due a stream goes on that has gone back by at most one piece.
@@ -97,8 +102,12 @@ impl Due {
         // A short piece that came twice is followed by what comes after it: there is always a whole window, but at the end.
         let window = next.get(..longest)?;
         let from = due.saturating_sub(CHUNK);
-        let place = find(self.all.get(from..due.saturating_add(longest))
-            .unwrap_or(tail(&self.all, from)), window)?;
+        let place = find(
+            self.all
+                .get(from..due.saturating_add(longest))
+                .unwrap_or(tail(&self.all, from)),
+            window,
+        )?;
         (place + from < due).then_some(place + from)
     }
 
@@ -129,7 +138,9 @@ fn tail(bytes: &[u8], from: usize) -> &[u8] {
 }
 
 fn before(bytes: &[u8], end: usize) -> &[u8] {
-    bytes.get(end.saturating_sub(SHOWN)..end).unwrap_or_default()
+    bytes
+        .get(end.saturating_sub(SHOWN)..end)
+        .unwrap_or_default()
 }
 
 fn show(bytes: &[u8]) -> String {
@@ -141,7 +152,9 @@ fn find(bytes: &[u8], window: &[u8]) -> Option<usize> {
     if window.is_empty() {
         return None;
     }
-    bytes.windows(window.len()).rposition(|found| found == window)
+    bytes
+        .windows(window.len())
+        .rposition(|found| found == window)
 }
 
 #[cfg(test)]
@@ -162,7 +175,11 @@ mod tests {
         let all = due.all.as_slice();
         assert_eq!(due.check(all), Ok(()));
         let lost = [&all[..500], &all[600..]].concat();
-        assert!(due.check(&lost).unwrap_err().contains("100 bytes are missing"));
+        assert!(
+            due.check(&lost)
+                .unwrap_err()
+                .contains("100 bytes are missing")
+        );
         let twice = [&all[..500], &all[300..]].concat();
         assert!(due.check(&twice).unwrap_err().contains("back by 200 bytes"));
         let short = &all[..all.len() - 1];
@@ -188,14 +205,27 @@ mod tests {
         let due = due(20_000);
         let all = due.all.as_slice();
         assert_eq!(due.check_with_repeats(all), Ok(0));
-        for (end, start) in [(70_003, 20_001), (501, 500), (30, 0), (all.len(), all.len() - 7)] {
+        for (end, start) in [
+            (70_003, 20_001),
+            (501, 500),
+            (30, 0),
+            (all.len(), all.len() - 7),
+        ] {
             let twice = [&all[..end], &all[start..]].concat();
-            assert_eq!(due.check_with_repeats(&twice), Ok(end - start), "{end} {start}");
+            assert_eq!(
+                due.check_with_repeats(&twice),
+                Ok(end - start),
+                "{end} {start}"
+            );
         }
         let thrice = [&all[..5000], &all[..6000], &all[3000..]].concat();
         assert_eq!(due.check_with_repeats(&thrice), Ok(8000));
         let lost = [&all[..5000], &all[5100..]].concat();
-        assert!(due.check_with_repeats(&lost).unwrap_err().contains("100 bytes are missing"));
+        assert!(
+            due.check_with_repeats(&lost)
+                .unwrap_err()
+                .contains("100 bytes are missing")
+        );
         let far = [&all[..100_000], &all[..]].concat();
         assert!(due.check_with_repeats(&far).is_err());
         assert!(due.check_with_repeats(&all[..5000]).is_err());
@@ -206,6 +236,9 @@ mod tests {
         let mut due = due(2);
         due.at_least = 2;
         let through = due.on_terminal();
-        assert_eq!((through.all.as_slice(), through.at_least), (&b"1\r\n2\r\n"[..], 3));
+        assert_eq!(
+            (through.all.as_slice(), through.at_least),
+            (&b"1\r\n2\r\n"[..], 3)
+        );
     }
 }

@@ -51,7 +51,10 @@ fn lives() -> Vec<(&'static str, Life)> {
                 ],
             ),
         ),
-        ("failing create", alone(plain(Program::Missing, End::Itself))),
+        (
+            "failing create",
+            alone(plain(Program::Missing, End::Itself)),
+        ),
         (
             "failing exec",
             with(killed, &[Step::Exec(plain(Program::Missing, End::Itself))]),
@@ -70,10 +73,7 @@ fn lives() -> Vec<(&'static str, Life)> {
             "exec input",
             with(
                 killed,
-                &[
-                    Step::Exec(copies(15)),
-                    Step::Exec(copies(16).on_terminal()),
-                ],
+                &[Step::Exec(copies(15)), Step::Exec(copies(16).on_terminal())],
             ),
         ),
         ("logger", alone(short(17).to(Sink::Logger))),
@@ -90,7 +90,17 @@ fn lives() -> Vec<(&'static str, Life)> {
         ("much on a terminal", alone(many(short(22).on_terminal()))),
         ("much to a log file", alone(many(short(23).to(Sink::File)))),
     ];
-    lives.map(|(name, (init, steps))| (name, Life { steps, ..Life::of_init(init) })).into()
+    lives
+        .map(|(name, (init, steps))| {
+            (
+                name,
+                Life {
+                    steps,
+                    ..Life::of_init(init)
+                },
+            )
+        })
+        .into()
 }
 
 /// Takes the steps: all of them, or as many as are asked for, chosen by the seed.

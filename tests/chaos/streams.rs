@@ -87,7 +87,8 @@ impl<'a> ClientStreams<'a> {
     /// A terminal has no error output.
     fn wanted(&self, suffixes: [&'static str; 2]) -> Vec<(Output, &'static str)> {
         let all = [Output::Stdout, Output::Stderr].into_iter().zip(suffixes);
-        all.take(if self.plan.streams.terminal { 1 } else { 2 }).collect()
+        all.take(if self.plan.streams.terminal { 1 } else { 2 })
+            .collect()
     }
 
     fn open_input(&mut self, own: &Path) -> anyhow::Result<()> {
@@ -127,7 +128,11 @@ impl<'a> ClientStreams<'a> {
             // Before that it would come back.
             self.wait_for_lines()?;
         }
-        let early = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let early = self
+            .writer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         match early {
             Some(writer) => writer.finish(),
             None => Writer::start(Path::new(&self.paths.stdin), self.plan.input())?.finish(),
@@ -179,7 +184,9 @@ impl<'a> ClientStreams<'a> {
             // What came says more than that it did not end.
             match (ended, compared) {
                 (Ok(()), compared) => compared?,
-                (Err(error), Ok(())) => return Err(error.context(format!("{} {output:?}", self.name))),
+                (Err(error), Ok(())) => {
+                    return Err(error.context(format!("{} {output:?}", self.name)));
+                }
                 (Err(error), Err(other)) => bail!("{other}; and {error}"),
             }
         }
@@ -232,7 +239,10 @@ impl End {
         match self {
             Self::Fifo(reader) => {
                 let length = reader.length();
-                ensure!(!reader.has_ended()?, "it has come to its end after {length} bytes");
+                ensure!(
+                    !reader.has_ended()?,
+                    "it has come to its end after {length} bytes"
+                );
                 Ok(length)
             }
             _ => self.bytes().map(|bytes| bytes.len()),

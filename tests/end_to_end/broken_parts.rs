@@ -176,7 +176,10 @@ fn what_could_not_be_kept_is_refused_by_name_and_what_runs_is_not_lost(
     first.create("c", bundle.path())?;
     let pid = first.start("c")?;
     sandbox.kill_daemon()?;
-    ensure!(last.state("c").is_err(), "its connection was kept after all");
+    ensure!(
+        last.state("c").is_err(),
+        "its connection was kept after all"
+    );
     ensure!(first.state("c")?.pid == pid, "another pid");
     first.kill("c", Signal::SIGKILL)?;
     ensure!(

@@ -6,7 +6,8 @@ use std::path::Path;
 use anyhow::ensure;
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::CheckpointOptions;
-use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, ensure_counted, writer};
+use nix::sys::signal::Signal;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::{Value, json};
@@ -15,7 +16,8 @@ use xtask::sandbox::{Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 6] = tests!(EmbedshimOnly:
+    a_container_with_streams_goes_on_from_its_checkpoint,
     a_checkpoint_of_ctrs_is_restored_by_ctr,
     a_container_goes_on_from_its_checkpoint,
     a_restore_that_cannot_be_watched_is_undone,
@@ -56,11 +58,15 @@ fn with_daemon(stage: &Stage, criu: bool) -> anyhow::Result<Sandbox> {
 fn counting(sandbox: &Sandbox, id: &str) -> anyhow::Result<Bundle> {
     let script = "i=0; while :; do i=$((i+1)); echo $i >> /count; busybox usleep 20000; done";
     let bundle = Bundle::new(sandbox, id, &["sh", "-c", script])?;
+    restorable(bundle)
+}
+
+/// CRIU makes a directory in the root, and locks a network namespace by iptables, which is not part of what we test.
+fn restorable(bundle: Bundle) -> anyhow::Result<Bundle> {
     bundle.edit(|spec| {
         if let Some(read_only) = spec.pointer_mut("/root/readonly") {
             *read_only = json!(false);
         }
-        // CRIU locks a network namespace by iptables, which is not part of what we test.
         if let Some(namespaces) = spec
             .pointer_mut("/linux/namespaces")
             .and_then(Value::as_array_mut)
@@ -105,7 +111,7 @@ fn a_checkpoint_of_ctrs_is_restored_by_ctr(stage: &Stage) -> anyhow::Result<()> 
     sandbox.import(stage.archive())?;
     let script = "i=0; while :; do i=$((i+1)); echo $i >> /count; busybox usleep 20000; done";
     let command = ["sh", "-c", script];
-    sandbox.detached(&["--net-host", "--null-io"], "c", &command)?;
+    sandbox.detached(&["--net-host"], "c", &command)?;
     let counted = |id: &str| {
         let text = fs::read_to_string(sandbox.bundle(id).join("rootfs/count")).unwrap_or_default();
         text.lines().count()
@@ -189,6 +195,72 @@ fn a_container_goes_on_from_its_checkpoint(stage: &Stage) -> anyhow::Result<()> 
         "the code was lost"
     );
     before.wait_for_return(&sandbox)
+}
+
+/// Its streams are pipes, which CRIU knows; the restored container has those of its new client.
+fn a_container_with_streams_goes_on_from_its_checkpoint(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = with_daemon(stage, true)?;
+    let shim = Shim::connect(&sandbox)?;
+    let before = Footprint::of(&sandbox);
+    let script = "i=0; while :; do i=$((i+1)); echo line $i; busybox usleep 20000; done";
+    let bundle = restorable(Bundle::new(&sandbox, "c", &["sh", "-c", script])?)?;
+    let image = sandbox.directory().join("image");
+    let mut first = Streams::new(&sandbox, "first")?;
+    shim.create_with("c", bundle.path(), |request| first.put_into(request))?;
+    shim.start("c")?;
+    first.stdout.wait_for("line 5\n")?;
+    checkpoint(&shim, "c", &sandbox.directory().join("other"), false)?;
+    let so_far = first.stdout.text().lines().count();
+    first.stdout.wait_for(&format!("line {}\n", so_far + 5))?;
+    checkpoint(&shim, "c", &image, true)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "it did not end"
+    );
+    let told = first.stdout.finish()?;
+    let last = told.lines().count();
+    ensure_counted(&told, "line", last)?;
+    let mut second = Streams::new(&sandbox, "second")?;
+    shim.create_with("c", bundle.path(), |request| {
+        request.checkpoint = image.to_string_lossy().into_owned();
+        second.put_into(request);
+    })?;
+    shim.start("c")?;
+    second.stdout.wait_for(&format!("line {}\n", last + 5))?;
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "the code was lost"
+    );
+    let all = format!("{told}{}", second.stdout.finish()?);
+    ensure_counted(&all, "line", all.lines().count())?;
+    before.wait_for_return(&sandbox)
+}
+
+/// All three streams of a client.
+struct Streams {
+    stdin: std::path::PathBuf,
+    _input: fs::File,
+    stdout: Reader,
+    stderr: Reader,
+}
+
+impl Streams {
+    fn new(sandbox: &Sandbox, name: &str) -> anyhow::Result<Self> {
+        let (stdin, input) = writer(sandbox, &format!("{name}-in"))?;
+        Ok(Self {
+            stdin,
+            _input: input,
+            stdout: Reader::new(sandbox, &format!("{name}-out"))?,
+            stderr: Reader::new(sandbox, &format!("{name}-err"))?,
+        })
+    }
+
+    fn put_into(&self, request: &mut api::CreateTaskRequest) {
+        request.stdin = self.stdin.to_string_lossy().into_owned();
+        request.stdout = self.stdout.path();
+        request.stderr = self.stderr.path();
+    }
 }
 
 fn a_restore_that_cannot_be_watched_is_undone(stage: &Stage) -> anyhow::Result<()> {

@@ -1,26 +1,22 @@
 //! What a daemon was about when it was killed, and what its successor makes of it: requests, calls of the runtime, terminals, inputs.
 //! All of it is asked for on one connection, as containerd would, which never notices.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::path::PathBuf;
 use std::thread::{ScopedJoinHandle, scope};
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use containerd_shim_protos::api;
-use containerd_shim_protos::protobuf::{Message, MessageField, well_known_types::any::Any};
-use containerd_shim_protos::shim::oci::Options;
-use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
-use nix::fcntl::OFlag;
+use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, binary_name, write_program};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use xtask::sandbox::{Sandbox, until};
+use xtask::sandbox::{Sandbox, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 10] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 11] = tests!(EmbedshimOnly:
     a_create_under_way_is_answered,
     a_start_under_way_is_answered,
     a_start_that_was_done_is_answered_and_not_done_again,
@@ -31,6 +27,7 @@ pub(crate) const TESTS: [Test; 10] = tests!(EmbedshimOnly:
     a_terminal_that_is_handed_over_while_nobody_is_there_is_taken,
     input_does_not_end_with_a_daemon,
     input_that_ended_before_the_start_ends_under_the_next_daemon_too,
+    the_logger_of_a_creation_that_was_cut_short_is_ended_and_the_next_gets_everything,
 );
 
 /// A runtime that stops within one of its calls until it is let go.
@@ -55,8 +52,7 @@ impl<'a> SlowRuntime<'a> {
              {first}\ntouch going\nwhile [ -e going ]; do sleep 0.02; done\n{then}\nfi\ndone\nexec runc \"$@\"\n",
             directory.display()
         );
-        fs::write(&program, script)?;
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        write_program(&program, &script)?;
         Ok(Self { sandbox, program })
     }
 
@@ -65,15 +61,7 @@ impl<'a> SlowRuntime<'a> {
     }
 
     fn choose(&self, request: &mut api::CreateTaskRequest) {
-        let options = Options {
-            binary_name: self.program.to_string_lossy().into_owned(),
-            ..Options::default()
-        };
-        request.options = MessageField::some(Any {
-            type_url: "containerd.runc.v1.Options".into(),
-            value: options.write_to_bytes().unwrap_or_default(),
-            ..Any::default()
-        });
+        request.options = binary_name(&self.program);
     }
 
     /// Kills the daemon while the runtime is in the call, lets the call go on under the next one, and returns what the request gets.
@@ -115,76 +103,6 @@ fn fifo(sandbox: &Sandbox, name: &str) -> anyhow::Result<PathBuf> {
     let path = sandbox.directory().join(name);
     mkfifo(&path, Mode::S_IRWXU)?;
     Ok(path)
-}
-
-/// The client's end of an output.
-struct Output {
-    file: File,
-    text: String,
-}
-
-impl Output {
-    fn open(path: &PathBuf) -> anyhow::Result<Self> {
-        let mut options = OpenOptions::new();
-        let file = options
-            .read(true)
-            .custom_flags(OFlag::O_NONBLOCK.bits())
-            .open(path)?;
-        Ok(Self {
-            file,
-            text: String::new(),
-        })
-    }
-
-    fn wait_for(&mut self, wanted: &str) -> anyhow::Result<()> {
-        let arrived = until(&format!("{wanted:?} arrives"), || {
-            let mut chunk = [0; 4096];
-            if let Ok(count) = self.file.read(&mut chunk) {
-                self.text
-                    .push_str(&String::from_utf8_lossy(&chunk[..count]));
-            }
-            Ok(self.text.contains(wanted))
-        });
-        arrived.with_context(|| format!("what came: {:?}", self.text))
-    }
-}
-
-fn exec_request(exec: &str, command: &[&str]) -> api::ExecProcessRequest {
-    let spec = serde_json::json!({
-        "args": command, "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}
-    });
-    api::ExecProcessRequest {
-        id: "c".into(),
-        exec_id: exec.into(),
-        spec: MessageField::some(Any {
-            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
-            value: spec.to_string().into_bytes(),
-            ..Any::default()
-        }),
-        ..api::ExecProcessRequest::default()
-    }
-}
-
-fn start_exec(shim: &Shim, exec: &str) -> ttrpc::Result<u32> {
-    let request = api::StartRequest {
-        id: "c".into(),
-        exec_id: exec.into(),
-        ..api::StartRequest::default()
-    };
-    shim.tasks
-        .start(shim.metadata(), &request)
-        .map(|response| response.pid)
-}
-
-fn wait_exec(shim: &Shim, exec: &str) -> ttrpc::Result<u32> {
-    let request = api::WaitRequest {
-        id: "c".into(),
-        exec_id: exec.into(),
-        ..api::WaitRequest::default()
-    };
-    shim.tasks
-        .wait(shim.metadata(), &request)
-        .map(|response| response.exit_status)
 }
 
 /// Ends it, and looks whether everything is gone.
@@ -269,12 +187,11 @@ fn an_exec_under_way_is_started_once_and_its_code_is_known(stage: &Stage) -> any
         shim.start("c")?;
         let script =
             "echo once >> /dev/shm/count; exit $((22 + $(busybox wc -l < /dev/shm/count)))";
-        let request = exec_request("e", &["busybox", "sh", "-c", script]);
-        shim.tasks.exec(shim.metadata(), &request)?;
+        shim.exec_with("c", "e", &["busybox", "sh", "-c", script], |_| {})?;
         let waiting = Shim::connect(&sandbox)?;
         scope(|scope| {
-            let wait = scope.spawn(|| wait_exec(&waiting, "e"));
-            let pid = runtime.kill_within(scope.spawn(|| start_exec(&shim, "e")))??;
+            let wait = scope.spawn(|| waiting.wait_exec("c", "e"));
+            let pid = runtime.kill_within(scope.spawn(|| shim.start_exec("c", "e")))??;
             ensure!(pid > 0, "no pid");
             let code = join(wait)??;
             ensure!(code == 23, "{code}");
@@ -336,7 +253,7 @@ fn a_terminal_goes_on_under_the_next_daemon(stage: &Stage) -> anyhow::Result<()>
     terminal(&bundle)?;
     let (stdin, stdout) = (fifo(&sandbox, "in")?, fifo(&sandbox, "out")?);
     let before = Footprint::of(&sandbox);
-    let mut output = Output::open(&stdout)?;
+    let output = Reader::of(stdout.clone());
     shim.create_with("c", bundle.path(), |request| {
         request.terminal = true;
         request.stdin = stdin.to_string_lossy().into_owned();
@@ -372,17 +289,15 @@ fn a_terminal_that_is_handed_over_while_nobody_is_there_is_taken(
     let before = Footprint::of(&sandbox);
     runtime.create(&shim, &bundle)?;
     shim.start("c")?;
-    let mut output = Output::open(&stdout)?;
-    let mut request = exec_request(
-        "e",
-        &["sh", "-c", "test -t 1 && echo on a terminal; exit 6"],
-    );
-    request.terminal = true;
-    request.stdout = stdout.to_string_lossy().into_owned();
-    shim.tasks.exec(shim.metadata(), &request)?;
-    scope(|scope| runtime.kill_within(scope.spawn(|| start_exec(&shim, "e"))))??;
+    let output = Reader::of(stdout.clone());
+    let script = "test -t 1 && echo on a terminal; exit 6";
+    shim.exec_with("c", "e", &["sh", "-c", script], |request| {
+        request.terminal = true;
+        request.stdout = stdout.to_string_lossy().into_owned();
+    })?;
+    scope(|scope| runtime.kill_within(scope.spawn(|| shim.start_exec("c", "e"))))??;
     output.wait_for("on a terminal")?;
-    ensure!(wait_exec(&shim, "e")? == 6, "not 6");
+    ensure!(shim.wait_exec("c", "e")? == 6, "not 6");
     end(&sandbox, &shim, &before)
 }
 
@@ -391,7 +306,7 @@ fn input_does_not_end_with_a_daemon(stage: &Stage) -> anyhow::Result<()> {
     let bundle = Bundle::new(&sandbox, "c", &["busybox", "cat"])?;
     let (stdin, stdout) = (fifo(&sandbox, "in")?, fifo(&sandbox, "out")?);
     let before = Footprint::of(&sandbox);
-    let mut output = Output::open(&stdout)?;
+    let output = Reader::of(stdout.clone());
     shim.create_with("c", bundle.path(), |request| {
         request.stdin = stdin.to_string_lossy().into_owned();
         request.stdout = stdout.to_string_lossy().into_owned();
@@ -420,7 +335,7 @@ fn input_that_ended_before_the_start_ends_under_the_next_daemon_too(
     let bundle = Bundle::new(&sandbox, "c", &["busybox", "cat"])?;
     let (stdin, stdout) = (fifo(&sandbox, "in")?, fifo(&sandbox, "out")?);
     let before = Footprint::of(&sandbox);
-    let mut output = Output::open(&stdout)?;
+    let output = Reader::of(stdout.clone());
     shim.create_with("c", bundle.path(), |request| {
         request.stdin = stdin.to_string_lossy().into_owned();
         request.stdout = stdout.to_string_lossy().into_owned();
@@ -431,4 +346,46 @@ fn input_that_ended_before_the_start_ends_under_the_next_daemon_too(
     output.wait_for("hi")?;
     ensure!(shim.wait("c")? == 0 && shim.delete("c")? == 0, "not 0");
     before.wait_for_return(&sandbox)
+}
+
+/// One logger is left, that of the container.
+fn the_logger_of_a_creation_that_was_cut_short_is_ended_and_the_next_gets_everything(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    for is_after in [false, true] {
+        let (sandbox, shim) = start(stage)?;
+        let runtime = SlowRuntime::new(&sandbox, "create", is_after)?;
+        let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "echo said; exit 7"])?;
+        let logger = sandbox.directory().join("logger");
+        let directory = sandbox.directory().display();
+        let script = format!(
+            "#!/bin/sh\nPATH=/bin:/usr/bin\necho $$ >> {directory}/begun\nexec 5>&-\ncat <&3 >> {directory}/log\n"
+        );
+        write_program(&logger, &script)?;
+        let before = Footprint::of(&sandbox);
+        let create = || {
+            shim.create_with("c", bundle.path(), |request| {
+                runtime.choose(request);
+                request.stdout = format!("binary://{}", logger.display());
+            })
+        };
+        scope(|scope| runtime.kill_within(scope.spawn(create)))??;
+        let lines = |name: &str| -> Vec<String> {
+            let text = fs::read_to_string(sandbox.directory().join(name)).unwrap_or_default();
+            text.lines().map(str::to_owned).collect()
+        };
+        let loggers = || -> Vec<i32> {
+            let begun = lines("begun");
+            begun.iter().filter_map(|pid| pid.parse().ok()).collect()
+        };
+        ensure!(loggers().len() == 2, "{:?}", loggers());
+        until("the first has ended", || Ok(!is_alive(loggers()[0])))?;
+        ensure!(is_alive(loggers()[1]), "the container has no logger");
+        shim.start("c")?;
+        ensure!(shim.wait("c")? == 7 && shim.delete("c")? == 7, "not 7");
+        until("the other has ended", || Ok(!is_alive(loggers()[1])))?;
+        ensure!(lines("log") == ["said"], "{:?}", lines("log"));
+        before.wait_for_return(&sandbox)?;
+    }
+    Ok(())
 }

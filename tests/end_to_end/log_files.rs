@@ -73,14 +73,19 @@ fn a_full_disk_drops_output_and_stops_no_container(stage: &Stage) -> anyhow::Res
     shim.start("c")?;
     ensure!(shim.wait("c")? == 6, "not 6");
     shim.delete("c")?;
-    ensure!(fs::metadata(&log)?.len() >= 128 << 10, "nothing was written");
+    ensure!(
+        fs::metadata(&log)?.len() >= 128 << 10,
+        "nothing was written"
+    );
     let daemon_log = sandbox.daemon_log();
     let told: Vec<&str> = daemon_log
         .lines()
         .filter(|line| line.contains("output is dropped"))
         .collect();
     ensure!(
-        told.len() == 1 && told[0].contains("dropped_bytes") && told[0].contains("stream=\"stdout\""),
+        told.len() == 1
+            && told[0].contains("dropped_bytes")
+            && told[0].contains("stream=\"stdout\""),
         "{told:?}"
     );
     Ok(())

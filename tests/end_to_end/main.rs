@@ -27,6 +27,7 @@ mod pipes;
 mod regressions;
 mod replacement;
 mod smoke;
+mod store;
 mod streams;
 mod survival;
 mod terminals;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         &hung::TESTS,
         &log_files::TESTS,
         &log_files::OURS,
+        &store::TESTS,
         &pipes::TESTS,
         &pipes::OURS,
         &terminals::TESTS,

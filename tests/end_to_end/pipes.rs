@@ -50,7 +50,10 @@ fn sleeping(sandbox: &Sandbox, shim: &Shim) -> anyhow::Result<u32> {
 
 fn end(sandbox: &Sandbox, shim: &Shim, before: &Footprint) -> anyhow::Result<()> {
     shim.kill("c", Signal::SIGKILL)?;
-    ensure!(shim.wait("c")? == 137 && shim.delete("c")? == 137, "not 137");
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
     before.wait_for_return(sandbox)
 }
 
@@ -97,17 +100,29 @@ fn an_exec_that_leaves_a_child_does_not_hold_its_client(stage: &Stage) -> anyhow
 
 fn a_runtimes_words_are_in_no_stream(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
-    let said = |finished: &xtask::sandbox::Finished| finished.stderr.matches("no such file").count();
+    let said =
+        |finished: &xtask::sandbox::Finished| finished.stderr.matches("no such file").count();
     let mut run = sandbox.run(&["--rm"], "c", &["/no/such"]);
     let finished = Running::capture(&mut run)?.finish(PATIENCE)?;
-    ensure!(said(&finished) == 1 && finished.stdout.is_empty(), "{finished:?}");
+    ensure!(
+        said(&finished) == 1 && finished.stdout.is_empty(),
+        "{finished:?}"
+    );
     sandbox.detached(&["--null-io"], "other", &["sleep", "1000"])?;
     let mut exec = sandbox.ctr(["task", "exec", "--exec-id", "e", "other", "/no/such"]);
     let finished = Running::capture(&mut exec)?.finish(PATIENCE)?;
-    ensure!(said(&finished) == 1 && finished.stdout.is_empty(), "{finished:?}");
+    ensure!(
+        said(&finished) == 1 && finished.stdout.is_empty(),
+        "{finished:?}"
+    );
     let log = sandbox.directory().join("log");
     let uri = format!("file://{}", log.display());
-    ensure!(sandbox.detached(&["--log-uri", &uri], "d", &["/no/such"]).is_err(), "it runs");
+    ensure!(
+        sandbox
+            .detached(&["--log-uri", &uri], "d", &["/no/such"])
+            .is_err(),
+        "it runs"
+    );
     let text = fs::read_to_string(&log).unwrap_or_default();
     ensure!(text.is_empty(), "{text}");
     Ok(())
@@ -122,7 +137,10 @@ fn streams_are_pipes(stage: &Stage) -> anyhow::Result<()> {
         for stream in 1..=2 {
             let path = PathBuf::from(format!("/proc/{pid}/fd/{stream}"));
             let link = fs::read_link(&path)?;
-            ensure!(link.to_string_lossy().starts_with("pipe:["), "{id}: {link:?}");
+            ensure!(
+                link.to_string_lossy().starts_with("pipe:["),
+                "{id}: {link:?}"
+            );
             ensure!(fs::metadata(&path)?.file_type().is_fifo(), "{id}");
         }
     }
@@ -147,7 +165,8 @@ fn output_is_whole_though_the_daemon_is_killed_within_a_creation(
     Running::capture(&mut sandbox.run(&["--rm"], "first", &["true"]))?.finish(PATIENCE)?;
     for instant in 0..16_u64 {
         let lines = if instant % 2 == 0 { 10 } else { 30_000 };
-        let script = format!("seq {lines} | while read n; do echo line $n; done; echo end >&2; exit 3");
+        let script =
+            format!("seq {lines} | while read n; do echo line $n; done; echo end >&2; exit 3");
         let id = format!("c{instant}");
         let mut run = sandbox.run(&["--rm"], &id, &["sh", "-c", &script]);
         let mut client = Running::capture(&mut run)?;
@@ -201,7 +220,10 @@ fn large_output_is_whole_over_many_daemons(stage: &Stage) -> anyhow::Result<()> 
         kills += 1;
     }
     ensure_counted(&reader.finish()?, "line", LINES)?;
-    ensure!(kills > 0 && shim.wait("c")? == 5 && shim.delete("c")? == 5, "not 5");
+    ensure!(
+        kills > 0 && shim.wait("c")? == 5 && shim.delete("c")? == 5,
+        "not 5"
+    );
     before.wait_for_return(&sandbox)
 }
 
@@ -228,7 +250,9 @@ fn input_is_whole_over_many_daemons(stage: &Stage) -> anyhow::Result<()> {
         sandbox.kill_daemon()?;
         kills += 1;
     }
-    typing.join().map_err(|_| anyhow::anyhow!("it panicked"))??;
+    typing
+        .join()
+        .map_err(|_| anyhow::anyhow!("it panicked"))??;
     // The client has gone, and that is no end.
     sandbox.kill_daemon()?;
     ensure!(!reader.has_ended(), "its input has ended with its client");
@@ -253,7 +277,9 @@ fn an_init_goes_on_writing_when_keeper_and_daemon_are_killed(stage: &Stage) -> a
         request.stdout = format!("file://{}", log.display());
     })?;
     shim.start("c")?;
-    until("it writes", || Ok(fs::metadata(&log).is_ok_and(|log| log.len() > 1000)))?;
+    until("it writes", || {
+        Ok(fs::metadata(&log).is_ok_and(|log| log.len() > 1000))
+    })?;
     let mut lengths = Vec::new();
     for _ in 0..3 {
         sandbox.end_daemon(Signal::SIGKILL)?;
@@ -269,10 +295,16 @@ fn an_init_goes_on_writing_when_keeper_and_daemon_are_killed(stage: &Stage) -> a
     })
     .with_context(|| format!("{lengths:?}: {}", sandbox.daemon_log()))?;
     crate::terminals::ensure_repeats_at_most(&fs::read_to_string(&log)?, LINES, 3)?;
-    ensure!(!bundle.path().join("rootfs/broken").exists(), "it got EPIPE");
+    ensure!(
+        !bundle.path().join("rootfs/broken").exists(),
+        "it got EPIPE"
+    );
     kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
     let shim = Shim::connect(&sandbox)?;
-    ensure!(shim.wait("c")? == 137 && shim.delete("c")? == 137, "not 137");
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
     Ok(())
 }
 
@@ -334,7 +366,15 @@ fn a_client_that_never_reads_holds_up_its_process_and_nothing_else(
 ) -> anyhow::Result<()> {
     let (sandbox, shim) = start(stage)?;
     let before = Footprint::of(&sandbox);
-    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "busybox seq 1000000 | busybox tee /dev/shm/copy"])?;
+    let bundle = Bundle::new(
+        &sandbox,
+        "c",
+        &[
+            "sh",
+            "-c",
+            "busybox seq 1000000 | busybox tee /dev/shm/copy",
+        ],
+    )?;
     let fifo = sandbox.directory().join("out");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
     let pid = shim.create_with("c", bundle.path(), |request| {
@@ -353,10 +393,15 @@ fn a_client_that_never_reads_holds_up_its_process_and_nothing_else(
     ensure!((60_000..300_000).contains(&last), "{last} bytes were taken");
     let other = Bundle::new(&sandbox, "other", &["sh", "-c", "echo here"])?;
     let mut reader = Reader::new(&sandbox, "other-out")?;
-    shim.create_with("other", other.path(), |request| request.stdout = reader.path())?;
+    shim.create_with("other", other.path(), |request| {
+        request.stdout = reader.path()
+    })?;
     shim.start("other")?;
     ensure!(reader.finish()? == "here\n", "not heard");
-    ensure!(shim.wait("other")? == 0 && shim.delete("other")? == 0, "not 0");
+    ensure!(
+        shim.wait("other")? == 0 && shim.delete("other")? == 0,
+        "not 0"
+    );
     // It comes back, and nothing is lost.
     let mut reader = Reader::of(fifo);
     let text = reader.finish()?;

@@ -7,7 +7,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::ensure;
-use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, ensure_counted, on_a_terminal};
+use embedshim_tests::{
+    Bundle, Footprint, Reader, Shim, Stage, Test, ensure_counted, on_a_terminal,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
@@ -32,12 +34,23 @@ const COUNTING: &str =
     "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 7";
 
 /// `ctr run -t` and `ctr task exec -t`, each on a terminal of its own, while `replace` is done to the daemon twice.
-fn through_ctr(stage: &Stage, replace: impl Fn(&Sandbox) -> anyhow::Result<()>) -> anyhow::Result<()> {
+fn through_ctr(
+    stage: &Stage,
+    replace: impl Fn(&Sandbox) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
     sandbox.detached(&["--null-io"], "other", &["sleep", "1000"])?;
     let run = sandbox.run(&["--tty", "--rm"], "c", &["sh", "-c", COUNTING]);
     let exec = sandbox.ctr([
-        "task", "exec", "--tty", "--exec-id", "e", "other", "sh", "-c", COUNTING,
+        "task",
+        "exec",
+        "--tty",
+        "--exec-id",
+        "e",
+        "other",
+        "sh",
+        "-c",
+        COUNTING,
     ]);
     let mut clients = [run, exec]
         .iter()
@@ -64,14 +77,18 @@ fn a_terminals_client_reads_every_line_though_the_daemon_is_killed(
 fn a_terminals_client_reads_every_line_though_the_daemon_is_stopped(
     stage: &Stage,
 ) -> anyhow::Result<()> {
-    through_ctr(stage, |sandbox| sandbox.replace_daemon(Signal::SIGTERM).map(drop))
+    through_ctr(stage, |sandbox| {
+        sandbox.replace_daemon(Signal::SIGTERM).map(drop)
+    })
 }
 
 fn a_terminals_client_reads_every_line_over_an_upgrade(stage: &Stage) -> anyhow::Result<()> {
     let program = stage.binary("embedshimd");
     through_ctr(stage, |sandbox| {
         let mut upgrade = Command::new(&program);
-        upgrade.args(["upgrade", "--state-dir"]).arg(sandbox.state_dir());
+        upgrade
+            .args(["upgrade", "--state-dir"])
+            .arg(sandbox.state_dir());
         let upgraded = Running::capture(&mut upgrade)?.finish(PATIENCE * 2)?;
         ensure!(upgraded.code == Some(0), "{upgraded:?}");
         Ok(())
@@ -178,7 +195,9 @@ pub(crate) fn ensure_repeats_at_most(text: &str, last: usize, kills: usize) -> a
     let mut jumps = 0;
     // A repeated chunk begins within a line.
     for line in text.split(['\n', '\r']).filter(|line| !line.is_empty()) {
-        let number = line.strip_prefix("line ").and_then(|number| number.parse::<usize>().ok());
+        let number = line
+            .strip_prefix("line ")
+            .and_then(|number| number.parse::<usize>().ok());
         match number {
             Some(number) if number == next => next += 1,
             Some(number) if number < next => {}
@@ -214,7 +233,10 @@ fn sockets_of_terminals_that_never_come_are_removed(stage: &Stage) -> anyhow::Re
         // The call ends with the daemon, and so does the connection: nothing comes again.
         sandbox.end_daemon(Signal::SIGKILL)?;
         end_program("sleep\x001000\0", &sandbox)?;
-        ensure!(request.join().is_ok_and(|answer| answer.is_err()), "created");
+        ensure!(
+            request.join().is_ok_and(|answer| answer.is_err()),
+            "created"
+        );
         Ok(())
     })?;
     sandbox.start_daemon()?;

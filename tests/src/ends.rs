@@ -55,8 +55,10 @@ impl Reader {
 
     /// Waits until this text has come.
     pub fn wait_for(&self, text: &str) -> anyhow::Result<()> {
-        until(&format!("{text:?} comes"), || Ok(self.text().contains(text)))
-            .with_context(|| self.tail())
+        until(&format!("{text:?} comes"), || {
+            Ok(self.text().contains(text))
+        })
+        .with_context(|| self.tail())
     }
 
     /// Whether the stream has ended.
@@ -110,7 +112,8 @@ pub fn writer(sandbox: &Sandbox, name: &str) -> anyhow::Result<(PathBuf, File)> 
 
 /// Runs a command on a terminal of its own (`script`), which stays open until the command ends.
 pub fn on_a_terminal(command: &Command) -> Command {
-    let quote = |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"));
+    let quote =
+        |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"));
     let words: Vec<String> = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(quote)

@@ -9,8 +9,8 @@ mod shim;
 mod stage;
 mod streaming;
 
-pub use ends::{Reader, ensure_counted, on_a_terminal, writer};
 pub use cri::{Cri, Executed, Namespaces, Pod};
+pub use ends::{Reader, ensure_counted, on_a_terminal, writer};
 pub use footprint::Footprint;
 pub use listener::{Heard, Listener};
 pub use shim::{Bundle, Shim, binary_name, write_program};

@@ -226,7 +226,10 @@ pub fn binary_name(program: &Path) -> MessageField<Any> {
 /// Writes a file that can be executed.
 pub fn write_program(path: &Path, text: &str) -> anyhow::Result<()> {
     fs::write(path, text)?;
-    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
+    Ok(fs::set_permissions(
+        path,
+        fs::Permissions::from_mode(0o755),
+    )?)
 }
 
 /// A bundle made by hand: `runc spec` with the static busybox as its root.

@@ -56,7 +56,10 @@ fn measure(options: &Options) -> anyhow::Result<()> {
     let ours = Sandbox::new(&options.binaries, EMBEDSHIM)?;
     ours.start_daemon()?;
     let theirs = Sandbox::new(&options.binaries, RUNC_V2)?;
-    println!("output of a process, median of {}: MiB/s, and processor time of the shim", options.runs);
+    println!(
+        "output of a process, median of {}: MiB/s, and processor time of the shim",
+        options.runs
+    );
     println!("              embed.v1               runc.v2                ratio");
     for way in [Way::Fifo, Way::File, Way::Terminal] {
         let amount = match way {
@@ -176,7 +179,10 @@ fn connect(sandbox: &Sandbox, id: &str, bundle: &Bundle) -> anyhow::Result<(Shim
         .output()
         .context("containerd-shim-runc-v2")?;
     let complaint = String::from_utf8_lossy(&started.stderr);
-    ensure!(started.status.success(), "containerd-shim-runc-v2: {complaint}");
+    ensure!(
+        started.status.success(),
+        "containerd-shim-runc-v2: {complaint}"
+    );
     let answer: serde_json::Value = serde_json::from_slice(&started.stdout)?;
     let address = answer["address"].as_str().context("no address")?;
     let shim = Shim::at_address(address, sandbox.namespace())?;
@@ -197,7 +203,11 @@ fn processor_time(pid: i32) -> anyhow::Result<Duration> {
         .unwrap_or_default()
         .split_whitespace()
         .collect();
-    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok());
+    let ticks = |index: usize| {
+        fields
+            .get(index)
+            .and_then(|field| field.parse::<u64>().ok())
+    };
     let sum = ticks(11).zip(ticks(12)).map(|(user, system)| user + system);
     // USER_HZ is 100 on every architecture that we run on.
     Ok(Duration::from_millis(sum.context("no times")? * 10))

@@ -144,9 +144,7 @@ impl Error {
             Self::Stdio(e) if e.is_request_fault() => ErrorKind::InvalidArgument,
             Self::Unimplemented(_) => ErrorKind::Unimplemented,
             Self::Watch(WatchError::TableFull { .. })
-            | Self::Stdio(crate::stdio::StdioError::NotKept { .. }) => {
-                ErrorKind::ResourceExhausted
-            }
+            | Self::Stdio(crate::stdio::StdioError::NotKept { .. }) => ErrorKind::ResourceExhausted,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::WrongState(_)
             | Self::Runtime { .. }

@@ -17,9 +17,7 @@ use embedshim_core::fdstore::{FdName, FdStore, InheritedFds};
 use embedshim_core::process::ProcessIdentity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
-};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::keep::{MAX_NAMES, REAP};
 use outgoing::Outgoing;
@@ -150,7 +148,8 @@ impl Manager {
     pub(crate) fn stopping(&self) -> io::Result<()> {
         self.outgoing.send("STOPPING=1\n".into(), &[])?;
         let (mut ours, theirs) = io::pipe()?;
-        self.outgoing.send("BARRIER=1\n".into(), &[theirs.as_fd()])?;
+        self.outgoing
+            .send("BARRIER=1\n".into(), &[theirs.as_fd()])?;
         drop(theirs);
         wait_for_end(&mut ours)
     }

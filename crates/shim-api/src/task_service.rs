@@ -105,7 +105,9 @@ impl TaskService {
     ) -> Answer<api::CreateTaskResponse> {
         if let Some(why) = call.session.not_kept.get() {
             let id = &request.id;
-            let text = format!("container {id} would be lost with this daemon, since its connection is: {why}");
+            let text = format!(
+                "container {id} would be lost with this daemon, since its connection is: {why}"
+            );
             return Err(ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text));
         }
         let bundle = PathBuf::from(&request.bundle);

@@ -95,7 +95,10 @@ impl fmt::Display for FdName {
             }
         }
         f.write_str(kind)?;
-        digits.iter().rev().try_for_each(|digit| write!(f, "{digit}"))
+        digits
+            .iter()
+            .rev()
+            .try_for_each(|digit| write!(f, "{digit}"))
     }
 }
 
@@ -174,16 +177,36 @@ mod tests {
     fn the_names_of_three_thousand_containers_fit_into_one_variable() {
         // A number is microseconds since boot: a year has 14 digits.
         let year = 31_536_000_000_000;
-        let of_container = [FdName::Connection(year), FdName::Process(year), FdName::Process(year)];
-        let length: usize = of_container.map(|name| name.to_string().len() + 1).iter().sum();
+        let of_container = [
+            FdName::Connection(year),
+            FdName::Process(year),
+            FdName::Process(year),
+        ];
+        let length: usize = of_container
+            .map(|name| name.to_string().len() + 1)
+            .iter()
+            .sum();
         assert!(3_000 * length < 128 * 1024, "{length}");
     }
 
     #[test]
     fn what_is_no_name_is_refused() {
         for text in [
-            "", "listener/", "c", "c/", "c/!", "c/007", "c/+7", "p/A", "p/1/", "p/1/2", "p/-1", "stored",
-            "embedshimd.socket", "wrong/1", "conn/7",
+            "",
+            "listener/",
+            "c",
+            "c/",
+            "c/!",
+            "c/007",
+            "c/+7",
+            "p/A",
+            "p/1/",
+            "p/1/2",
+            "p/-1",
+            "stored",
+            "embedshimd.socket",
+            "wrong/1",
+            "conn/7",
         ] {
             assert!(text.parse::<FdName>().is_err(), "{text}");
         }

@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
+    recvmsg, sendmsg, socketpair,
 };
 use nix::sys::stat::fstat;
 use rustix::io::ioctl_fionread;
@@ -240,8 +240,7 @@ struct Queue {
 impl Queue {
     fn new() -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let (sender, receiver) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        let (sender, receiver) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         Ok(Self { sender, receiver })
     }
 
@@ -293,8 +292,12 @@ impl Queue {
         let mut parts = [IoSliceMut::new(&mut text)];
         let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-        let message =
-            recvmsg::<()>(self.receiver.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+        let message = recvmsg::<()>(
+            self.receiver.as_raw_fd(),
+            &mut parts,
+            Some(&mut space),
+            flags,
+        )?;
         let length = message.bytes;
         let received: Vec<OwnedFd> = message
             .cmsgs()?
@@ -312,15 +315,20 @@ impl Queue {
             _ => return Err(io::Error::other("the set is of another format")),
         };
         // A role of a later version is closed.
-        let known = letters.iter().zip(received).filter_map(|(&letter, fd)| {
-            Some((FdRole::of(letter)?, Arc::new(fd)))
-        });
+        let known = letters
+            .iter()
+            .zip(received)
+            .filter_map(|(&letter, fd)| Some((FdRole::of(letter)?, Arc::new(fd))));
         Ok((length, known.collect()))
     }
 
     /// Closes the oldest set: without room for control messages the kernel closes what is in it.
     fn drop_oldest(&self) {
-        let _ = recv(self.receiver.as_raw_fd(), &mut [0; 1 + MAX_FDS], MsgFlags::MSG_DONTWAIT);
+        let _ = recv(
+            self.receiver.as_raw_fd(),
+            &mut [0; 1 + MAX_FDS],
+            MsgFlags::MSG_DONTWAIT,
+        );
     }
 
     fn clear(&self) {
@@ -344,7 +352,10 @@ mod tests {
     impl FdStore for Shelf {
         fn keep(&self, name: &FdName, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
             for fd in fds {
-                self.0.lock().unwrap().push((*name, fd.try_clone_to_owned()?));
+                self.0
+                    .lock()
+                    .unwrap()
+                    .push((*name, fd.try_clone_to_owned()?));
             }
             Ok(())
         }
@@ -387,8 +398,11 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let fds = ProcessFds::new(shelf.clone(), 7);
         let ((mut out, out_end), (mut err, err_end)) = (pipe(), pipe());
-        fds.keep([(FdRole::StdoutClient, out_end), (FdRole::StderrClient, err_end)])
-            .unwrap();
+        fds.keep([
+            (FdRole::StdoutClient, out_end),
+            (FdRole::StderrClient, err_end),
+        ])
+        .unwrap();
         drop(fds);
         let next = successor(&shelf);
         assert!(!is_at_end(&mut out) && !is_at_end(&mut err));
@@ -426,8 +440,11 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let fds = ProcessFds::new(shelf.clone(), 7);
         let ((mut client, client_end), (mut other, other_end)) = (pipe(), pipe());
-        fds.keep([(FdRole::StdoutClient, client_end), (FdRole::StdoutPipe, other_end)])
-            .unwrap();
+        fds.keep([
+            (FdRole::StdoutClient, client_end),
+            (FdRole::StdoutPipe, other_end),
+        ])
+        .unwrap();
         let heir = ProcessFds::new(shelf.clone(), 8);
         heir.adopt(&fds, &[FdRole::StdoutClient]).unwrap();
         assert!(fds.is_empty() && is_at_end(&mut other) && !is_at_end(&mut client));

@@ -285,7 +285,9 @@ impl Runtime {
             let _ = stdin.write_all(&document).await;
         }
         let output = [collect(child.stdout.take()), collect(child.stderr.take())];
-        let Ok(status) = tokio::time::timeout(self.deadline.saturating_sub(begun.elapsed()), child.wait()).await else {
+        let Ok(status) =
+            tokio::time::timeout(self.deadline.saturating_sub(begun.elapsed()), child.wait()).await
+        else {
             kill_group(&child);
             return Err(Failure::Late);
         };

@@ -216,13 +216,25 @@ impl Streams {
         if has(FdRole::Terminal) && has(FdRole::StdoutPipe) {
             // To a file: by way of a pipe that is stored.
             let (pipe, silence) = (FdRole::StdoutPipe, Some(SILENCE));
-            let terminal = start("stdout", FdRole::Terminal, Some(pipe), silence, AtEnd::Leave);
+            let terminal = start(
+                "stdout",
+                FdRole::Terminal,
+                Some(pipe),
+                silence,
+                AtEnd::Leave,
+            );
             let sink = Some(FdRole::StdoutClient);
             let file = start("stdout", pipe, sink, Some(Duration::ZERO), AtEnd::Close);
             outputs.extend([terminal, file]);
         } else if has(FdRole::Terminal) {
             let sink = has(FdRole::StdoutClient).then_some(FdRole::StdoutClient);
-            outputs.push(start("stdout", FdRole::Terminal, sink, Some(SILENCE), at_end));
+            outputs.push(start(
+                "stdout",
+                FdRole::Terminal,
+                sink,
+                Some(SILENCE),
+                at_end,
+            ));
         } else {
             let patience = (of == Of::Init).then_some(HOLDERS);
             for (stream, source, sink) in [
@@ -238,7 +250,13 @@ impl Streams {
                 }
                 // What came from a terminal that is gone has no end of its own.
                 let staged = open::is_held(&pipe).then_some(Duration::ZERO);
-                outputs.push(start(stream, source, Some(sink), staged.or(patience), at_end));
+                outputs.push(start(
+                    stream,
+                    source,
+                    Some(sink),
+                    staged.or(patience),
+                    at_end,
+                ));
             }
         }
         Self {
@@ -251,7 +269,10 @@ impl Streams {
 
     /// Whether there is anything to be moved, or to be kept for a client.
     pub(crate) fn has_any(fds: &ProcessFds) -> bool {
-        PIPES.iter().chain(&CLIENT_ENDS).any(|role| fds.get(*role).is_some())
+        PIPES
+            .iter()
+            .chain(&CLIENT_ENDS)
+            .any(|role| fds.get(*role).is_some())
     }
 
     /// Lets the input flow. Unless it `is_closed`, it outlives its client from now on. Idempotent.
@@ -397,8 +418,18 @@ pub(crate) fn find_again(
 ) -> Result<(), StdioError> {
     let mut set = Vec::new();
     for (stream, inode, output, roles) in [
-        ("stdout", pipes.stdout, &plan.stdout, [FdRole::StdoutClient, FdRole::StdoutPipe]),
-        ("stderr", pipes.stderr, &plan.stderr, [FdRole::StderrClient, FdRole::StderrPipe]),
+        (
+            "stdout",
+            pipes.stdout,
+            &plan.stdout,
+            [FdRole::StdoutClient, FdRole::StdoutPipe],
+        ),
+        (
+            "stderr",
+            pipes.stderr,
+            &plan.stderr,
+            [FdRole::StderrClient, FdRole::StderrPipe],
+        ),
     ] {
         let flags = libc::O_RDONLY | libc::O_NONBLOCK;
         if let Some(pipe) = inode.and_then(|inode| open::pipe_of(process.pid, inode, flags))

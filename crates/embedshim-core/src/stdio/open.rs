@@ -114,8 +114,7 @@ pub(super) fn is_pipe(descriptor: &impl AsFd) -> bool {
 
 /// Whether it is open for writing too: a fifo of ours that keeps its own end away.
 pub(super) fn is_held(descriptor: &impl AsFd) -> bool {
-    fcntl(descriptor, FcntlArg::F_GETFL)
-        .is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_RDWR)
+    fcntl(descriptor, FcntlArg::F_GETFL).is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_RDWR)
 }
 
 /// Whether it is open for reading alone: what is left of a client's end whose output is over.
@@ -286,9 +285,21 @@ mod tests {
             output("stdout", &Output::Path(path)).unwrap_err()
         };
         let missing = open("missing");
-        assert!(matches!(missing, StdioError::Open { stream: "stdout", .. }), "{missing}");
+        assert!(
+            matches!(
+                missing,
+                StdioError::Open {
+                    stream: "stdout",
+                    ..
+                }
+            ),
+            "{missing}"
+        );
         let directory = open("");
-        assert!(directory.to_string().contains("is a directory"), "{directory}");
+        assert!(
+            directory.to_string().contains("is a directory"),
+            "{directory}"
+        );
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
         assert!(open("link").to_string().contains("symbolic link"));
         fs::write(dir.path().join("file"), "").unwrap();
@@ -301,7 +312,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b/log");
         for text in ["one ", "two"] {
-            let file = output("stdout", &Output::File(path.clone())).unwrap().unwrap();
+            let file = output("stdout", &Output::File(path.clone()))
+                .unwrap()
+                .unwrap();
             File::from(file).write_all(text.as_bytes()).unwrap();
         }
         assert_eq!(fs::read_to_string(path).unwrap(), "one two");

@@ -218,7 +218,9 @@ fn move_to_stream(
     to: BorrowedFd<'_>,
     size: usize,
 ) -> rustix::io::Result<usize> {
-    if TERMINALS_CANNOT_BE_SPLICED.load(Ordering::Relaxed) && !(open::is_pipe(&from) && open::is_pipe(&to)) {
+    if TERMINALS_CANNOT_BE_SPLICED.load(Ordering::Relaxed)
+        && !(open::is_pipe(&from) && open::is_pipe(&to))
+    {
         return copy(from, to);
     }
     let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
@@ -305,7 +307,8 @@ fn move_to_file(
             Ok(written) if written > 0 => rest = rest.get(written..).unwrap_or_default(),
             Err(Errno::INTR) => {}
             failed => {
-                let error = failed.map_or_else(io::Error::from, |_| io::ErrorKind::WriteZero.into());
+                let error =
+                    failed.map_or_else(io::Error::from, |_| io::ErrorKind::WriteZero.into());
                 dropped.count(rest.len(), &error, &label.id, label.stream);
                 break;
             }
@@ -313,7 +316,14 @@ fn move_to_file(
     }
     let mut left = copied;
     while left > 0 {
-        match splice(from, None, scratch.null.as_fd(), None, left, SpliceFlags::NONBLOCK) {
+        match splice(
+            from,
+            None,
+            scratch.null.as_fd(),
+            None,
+            left,
+            SpliceFlags::NONBLOCK,
+        ) {
             Ok(0) | Err(Errno::AGAIN) => break,
             Ok(count) => left = left.saturating_sub(count),
             Err(Errno::INTR) => {}
@@ -394,9 +404,16 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "before after");
         fill(&writer, b"more than there is room for");
         drop(writer);
-        let full = File::options().write(true).open("/dev/full").unwrap().into();
+        let full = File::options()
+            .write(true)
+            .open("/dev/full")
+            .unwrap()
+            .into();
         let sink = Sink::File(&full, &mut dropped);
-        assert_eq!(pump(from.as_fd(), sink, &go, &label()).unwrap(), Stopped::End);
+        assert_eq!(
+            pump(from.as_fd(), sink, &go, &label()).unwrap(),
+            Stopped::End
+        );
         assert!(dropped.told.is_some());
     }
 

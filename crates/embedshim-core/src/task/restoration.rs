@@ -72,7 +72,10 @@ struct Findings {
 }
 
 /// Takes over everything in the store. Afterwards every task is there, and every exit that happened meanwhile is on its way.
-pub(super) async fn restore(shared: &Arc<Shared>, inherited: &mut InheritedFds) -> Result<(), Error> {
+pub(super) async fn restore(
+    shared: &Arc<Shared>,
+    inherited: &mut InheritedFds,
+) -> Result<(), Error> {
     let store = shared.store.clone();
     // All of it in one go: a change of threads for each of 500 tasks would take longer than the work.
     let (remains, mut calls) = blocking(move || {
@@ -232,12 +235,7 @@ async fn examine(
 }
 
 /// It ended and is not deleted: nobody has acted on this exit, so perhaps nobody heard of it.
-async fn has_ended(
-    shared: &Shared,
-    task: &Arc<Task>,
-    process: &Arc<TaskProcess>,
-    exit: Exit,
-) {
+async fn has_ended(shared: &Shared, task: &Arc<Task>, process: &Arc<TaskProcess>, exit: Exit) {
     if let Some(identity) = process.identity() {
         exits::let_be_reaped(shared, identity);
     }

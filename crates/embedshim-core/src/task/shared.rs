@@ -178,7 +178,9 @@ impl Shared {
     }
 
     fn abandoned(&self) -> MutexGuard<'_, HashMap<RequestId, ProcessFds>> {
-        self.abandoned.lock().unwrap_or_else(PoisonError::into_inner)
+        self.abandoned
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A mutation is under way for as long as this lives.

@@ -196,10 +196,11 @@ impl Keeper {
     fn start_daemon(&mut self) -> Option<Code> {
         self.zombies.leave_alone();
         self.be_found();
-        let started = self
-            .parts
-            .program
-            .start_daemon(&self.kept, most(self.parts.limit), &self.parts.inbox_path);
+        let started = self.parts.program.start_daemon(
+            &self.kept,
+            most(self.parts.limit),
+            &self.parts.inbox_path,
+        );
         let now = Instant::now();
         self.daemon = match started {
             Ok(pid) => Daemon::Running(Running {

@@ -58,7 +58,12 @@ impl Program {
     }
 
     /// Starts the daemon with everything that is kept, and tells it the most that can be.
-    pub(super) fn start_daemon(&self, kept: &Kept, most: usize, inbox: &Path) -> anyhow::Result<Pid> {
+    pub(super) fn start_daemon(
+        &self,
+        kept: &Kept,
+        most: usize,
+        inbox: &Path,
+    ) -> anyhow::Result<Pid> {
         let child = match self.spawn(self.path.as_os_str(), kept, most, inbox) {
             // It may be on its way to be replaced; the one we run is there still.
             Err(error) if error.is_not_there() => self.spawn(OsStr::new(SELF), kept, most, inbox),

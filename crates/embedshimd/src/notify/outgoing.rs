@@ -167,14 +167,23 @@ mod tests {
             .unwrap();
         let outgoing = Outgoing::new(ours.into());
         // More than any queue or buffer takes.
-        let texts: Vec<String> = (0..2000).map(|number| format!("STATUS={number}\n")).collect();
+        let texts: Vec<String> = (0..2000)
+            .map(|number| format!("STATUS={number}\n"))
+            .collect();
         let pipe = io::pipe().unwrap();
         for text in &texts {
             outgoing.send(text.clone(), &[pipe.0.as_fd()]).unwrap();
         }
         // What is stored and removed meanwhile is no matter of the manager's.
-        outgoing.send("FDSTORE=1\nFDNAME=p/1\nFDPOLL=0\n".into(), &[pipe.0.as_fd()]).unwrap();
-        outgoing.send("FDSTOREREMOVE=1\nFDNAME=p/1\n".into(), &[]).unwrap();
+        outgoing
+            .send(
+                "FDSTORE=1\nFDNAME=p/1\nFDPOLL=0\n".into(),
+                &[pipe.0.as_fd()],
+            )
+            .unwrap();
+        outgoing
+            .send("FDSTOREREMOVE=1\nFDNAME=p/1\n".into(), &[])
+            .unwrap();
         outgoing.send("READY=1\n".into(), &[]).unwrap();
         let mut buffer = [0; 64];
         for text in texts.iter().map(String::as_str).chain(["READY=1\n"]) {

@@ -126,11 +126,7 @@ async fn who_leaves_is_not_waited_for() {
 struct Shelf(std::sync::Mutex<Vec<(FdName, OwnedFd)>>);
 
 impl FdStore for Shelf {
-    fn keep(
-        &self,
-        name: &FdName,
-        descriptors: &[std::os::fd::BorrowedFd<'_>],
-    ) -> io::Result<()> {
+    fn keep(&self, name: &FdName, descriptors: &[std::os::fd::BorrowedFd<'_>]) -> io::Result<()> {
         for descriptor in descriptors {
             let kept = descriptor.try_clone_to_owned()?;
             self.0.lock().unwrap().push((*name, kept));
