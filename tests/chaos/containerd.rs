@@ -1,5 +1,6 @@
 //! Lives through containerd, by `ctr`. A command that fails because containerd was killed or stopped meanwhile is nobody's failure:
-//! then the truth is asked for when it is back. What was known to run before must still be there.
+//! then the truth is asked for when it is back. What was known to run before must still be
+//! there, and what `ctr` prints when it was not interrupted is whole.
 
 use std::ffi::OsStr;
 use std::thread::sleep;
@@ -12,7 +13,10 @@ use crate::ground::Ground;
 use crate::ledger::DEADLINE;
 use crate::program::KILLED;
 use crate::random::Random;
+use crate::sequence::{Due, lines};
 
+/// What an exec prints.
+const EXEC_LINES: u64 = 300;
 /// Who is not there when looked for so often will not come any more.
 const LOOKS: u32 = 20;
 const LOOK: Duration = Duration::from_millis(100);
@@ -30,8 +34,12 @@ enum Step {
 /// One container.
 #[derive(Clone, Debug)]
 enum Life {
-    /// `ctr run --rm` in the foreground.
-    Foreground { code: u32, after_ms: u64 },
+    /// `ctr run --rm` in the foreground, which prints so many lines.
+    Foreground {
+        code: u32,
+        after_ms: u64,
+        lines: u64,
+    },
     /// In the background, until SIGTERM or SIGKILL.
     Background { code: Option<u32>, steps: Vec<Step> },
 }
@@ -43,6 +51,7 @@ impl Life {
             return Self::Foreground {
                 code,
                 after_ms: random.millis(500),
+                lines: 1 + random.below(20_000),
             };
         }
         let code = random.chance(50).then_some(code);
@@ -80,7 +89,11 @@ pub(crate) fn live(ground: &Ground, id: &str, random: &mut Random) {
     ground.ledger.note(&format!("{id} {life:?}"));
     let container = Container { ground, id };
     let lived = match &life {
-        Life::Foreground { code, after_ms } => container.foreground(*code, *after_ms),
+        Life::Foreground {
+            code,
+            after_ms,
+            lines,
+        } => container.foreground(*code, *after_ms, *lines),
         Life::Background { code, steps } => container.background(*code, steps),
     };
     if let Err(error) = lived {
@@ -166,9 +179,9 @@ impl Container<'_> {
         Ok(task)
     }
 
-    fn foreground(&self, code: u32, after_ms: u64) -> anyhow::Result<()> {
+    fn foreground(&self, code: u32, after_ms: u64, lines: u64) -> anyhow::Result<()> {
         let script = format!(
-            "sleep {}.{:03}; exit {code}",
+            "seq 1 {lines}; sleep {}.{:03}; exit {code}",
             after_ms / 1000,
             after_ms % 1000
         );
@@ -176,6 +189,7 @@ impl Container<'_> {
             Outcome::Done(finished) => {
                 self.told("ctr run", finished.code, code)
                     .with_context(|| finished.stderr)?;
+                self.compare("ctr run", &finished.stdout, lines)?;
                 let left = self.task()?;
                 ensure!(left.is_none(), "the task is still there: {left:?}");
                 Ok(())
@@ -214,13 +228,16 @@ impl Container<'_> {
         match step {
             Step::Exec { code } => {
                 self.ground.ledger.count(|counts| counts.execs += 1);
-                let (name, script) = (format!("e{number}"), format!("exit {code}"));
+                let script = format!("seq 1 {EXEC_LINES}; exit {code}");
+                let name = format!("e{number}");
                 let exec = ["task", "exec", "--exec-id", &name, self.id];
                 let exec = exec.into_iter().chain(["sh", "-c", &script]);
                 match self.ctr(exec)? {
-                    Outcome::Done(finished) => self
-                        .told("ctr task exec", finished.code, code)
-                        .with_context(|| finished.stderr)?,
+                    Outcome::Done(finished) => {
+                        self.told("ctr task exec", finished.code, code)
+                            .with_context(|| finished.stderr)?;
+                        self.compare(&name, &finished.stdout, EXEC_LINES)?;
+                    }
                     Outcome::Interrupted => {}
                 }
             }
@@ -320,6 +337,22 @@ impl Container<'_> {
                 Err(error) => return Err(error),
             }
         }
+        Ok(())
+    }
+
+    /// What `ctr` printed is what the process did.
+    fn compare(&self, source: &str, came: &str, count: u64) -> anyhow::Result<()> {
+        let all = lines(1, count);
+        let due = Due {
+            at_least: all.len(),
+            all,
+        };
+        let name = format!("{} {source}", self.id);
+        if let Err(why) = due.check(came.as_bytes()) {
+            self.ground.keep_evidence(&name, came.as_bytes());
+            bail!("{name}: {why}");
+        }
+        self.ground.ledger.stream(&name, came.len(), 0);
         Ok(())
     }
 

@@ -48,6 +48,70 @@ systemctl_restart_is_not_noticed() {
     codes_arrive
 }
 
+replace_daemon() {
+    local before
+    before=$(main_pid)
+    systemctl kill --kill-who=main --signal="$1" embedshimd.service
+    until_true is_served_by_another "$before"
+}
+
+lines_to() {
+    seq "$1" | sed 's/^/line /'
+}
+
+# Of a client with pipes and of one with a terminal: every line once and in order.
+streams_are_whole_over_every_kind_of_end() {
+    local last=150 count plain terminal signal code
+    count="i=0; while [ \$i -lt $last ]; do i=\$((i+1)); echo line \$i; sleep 0.2; done; exit 7"
+    run_container --rm $IMAGE plain sh -c "$count" </dev/null >/run/plain.out 2>/run/plain.err &
+    plain=$!
+    # Its own input stays open.
+    sleep 1000 | script --quiet --return --flush --command \
+        "ctr run --tty --rm --snapshotter native --runtime $RUNTIME $IMAGE terminal sh -c '$count'" /dev/null >/run/terminal.out 2>&1 &
+    terminal=$!
+    until_true grep -q "line 5" /run/plain.out
+    until_true grep -q "line 5" /run/terminal.out
+    for signal in KILL TERM HUP KILL; do
+        replace_daemon $signal
+    done
+    systemctl restart embedshimd.service
+    code=0
+    wait $plain || code=$?
+    [ $code = 7 ]
+    lines_to $last | diff /run/plain.out -
+    until_true grep -q "line $last" /run/terminal.out
+    tr -d '\r' </run/terminal.out | grep '^line' | diff <(lines_to $last) -
+    pkill -f 'sleep 1000'
+    wait $terminal || true
+}
+
+stored() {
+    systemctl show --property=NFileDescriptorStore --value embedshimd.service
+}
+
+# Three entries each: a connection, and the pair of sockets that holds the descriptors of three streams.
+thirty_containers_keep_their_streams() {
+    local before ids id
+    before=$(stored)
+    ids=$(seq -f 'many%g' 30)
+    for id in $ids; do
+        run_container --detach $IMAGE "$id" guest until-term 3 </dev/null
+    done
+    identities $ids >/run/before
+    [ "$(stored)" -eq $((before + 90)) ]
+    lost_connections >/run/lost
+    replace_daemon KILL
+    containers_are_untouched
+    [ "$(stored)" -eq $((before + 90)) ]
+    for id in $ids; do
+        ctr task kill --signal TERM "$id"
+    done
+    for id in $ids; do
+        until_true is_stopped "$id"
+        delete_expecting 3 "$id"
+    done
+}
+
 systemd_itself_is_reloaded_and_executed_anew() {
     local what before
     start_containers

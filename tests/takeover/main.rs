@@ -1,7 +1,7 @@
 //! `takeover`: how long a killed daemon is missed, and what that costs. For `cargo xtask bench`, which builds the binaries it measures.
-//! One connection for each container, as containerd has them.
+//! One connection for each container, as containerd has them, and three streams.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use clap::Parser;
 use embedshim_tests::{Bundle, Shim};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use xtask::sandbox::{EMBEDSHIM, Sandbox, clean_up_all, clean_up_on_signals};
 
 /// A daemon that has lived for so long is not young any more.
@@ -40,15 +42,19 @@ fn main() -> anyhow::Result<()> {
 fn measure(options: &Options) -> anyhow::Result<()> {
     let sandbox = Sandbox::new(&options.binaries, EMBEDSHIM)?;
     sandbox.start_daemon()?;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     println!(
         "kill -9 of the daemon, median (longest) of {}",
         options.kills
     );
-    println!("  tasks   first State   all States   keeper: fds      Pss   records   journals");
+    println!(
+        "  tasks   first State   all States   daemon Pss   keeper: fds      Pss   records   journals"
+    );
     let mut shims = Vec::new();
     for &count in &options.containers {
         while shims.len() < count {
-            shims.push(container(&sandbox, shims.len())?);
+            shims.push(Container::new(&sandbox, shims.len())?);
         }
         let mut times = Vec::new();
         for _ in 0..options.kills {
@@ -56,10 +62,12 @@ fn measure(options: &Options) -> anyhow::Result<()> {
         }
         let (first, all): (Vec<_>, Vec<_>) = times.into_iter().unzip();
         let keeper = sandbox.keeper_pid().context("the keeper is not there")?;
+        let daemon = sandbox.daemon_pid().context("the daemon is not there")?;
         println!(
-            "  {count:5}  {:>12}  {:>11}  {:12}  {:4} kB  {:5} kB   {:5} kB",
+            "  {count:5}  {:>12}  {:>11}   {:7} kB  {:12}  {:4} kB  {:5} kB   {:5} kB",
             median(first),
             median(all),
+            pss(daemon)?,
             fs::read_dir(format!("/proc/{keeper}/fd"))?.count(),
             pss(keeper)?,
             bytes(&sandbox.state_dir().join("tasks"))? / 1024,
@@ -69,25 +77,48 @@ fn measure(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn container(sandbox: &Sandbox, number: usize) -> anyhow::Result<(String, Shim)> {
-    let id = format!("c{number}");
-    let shim = Shim::connect(sandbox)?;
-    let bundle = Bundle::new(sandbox, &id, &["sleep", "100000"])?;
-    shim.create(&id, bundle.path())?;
-    shim.start(&id)?;
-    Ok((id, shim))
+/// A container, its connection, and the ends of its streams.
+struct Container {
+    id: String,
+    shim: Shim,
+    _streams: [File; 3],
+}
+
+impl Container {
+    fn new(sandbox: &Sandbox, number: usize) -> anyhow::Result<Self> {
+        let id = format!("c{number}");
+        let shim = Shim::connect(sandbox)?;
+        let bundle = Bundle::new(sandbox, &id, &["sleep", "100000"])?;
+        let open = |stream: &str| -> anyhow::Result<(String, File)> {
+            let path = bundle.path().join(stream);
+            mkfifo(&path, Mode::S_IRWXU)?;
+            let file = File::options().read(true).write(true).open(&path)?;
+            Ok((path.display().to_string(), file))
+        };
+        let (stdin, input) = open("stdin")?;
+        let (stdout, output) = open("stdout")?;
+        let (stderr, errors) = open("stderr")?;
+        shim.create_with(&id, bundle.path(), |request| {
+            request.stdin = stdin;
+            request.stdout = stdout;
+            request.stderr = stderr;
+        })?;
+        shim.start(&id)?;
+        Ok(Self {
+            id,
+            shim,
+            _streams: [input, output, errors],
+        })
+    }
 }
 
 /// From the kill to the first answer, and to the last of one for each container.
-fn kill_and_ask(
-    sandbox: &Sandbox,
-    shims: &[(String, Shim)],
-) -> anyhow::Result<(Duration, Duration)> {
+fn kill_and_ask(sandbox: &Sandbox, shims: &[Container]) -> anyhow::Result<(Duration, Duration)> {
     let daemon = sandbox.daemon_pid().context("the daemon is not there")?;
     let began = Instant::now();
     kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
     let mut first = None;
-    for (id, shim) in shims {
+    for Container { id, shim, .. } in shims {
         ensure!(shim.state(id)?.pid > 0, "{id} has no pid");
         first.get_or_insert_with(|| began.elapsed());
     }

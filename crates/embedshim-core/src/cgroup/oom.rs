@@ -50,7 +50,7 @@ impl OomWatcher {
         let set = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         set.add(&inotify, EpollEvent::new(EpollFlags::EPOLLIN, INOTIFY))?;
-        let epoll = sys::register(Arc::new(set.0.try_clone()?.into()), Interest::READABLE)?;
+        let epoll = sys::register(Arc::new(set.0.try_clone()?), Interest::READABLE)?;
         Ok(Self {
             epoll,
             set,

@@ -23,8 +23,12 @@ use super::{FdName, FdStore, InheritedFds};
 use crate::failpoint;
 use crate::sys;
 
-/// The version of a message, its first byte; then a byte for each descriptor, its role.
+/// The version of a message, its first byte; then a byte for each descriptor, its role; then perhaps whom the set is left to:
+/// `@`, a connection's number, a space and the number of a request on it.
 const FORMAT: u8 = b'1';
+const LEFT_TO: char = '@';
+/// A role for each descriptor, and two numbers.
+const MAX_TEXT: usize = 128;
 /// More descriptors than roles are never in a set; the kernel passes 253 at once.
 const MAX_FDS: usize = 32;
 
@@ -87,10 +91,13 @@ pub(crate) struct ProcessFds {
 #[derive(Debug, Default)]
 struct State {
     set: Set,
+    left_to: Option<Request>,
     queue: Option<Queue>,
 }
 
 type Set = Vec<(FdRole, Arc<OwnedFd>)>;
+/// A connection, and a request on it.
+type Request = (u64, u32);
 
 impl ProcessFds {
     /// An empty set under this number, which no other process has.
@@ -115,9 +122,10 @@ impl ProcessFds {
         }
         let mut state = self.state();
         match Queue::resume(sockets) {
-            Ok((queue, set)) => {
+            Ok((queue, set, left_to)) => {
                 state.queue = Some(queue);
                 state.set = set;
+                state.left_to = left_to;
             }
             Err(error) => {
                 warn!(name = %self.name(), %error, "cannot read the stored descriptors of a process");
@@ -168,6 +176,19 @@ impl ProcessFds {
         }
     }
 
+    /// The process will not come to be; the request that wanted it finds the set when it comes again.
+    pub(crate) fn leave_to(&self, request: Option<Request>) {
+        self.state().left_to = request;
+        if let Err(error) = self.change(|_| {}) {
+            warn!(name = %self.name(), %error, "a set of descriptors cannot be left to its request");
+        }
+    }
+
+    /// Which request the set was left to.
+    pub(crate) fn left_to(&self) -> Option<Request> {
+        self.state().left_to
+    }
+
     /// Removes and closes everything.
     pub(crate) fn forget_all(&self) {
         if let Err(error) = self.change(Vec::clear) {
@@ -191,13 +212,19 @@ impl ProcessFds {
             return Ok(());
         }
         if self.store.is_durable() {
-            self.publish(&mut state.queue, &next)?;
+            let left_to = state.left_to;
+            self.publish(&mut state.queue, &next, left_to)?;
         }
         state.set = next;
         Ok(())
     }
 
-    fn publish(&self, queue: &mut Option<Queue>, next: &Set) -> io::Result<()> {
+    fn publish(
+        &self,
+        queue: &mut Option<Queue>,
+        next: &Set,
+        left_to: Option<Request>,
+    ) -> io::Result<()> {
         let name = self.name();
         if next.is_empty() {
             if let Some(queue) = queue.take() {
@@ -208,13 +235,13 @@ impl ProcessFds {
         }
         if let Some(queue) = queue {
             failpoint::step("before a set of descriptors is replaced");
-            queue.send(next)?;
+            queue.send(next, left_to)?;
             failpoint::step("between two sets of descriptors");
             queue.drop_oldest();
             return Ok(());
         }
         let new = Queue::new()?;
-        new.send(next)?;
+        new.send(next, left_to)?;
         self.store
             .keep(&name, &[new.receiver.as_fd(), new.sender.as_fd()])?;
         *queue = Some(new);
@@ -245,7 +272,7 @@ impl Queue {
     }
 
     /// Finds out which of the pair is which, and takes the newest set.
-    fn resume(sockets: Vec<OwnedFd>) -> io::Result<(Self, Set)> {
+    fn resume(sockets: Vec<OwnedFd>) -> io::Result<(Self, Set, Option<Request>)> {
         let mut seen = HashSet::new();
         let (mut sender, mut receiver) = (None, None);
         for socket in sockets {
@@ -267,17 +294,20 @@ impl Queue {
             receiver: receiver.ok_or_else(missing)?,
         };
         loop {
-            let (length, set) = queue.peek()?;
+            let (length, set, left_to) = queue.peek()?;
             if ioctl_fionread(&queue.receiver)? <= length as u64 {
-                return Ok((queue, set));
+                return Ok((queue, set, left_to));
             }
             queue.drop_oldest();
         }
     }
 
-    fn send(&self, set: &Set) -> io::Result<()> {
+    fn send(&self, set: &Set, left_to: Option<Request>) -> io::Result<()> {
         let mut text = vec![FORMAT];
         text.extend(set.iter().map(|(role, _)| role.letter()));
+        if let Some((connection, request)) = left_to {
+            text.extend(format!("{LEFT_TO}{connection} {request}").bytes());
+        }
         let fds: Vec<RawFd> = set.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
@@ -287,8 +317,8 @@ impl Queue {
     }
 
     /// The oldest set, which stays where it is, and the length of its message.
-    fn peek(&self) -> io::Result<(usize, Set)> {
-        let mut text = [0; 1 + MAX_FDS];
+    fn peek(&self) -> io::Result<(usize, Set, Option<Request>)> {
+        let mut text = [0; MAX_TEXT];
         let mut parts = [IoSliceMut::new(&mut text)];
         let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
@@ -309,24 +339,29 @@ impl Queue {
             .map(sys::own_received)
             .collect();
         let lacks = message.flags.contains(MsgFlags::MSG_CTRUNC);
-        let letters = match text.get(..length).and_then(<[u8]>::split_first) {
-            Some((&FORMAT, letters)) if letters.len() == received.len() && !lacks => letters,
-            _ if lacks => return Err(io::Error::other("no descriptors are left (RLIMIT_NOFILE)")),
-            _ => return Err(io::Error::other("the set is of another format")),
-        };
+        if lacks {
+            return Err(io::Error::other("no descriptors are left (RLIMIT_NOFILE)"));
+        }
+        let text = text
+            .get(..length)
+            .and_then(|text| str::from_utf8(text).ok());
+        let (letters, left_to) = text
+            .and_then(read)
+            .filter(|(letters, _)| letters.len() == received.len())
+            .ok_or_else(|| io::Error::other("the set is of another format"))?;
         // A role of a later version is closed.
         let known = letters
-            .iter()
+            .bytes()
             .zip(received)
-            .filter_map(|(&letter, fd)| Some((FdRole::of(letter)?, Arc::new(fd))));
-        Ok((length, known.collect()))
+            .filter_map(|(letter, fd)| Some((FdRole::of(letter)?, Arc::new(fd))));
+        Ok((length, known.collect(), left_to))
     }
 
     /// Closes the oldest set: without room for control messages the kernel closes what is in it.
     fn drop_oldest(&self) {
         let _ = recv(
             self.receiver.as_raw_fd(),
-            &mut [0; 1 + MAX_FDS],
+            &mut [0; MAX_TEXT],
             MsgFlags::MSG_DONTWAIT,
         );
     }
@@ -336,6 +371,19 @@ impl Queue {
             self.drop_oldest();
         }
     }
+}
+
+/// The letters of a message, and whom its set is left to; `None` if it is of another format.
+fn read(text: &str) -> Option<(&str, Option<Request>)> {
+    let rest = text.strip_prefix(char::from(FORMAT))?;
+    let Some((letters, request)) = rest.split_once(LEFT_TO) else {
+        return Some((rest, None));
+    };
+    let (connection, request) = request.split_once(' ')?;
+    Some((
+        letters,
+        Some((connection.parse().ok()?, request.parse().ok()?)),
+    ))
 }
 
 #[cfg(test)]
@@ -426,13 +474,26 @@ mod tests {
         // As a daemon leaves it that is killed between the two steps of a change.
         let state = fds.state();
         let next = vec![(FdRole::StdinClient, new_end)];
-        state.queue.as_ref().unwrap().send(&next).unwrap();
+        state.queue.as_ref().unwrap().send(&next, None).unwrap();
         drop(state);
         drop((next, fds));
         let next = successor(&shelf);
         assert!(is_at_end(&mut old) && !is_at_end(&mut new));
         next.forget_all();
         assert!(is_at_end(&mut new));
+    }
+
+    #[test]
+    fn a_set_knows_the_request_that_it_is_left_to() {
+        let shelf = Arc::new(Shelf::default());
+        let fds = ProcessFds::new(shelf.clone(), 7);
+        let (_reader, writer) = pipe();
+        fds.keep([(FdRole::StdoutClient, writer)]).unwrap();
+        assert_eq!(successor(&shelf).left_to(), None);
+        fds.leave_to(Some((u64::MAX, u32::MAX)));
+        let next = successor(&shelf);
+        assert_eq!(next.left_to(), Some((u64::MAX, u32::MAX)));
+        assert!(next.get(FdRole::StdoutClient).is_some());
     }
 
     #[test]

@@ -57,6 +57,13 @@ pub(crate) struct PipeInodes {
     stderr: Option<u64>,
 }
 
+impl PipeInodes {
+    /// Whether it has none: its streams are null, a terminal or a logger's.
+    pub(crate) fn is_empty(self) -> bool {
+        self == Self::default()
+    }
+}
+
 /// What kind of process the streams are of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Of {
@@ -143,27 +150,26 @@ pub(crate) fn prepare_terminal(
     if let Some(path) = &plan.stdin
         && fds.get(FdRole::StdinClient).is_none()
     {
-        set.push((FdRole::StdinClient, open::held_input(path)?));
+        set.push((FdRole::StdinClient, Arc::new(open::held_input(path)?)));
     }
-    let client = match logger {
+    let client = match (logger, fds.get(FdRole::StdoutClient)) {
         // A terminal has no error output of its own: that pipe is closed here.
-        Some(pipes) => {
+        (Some(pipes), _) => {
             open::set_non_blocking(&pipes.stdout).map_err(failed)?;
-            Some(pipes.stdout)
+            Some(Arc::new(pipes.stdout))
         }
-        None if fds.get(FdRole::StdoutClient).is_none() => open::output("stdout", &plan.stdout)?,
-        None => None,
+        (None, Some(left)) => Some(left),
+        (None, None) => open::output("stdout", &plan.stdout)?.map(Arc::new),
     };
     if let Some(client) = client {
         if !open::is_pipe(&client) {
             // What is read from a terminal and not yet in the file has to be where a successor finds it.
             let pipe = open::output_pipe(true).map_err(failed)?;
             open::set_non_blocking(&pipe.theirs).map_err(failed)?;
-            set.push((FdRole::StdoutPipe, pipe.theirs));
+            set.push((FdRole::StdoutPipe, Arc::new(pipe.theirs)));
         }
         set.push((FdRole::StdoutClient, client));
     }
-    let set = set.into_iter().map(|(role, fd)| (role, Arc::new(fd)));
     fds.keep(set)
         .map_err(|source| StdioError::NotKept { source })
 }

@@ -20,8 +20,8 @@ use crate::sys;
 
 /// A terminal that no process has open is looked at again after this.
 const HUNG_UP: Duration = Duration::from_millis(100);
-/// The output of a process that has ended is given up when its client takes nothing of it for this long.
-const UNREAD: Duration = Duration::from_secs(60);
+/// The output of an exec that has ended is given up when its client takes nothing of it for this long: nothing may ever delete it.
+const UNREAD: Duration = Duration::from_mins(1);
 
 /// What a flow is between, and when it is over.
 #[derive(Clone, Debug)]
@@ -79,7 +79,7 @@ impl Flow {
             stop: Arc::clone(&stop),
         };
         let task = tokio::spawn(async move {
-            run.to_the_end().await;
+            run.flow().await;
             done.send_replace(true);
         });
         Self {
@@ -134,7 +134,7 @@ struct Run {
 }
 
 impl Run {
-    async fn to_the_end(mut self) {
+    async fn flow(mut self) {
         // A terminal that we have open ourselves never hangs up: its program may close it and open it again.
         let mut peer = self.peer();
         let mut dropped = Dropped::default();
@@ -177,7 +177,8 @@ impl Run {
                     .and_then(|sink| self.fds.get(sink)?.try_clone().ok())
                     .map(Arc::new),
                 Interest::WRITABLE,
-                is_last.then_some(UNREAD),
+                // An init's client may be a containerd that is down.
+                (is_last && course.at_end == AtEnd::Close).then_some(UNREAD),
             ),
             Stopped::HungUp if is_last => return false,
             Stopped::HungUp => {
@@ -204,7 +205,7 @@ impl Run {
             () = expired => {
                 if stopped == Stopped::SinkFull {
                     let (id, stream) = (&self.course.label.id, self.course.label.stream);
-                    warn!(%id, stream, "the output of a process that has ended is not read: the rest of it is dropped");
+                    warn!(%id, stream, "the output of an exec that has ended is not read: the rest of it is dropped");
                 }
                 false
             }

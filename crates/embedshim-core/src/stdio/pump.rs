@@ -42,7 +42,7 @@ const LINGER: u8 = 10;
 const IN_VAIN: u32 = 16;
 const PAUSE: Duration = Duration::from_millis(1);
 /// Bytes that a file does not take are told of once in this time.
-const TELL: Duration = Duration::from_secs(60);
+const TELL: Duration = Duration::from_mins(1);
 
 /// Splicing from or to a terminal has failed with EINVAL: this kernel cannot.
 static TERMINALS_CANNOT_BE_SPLICED: AtomicBool = AtomicBool::new(false);
@@ -125,7 +125,8 @@ pub(super) fn pump(
             },
         };
         match moved {
-            Ok(0) => return Ok(Stopped::End),
+            // All writers have gone; or the process does not read its input any more.
+            Ok(0) | Err(Errno::PIPE) => return Ok(Stopped::End),
             Ok(count) => {
                 pipes.flowed(count);
                 in_vain = 0;
@@ -141,8 +142,6 @@ pub(super) fn pump(
                 }
             }
             Err(Errno::IO) => return Ok(Stopped::HungUp),
-            // The process does not read its input any more.
-            Err(Errno::PIPE) => return Ok(Stopped::End),
             Err(errno) => return Err(errno.into()),
         }
     }
@@ -151,7 +150,7 @@ pub(super) fn pump(
 
 /// The pipes that a stream flows through, which are large while it flows without pause.
 struct Pipes<'a> {
-    pipes: [Option<BorrowedFd<'a>>; 2],
+    ends: [Option<BorrowedFd<'a>>; 2],
     size: usize,
     flowed: usize,
 }
@@ -163,7 +162,7 @@ impl<'a> Pipes<'a> {
             Sink::File(..) | Sink::Null => None,
         };
         Self {
-            pipes: [Some(source), sink],
+            ends: [Some(source), sink],
             size: CHUNK,
             flowed: 0,
         }
@@ -179,7 +178,7 @@ impl<'a> Pipes<'a> {
     /// What is no pipe, or holds more than that, or may not be larger, stays as it is.
     fn resize(&mut self, size: usize) {
         self.size = size;
-        for pipe in self.pipes.iter().flatten() {
+        for pipe in self.ends.iter().flatten() {
             let _ = rustix::pipe::fcntl_setpipe_size(pipe, size);
         }
     }
@@ -374,7 +373,7 @@ mod tests {
     #[test]
     fn a_full_sink_leaves_the_rest_in_the_source() {
         let ((from, writer), (result, to)) = (pipe(), pipe());
-        fill(&to, &[0; CHUNK]);
+        fill(&to, &vec![0; CHUNK]);
         fill(&writer, b"waits");
         let go = AtomicBool::new(false);
         let run = || pump(from.as_fd(), Sink::Stream(to.as_fd()), &go, &label()).unwrap();

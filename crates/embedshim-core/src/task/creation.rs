@@ -274,12 +274,12 @@ async fn start_logger(
         return Ok(None);
     };
     let exec = process.exec.as_ref().map(ToString::to_string);
-    let logged = LoggedProcess {
+    let whose = LoggedProcess {
         id: exec.unwrap_or_else(|| task.id().to_owned()),
         namespace: task.key.namespace.to_string(),
     };
     let late = logger.late();
-    let spawned = blocking(move || logger.spawn(&logged));
+    let spawned = blocking(move || logger.spawn(&whose));
     let starting = tokio::time::timeout(stdio::READY, spawned)
         .await
         .map_err(|_| late)???;

@@ -9,6 +9,7 @@ use tracing::{info, warn};
 use super::container::Task;
 use super::creation::{remove_traces, watch_for_oom};
 use super::detached::blocking;
+use super::errand::RequestId;
 use super::exits;
 use super::process::TaskProcess;
 use super::request::Exit;
@@ -19,7 +20,7 @@ use crate::clock::BootTime;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::exit::{Adopted, Evidence, ExitRecord, ExitStatus, Known, UnknownReason};
-use crate::fdstore::{FdRole, InheritedFds};
+use crate::fdstore::{FdName, FdRole, InheritedFds};
 use crate::process::{Process, ProcessIdentity};
 use crate::runtime::{Runtime, UnderWay};
 use crate::spec::Spec;
@@ -129,6 +130,7 @@ pub(super) async fn restore(
             end(shared, task, process, record);
         }
     }
+    take_client_ends(shared, inherited);
     remove_abandoned_sockets(shared).await;
     for lost in findings.lost {
         let record = ExitRecord {
@@ -267,6 +269,25 @@ fn end(shared: &Arc<Shared>, task: &Arc<Task>, process: &Arc<TaskProcess>, recor
             Arc::clone(process),
             record,
         ));
+    }
+}
+
+/// A predecessor has removed what was half created, and died before the request came again: its client still reads.
+fn take_client_ends(shared: &Arc<Shared>, inherited: &mut InheritedFds) {
+    let numbers: Vec<u64> = inherited
+        .counts()
+        .filter_map(|(name, _)| match name {
+            FdName::Process(number) => Some(number),
+            FdName::Listener | FdName::Connection(_) => None,
+        })
+        .collect();
+    for number in numbers {
+        let fds = shared.fds_of(number);
+        fds.inherit(inherited);
+        let request = fds
+            .left_to()
+            .map(|(connection, stream)| RequestId { connection, stream });
+        shared.leave_client_ends(request, fds);
     }
 }
 

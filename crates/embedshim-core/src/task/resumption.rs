@@ -110,10 +110,13 @@ pub(super) fn undo(shared: &Arc<Shared>, task: Arc<Task>, calls: Vec<Process>) {
     tokio::spawn(async move {
         wait_for(&calls, shared.config.runtime_deadline).await;
         end_logger(&task.init).await;
+        // What is in the pipes are the runtime's words; the client reads on, and gets the output of the next attempt. From the removal
+        // of the record on, the request that is noted beside the client's ends is all that says whose they are.
+        let (fds, request) = (&task.init.fds, task.init.made_by);
+        stdio::discard_pipes(fds);
+        fds.leave_to(request.map(|request| (request.connection, request.stream)));
         remove_traces(&shared, &task, true).await;
-        // What is in the pipes are the runtime's words; the client reads on, and gets the output of the next attempt.
-        stdio::discard_pipes(&task.init.fds);
-        shared.leave_client_ends(task.init.made_by, task.init.fds.clone());
+        shared.leave_client_ends(request, fds.clone());
         shared.release(&task);
         drop(work);
     });
@@ -277,6 +280,9 @@ async fn find_pipes(task: &Task, process: &TaskProcess) {
         return;
     };
     let (pipes, is_stdin_closed) = process.pipes();
+    if pipes.is_empty() {
+        return;
+    }
     let fds = process.fds.clone();
     let found = async {
         let plan = Plan::parse(&process.stdio)?;

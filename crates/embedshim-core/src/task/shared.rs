@@ -162,7 +162,10 @@ impl Shared {
         let Some(request) = request else {
             return fds.forget_all();
         };
-        self.abandoned().insert(request, fds);
+        if let Some(older) = self.abandoned().insert(request, fds) {
+            // Of a daemon that died while it handed them over: they are the same.
+            older.forget_all();
+        }
         let shared = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(ABANDONED).await;

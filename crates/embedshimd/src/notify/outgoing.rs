@@ -57,7 +57,7 @@ impl Outgoing {
             }
         }
         if let Some(name) = removed(&text)
-            && inner.drop_unsent(&mut waiting, name)
+            && drop_unsent(&mut waiting, name)
         {
             return Ok(());
         }
@@ -89,6 +89,13 @@ fn added(text: &str) -> Option<&str> {
     rest.strip_suffix("FDPOLL=0\n")
 }
 
+/// Drops what waits to be stored under this name. True if the manager has never heard of it, so that nothing is to be removed.
+fn drop_unsent(waiting: &mut VecDeque<Datagram>, name: &str) -> bool {
+    let before = waiting.len();
+    waiting.retain(|datagram| added(&datagram.text) != Some(name));
+    waiting.len() < before
+}
+
 impl Inner {
     fn send_now(&self, text: &str, descriptors: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -112,13 +119,6 @@ impl Inner {
             );
         }
         Ok(())
-    }
-
-    /// Drops what waits to be stored under this name. True if the manager has never heard of it, so that nothing is to be removed.
-    fn drop_unsent(&self, waiting: &mut VecDeque<Datagram>, name: &str) -> bool {
-        let before = waiting.len();
-        waiting.retain(|datagram| added(&datagram.text) != Some(name));
-        waiting.len() < before
     }
 
     /// Sends what waits, in order. Returns when nothing does.
