@@ -23,7 +23,8 @@ pub(crate) const TESTS: [Test; 5] = tests!(AnyRuntime:
     streams_are_pipes,
     an_execs_output_cannot_be_read_by_it,
 );
-pub(crate) const OURS: [Test; 8] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 9] = tests!(EmbedshimOnly:
+    output_is_whole_over_every_kind_of_end_of_a_daemon,
     output_is_whole_though_the_daemon_is_killed_within_a_creation,
     an_execs_output_is_whole_though_the_daemon_is_killed_within_its_start,
     large_output_is_whole_over_many_daemons,
@@ -154,6 +155,42 @@ fn an_execs_output_cannot_be_read_by_it(stage: &Stage) -> anyhow::Result<()> {
     let mut command = sandbox.ctr(["task", "exec", "--exec-id", "e", "c", "sh", "-c", script]);
     let finished = Running::capture(&mut command)?.finish(PATIENCE)?;
     ensure!(finished.stdout == "own\n", "{finished:?}");
+    Ok(())
+}
+
+/// Killed, stopped, asked by its keeper, upgraded, under the clients of a container and of an exec.
+fn output_is_whole_over_every_kind_of_end_of_a_daemon(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    sandbox.detached(&["--null-io"], "other", &["sleep", "1000"])?;
+    let script = "i=0; while [ $i -lt 80 ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 7";
+    let run = sandbox.run(&["--rm"], "c", &["sh", "-c", script]);
+    let exec = sandbox.ctr([
+        "task",
+        "exec",
+        "--exec-id",
+        "e",
+        "other",
+        "sh",
+        "-c",
+        script,
+    ]);
+    let mut clients = [run, exec]
+        .into_iter()
+        .map(|mut command| Running::capture(&mut command))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    std::thread::sleep(Duration::from_millis(500));
+    sandbox.kill_daemon()?;
+    sandbox.replace_daemon(Signal::SIGTERM)?;
+    let old = sandbox.daemon_pid().context("no daemon")?;
+    let keeper = sandbox.keeper_pid().context("no keeper")?;
+    kill(Pid::from_raw(keeper), Signal::SIGHUP)?;
+    sandbox.successor_of(old)?;
+    crate::terminals::upgrade(stage, &sandbox)?;
+    for client in &mut clients {
+        let finished = client.finish(PATIENCE)?;
+        ensure_counted(&finished.stdout, "line", 80)?;
+        ensure!(finished.code == Some(7), "{finished:?}");
+    }
     Ok(())
 }
 

@@ -83,16 +83,18 @@ fn a_terminals_client_reads_every_line_though_the_daemon_is_stopped(
 }
 
 fn a_terminals_client_reads_every_line_over_an_upgrade(stage: &Stage) -> anyhow::Result<()> {
-    let program = stage.binary("embedshimd");
-    through_ctr(stage, |sandbox| {
-        let mut upgrade = Command::new(&program);
-        upgrade
-            .args(["upgrade", "--state-dir"])
-            .arg(sandbox.state_dir());
-        let upgraded = Running::capture(&mut upgrade)?.finish(PATIENCE * 2)?;
-        ensure!(upgraded.code == Some(0), "{upgraded:?}");
-        Ok(())
-    })
+    through_ctr(stage, |sandbox| upgrade(stage, sandbox))
+}
+
+/// `embedshimd upgrade`, to the same binary.
+pub(crate) fn upgrade(stage: &Stage, sandbox: &Sandbox) -> anyhow::Result<()> {
+    let mut upgrade = Command::new(stage.binary("embedshimd"));
+    upgrade
+        .args(["upgrade", "--state-dir"])
+        .arg(sandbox.state_dir());
+    let upgraded = Running::capture(&mut upgrade)?.finish(PATIENCE * 2)?;
+    ensure!(upgraded.code == Some(0), "{upgraded:?}");
+    Ok(())
 }
 
 fn start(stage: &Stage) -> anyhow::Result<(Sandbox, Shim)> {

@@ -37,18 +37,20 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     memory(&ours, &theirs, options.containers)?;
     // Its containers would slow down what comes next.
     drop((ours, theirs));
-    takeover(&binaries)
+    // How long a killed daemon is missed, and how fast output is.
+    measure_with("takeover", &binaries)?;
+    measure_with("throughput", &binaries)
 }
 
-/// How long a killed daemon is missed: by a program that speaks the shim API itself, since containerd would blur it.
-fn takeover(binaries: &Path) -> anyhow::Result<()> {
+/// By a program that speaks the shim API itself, since containerd and ctr would blur what is measured.
+fn measure_with(program: &str, binaries: &Path) -> anyhow::Result<()> {
     let status = products::cargo()
         .args(["run", "--quiet", "--package", "embedshim-tests"])
-        .args(["--bin", "takeover", "--"])
+        .args(["--bin", program, "--"])
         .arg(binaries)
         .status()
         .context("cannot run cargo")?;
-    ensure!(status.success(), "the takeover cannot be measured");
+    ensure!(status.success(), "{program} cannot measure");
     Ok(())
 }
 
