@@ -1,5 +1,6 @@
-//! The blackout: containerd is stopped, keeper and daemon are killed, and containers end while nobody is there. Afterwards the code
-//! of each is known, who lived lives, and what loggers and log files got is whole.
+//! The blackout: containerd is stopped, keeper and daemon are killed, and containers end while
+//! nobody is there. Afterwards the code of each is known, who lived lives, and what loggers and log
+//! files got is whole.
 
 use anyhow::{Context, ensure};
 use nix::sys::signal::{Signal, kill};

@@ -1,4 +1,5 @@
-//! [`Bundles`]: bundles that cost next to nothing: one specification that is made once, one root file system for all.
+//! [`Bundles`]: bundles that cost next to nothing: one specification that is made once, one root
+//! file system for all.
 
 use std::fs;
 use std::path::{Path, PathBuf};

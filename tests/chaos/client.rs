@@ -1,5 +1,6 @@
-//! [`Client`]: one container's connection to the daemon, as containerd has one. Each request is in the ledger and must be answered;
-//! a connection that is lost, or an answer that does not come, ends the life it belongs to as a failure.
+//! [`Client`]: one container's connection to the daemon, as containerd has one. Each request is in
+//! the ledger and must be answered; a connection that is lost, or an answer that does not come,
+//! ends the life it belongs to as a failure.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -72,8 +73,9 @@ impl Client {
         })
     }
 
-    /// A connection that has answered once, and so is kept. A daemon that dies between accepting one and having it kept takes it along:
-    /// that is the one gap that is known and left. It is counted, and not mistaken for the loss of a connection that was kept.
+    /// A connection that has answered once, and so is kept. A daemon that dies between accepting
+    /// one and having it kept takes it along: that is the one gap that is known and left. It is
+    /// counted, and not mistaken for the loss of a connection that was kept.
     pub(crate) fn connect_kept(ground: &Ground, id: &str) -> anyhow::Result<Self> {
         let mut lost = 0;
         loop {

@@ -1,6 +1,7 @@
-//! Lives through containerd, by `ctr`. A command that fails because containerd was killed or stopped meanwhile is nobody's failure:
-//! then the truth is asked for when it is back. What was known to run before must still be
-//! there, and what `ctr` prints when it was not interrupted is whole.
+//! Lives through containerd, by `ctr`. A command that fails because containerd was killed or
+//! stopped meanwhile is nobody's failure: then the truth is asked for when it is back. What was
+//! known to run before must still be there, and what a `ctr` that was not interrupted has printed
+//! must be whole.
 
 use std::ffi::OsStr;
 use std::thread::sleep;
@@ -294,12 +295,14 @@ impl Container<'_> {
         self.settle(&[code], true)
     }
 
-    /// Brings a container to its end that ends by itself, was killed, or of which nobody knows how far its start had come.
+    /// Brings a container to its end that ends by itself, was killed, or of which nobody knows how
+    /// far its start had come.
     fn settle(&self, due: &[u32], is_known: bool) -> anyhow::Result<()> {
         let mut looks = 0;
         until("the container has ended", || match self.task()? {
             None if is_known => bail!("the container is lost"),
-            // The daemon finishes what a containerd that is gone has asked for: it may be there a moment later.
+            // The daemon finishes what a containerd that is gone has asked for: it may be there a
+            // moment later.
             None => {
                 looks += 1;
                 sleep(LOOK);

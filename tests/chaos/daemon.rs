@@ -1,5 +1,5 @@
-//! [`Daemons`]: which process serves a state directory now, and which is its keeper. Found by their command lines, so that nothing
-//! has to be asked of those that are about to be killed.
+//! [`Daemons`]: which process serves a state directory now, and which is its keeper. Found by their
+//! command lines, so that nothing has to be asked of those that are about to be killed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -53,7 +53,8 @@ impl Daemons {
         self.find("keep")
     }
 
-    /// The oldest process with this command: a child that has not become runc yet has its parent's command line.
+    /// The oldest process with this command: a child that has not become runc yet has its parent's
+    /// command line.
     fn find(&self, command: &str) -> Option<Daemon> {
         let needle = self.state_dir.to_string_lossy();
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();

@@ -1,5 +1,6 @@
-//! Lives over ttrpc: carries a [`Life`] out as containerd would, on a connection of its own, and compares every answer with the one
-//! that is due (`containerd.md` 4.2), and what its streams bring with what was written. Nothing may show that a daemon died meanwhile.
+//! Lives over ttrpc: carries a [`Life`] out as containerd would, on a connection of its own, and
+//! compares every answer with the one that is due (`containerd.md` 4.2), and what its streams bring
+//! with what was written. Nothing may show that a daemon died meanwhile.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -26,8 +27,8 @@ pub(crate) fn live(ground: &Ground, id: &str, life: &Life) {
     live_on(ground, id, life, Client::connect_kept(ground, id));
 }
 
-/// Lives one life on this connection. An error is a failure, and the end of the run: what is left of
-/// the container is what one wants to look at.
+/// Lives one life on this connection. An error is a failure, and the end of the run: what is left
+/// of the container is what one wants to look at.
 pub(crate) fn live_on(ground: &Ground, id: &str, life: &Life, client: anyhow::Result<Client>) {
     ground.ledger.note(&format!("{id} {life:?}"));
     let lived = client
@@ -161,8 +162,8 @@ impl<'a> Container<'a> {
         Ok(())
     }
 
-    /// A signal to who has ended. A daemon that died under this request may have sent it while he lived, for all its successor
-    /// knows: then, and only then, it may be called sent.
+    /// A signal to who has ended. A daemon that died under this request may have sent it while he
+    /// lived, for all its successor knows: then, and only then, it may be called sent.
     pub(crate) fn kill_finds_nobody(&self, exec: &str) -> anyhow::Result<()> {
         let before = self.ground.daemons.current();
         match self.client.kill(exec, Signal::SIGKILL)? {
@@ -243,8 +244,8 @@ impl<'a> Container<'a> {
     }
 }
 
-/// Waits until a process ends with its own code at SIGTERM. Its name is looked at too: what is not yet our guest is runc, which handles
-/// every signal there is.
+/// Waits until a process ends with its own code at SIGTERM. Its name is looked at too: what is not
+/// yet our guest is runc, which handles every signal there is.
 pub(crate) fn handles_term(pid: u32) -> anyhow::Result<()> {
     until("it handles SIGTERM", || {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;

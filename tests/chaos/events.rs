@@ -1,5 +1,6 @@
-//! What containerd was told by events of the containers that ended: each exit, with the code that `Wait` told, and in order. An event
-//! may come more than once, since who died after sending it cannot have noted that it arrived.
+//! What containerd was told by events of the containers that ended: each exit, with the code that
+//! `Wait` told, and in order. An event may come more than once, since who died after sending it
+//! cannot have noted that it arrived.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! Execs over ttrpc: one after the other, several at once, and those that end with their container. Owns what is compared of an
-//! exec: its codes, its answers, its streams.
+//! Execs over ttrpc: one after the other, several at once, and those that end with their container.
+//! Owns what is compared of an exec: its codes, its answers, its streams.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -21,12 +21,13 @@ pub(crate) struct Lingering<'a> {
     exec: String,
     plan: ProcessPlan,
     streams: ClientStreams<'a>,
-    /// Answered when its container ends. Locked by none: a container is looked at by several threads, an answer is not.
+    /// Answered when its container ends. The mutex is there because several threads borrow a
+    /// container, for [`Container::probes`].
     wait: Mutex<Option<Pending<api::WaitResponse>>>,
     code: u32,
 }
 
-impl<'a> Container<'a> {
+impl Container<'_> {
     fn next_exec(&mut self) -> String {
         self.execs += 1;
         self.ledger().count(|counts| counts.execs += 1);

@@ -1,5 +1,5 @@
-//! [`Reader`] and [`Writer`]: the ends of fifos that a client has, as Go's are: a reader waits in `open` until a writer is there,
-//! reads until the first EOF, and never after it.
+//! [`Reader`] and [`Writer`]: the ends of fifos that a client has, as Go's are: a reader waits in
+//! `open` until a writer is there, reads until the first EOF, and never after it.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -38,8 +38,8 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// Begins to open the fifo, and to read it. Where nothing at all has come before the end, `is_excused` says whether to try once
-    /// more.
+    /// Begins to open the fifo, and to read it. Where nothing at all has come before the end,
+    /// `is_excused` says whether to try once more.
     pub(crate) fn start(
         path: &Path,
         is_slow: bool,
@@ -112,7 +112,8 @@ fn read_all(path: &Path, is_slow: bool, read: &Mutex<Progress>) -> std::io::Resu
     }
 }
 
-/// The writer of an input, in a thread of its own, which holds the fifo until [`finish`](Self::finish).
+/// The writer of an input, in a thread of its own, which holds the fifo until
+/// [`finish`](Self::finish).
 #[derive(Debug)]
 pub(crate) struct Writer(JoinHandle<std::io::Result<File>>);
 

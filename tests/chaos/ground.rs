@@ -1,4 +1,5 @@
-//! [`Ground`]: what everybody in a run shares: the sandbox, the ledger, the bundles, and whether it is over.
+//! [`Ground`]: what everybody in a run shares: the sandbox, the ledger, the bundles, and whether it
+//! is over.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,8 @@ pub(crate) struct Ground {
 }
 
 impl Ground {
-    /// A sandbox with the daemon, and with containerd and the image of `archive` if it is asked for.
+    /// A sandbox with the daemon, and with containerd and the image of `archive` if it is asked
+    /// for.
     pub(crate) fn set(
         binaries: &Path,
         image: &Path,
@@ -114,7 +116,8 @@ impl Ground {
         self.is_over.load(Ordering::SeqCst)
     }
 
-    /// After the answer to a container's `Delete` nothing of it may be left that could stop the next of its name.
+    /// After the answer to a container's `Delete` nothing of it may be left that could stop the
+    /// next of its name.
     pub(crate) fn check_gone(&self, id: &str) -> anyhow::Result<()> {
         let bundle = self.bundles.path(id).display().to_string();
         let mounts = fs::read_to_string("/proc/self/mountinfo").context("mountinfo")?;
@@ -130,8 +133,9 @@ impl Ground {
         Ok(())
     }
 
-    /// Whether a daemon has died, since this was called, in the one gap that is known and left: between opening a client's fifo and
-    /// storing it. The client reads an end then. Only single steps hit it, and each time is counted.
+    /// Whether a daemon has died, since this was called, in the one gap that is known and left:
+    /// between opening a client's fifo and storing it. The client reads an end then. Only single
+    /// steps hit it, and each time is counted.
     pub(crate) fn gap(&self) -> impl Fn() -> bool + Send + 'static {
         let log = self.state_dir.join("embedshimd.log");
         let deaths = move || {

@@ -1,5 +1,5 @@
-//! The killer: ends the daemon at random instants, in every manner, and containerd too. Its plan is a function of the seed; what it
-//! meets at those instants is not.
+//! The killer: ends the daemon at random instants, in every manner, and containerd too. Its plan is
+//! a function of the seed; what it meets at those instants is not.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};

@@ -1,5 +1,6 @@
-//! [`Ledger`]: what was asked and answered, which codes were due and which were told, what streams brought, and everything that is
-//! wrong. Writes a line for each into a file, which is what one reads when a run has failed.
+//! [`Ledger`]: what was asked and answered, which codes were due and which were told, what streams
+//! brought, and everything that is wrong. Writes a line for each into a file, which is what one
+//! reads when a run has failed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

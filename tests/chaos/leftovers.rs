@@ -11,7 +11,8 @@ use xtask::sandbox::until;
 use crate::daemon::Daemon;
 use crate::ground::Ground;
 
-/// Directories of the state directory whose files belong to containers, connections or events that are gone.
+/// Directories of the state directory whose files belong to containers, connections or events that
+/// are gone.
 const DIRECTORIES: [&str; 4] = ["tasks", "connections", "events", "tty"];
 
 /// What was there before.
@@ -52,9 +53,10 @@ impl Before {
 
     fn compare_traces(&self, ground: &Ground) -> anyhow::Result<()> {
         let sandbox = ground.sandbox();
-        // containerd 1.6 never removes the bundle of a task that was deleted, or not yet created, when it was itself ended: the shim
-        // tells of no task then, which it does not look for. Nor does it remove a bundle that it had begun to remove, and had hidden for
-        // that by a dot. What is ours of such a container must be gone like any other's.
+        // containerd 1.6 never removes the bundle of a task that was deleted, or not yet created,
+        // when it was itself ended: the shim tells of no task then, which it does not look for. Nor
+        // does it remove a bundle that it had begun to remove, and had hidden for that by a dot.
+        // What is ours of such a container must be gone like any other's.
         let forgotten: Vec<PathBuf> = ground
             .ledger
             .all_interrupted()
@@ -106,7 +108,8 @@ impl Own {
     }
 }
 
-/// The number of descriptors of a process, except of our own connections for probing, which come and go.
+/// The number of descriptors of a process, except of our own connections for probing, which come
+/// and go.
 fn descriptors(process: Daemon) -> usize {
     fs::read_dir(format!("/proc/{}/fd", process.pid)).map_or(0, Iterator::count)
 }

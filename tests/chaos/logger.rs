@@ -1,12 +1,12 @@
-//! [`Logger`]: a `binary://` logger that writes what it gets to files, and where these are. An output that it has read to the end
-//! has a file that says so.
+//! [`Logger`]: a `binary://` logger that writes what it gets to files, and where these are. An
+//! output that it has read to the end has a file that says so.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Each logger has files of its own, since there may be several: a creation that is done again starts another one.
-/// It is ready (descriptor 5 is closed) as soon as both files are there.
+/// Each logger has files of its own, since there may be several: a creation that is done again
+/// starts another one. It is ready (descriptor 5 is closed) as soon as both files are there.
 const SCRIPT: &str = "#!/bin/sh
 export PATH=/usr/bin:/bin
 log=$2.$$

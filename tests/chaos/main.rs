@@ -1,5 +1,6 @@
-//! The chaos suite: containers live by the dozen while whoever serves them is killed, and a ledger knows what is due. `cargo xtask
-//! chaos` builds and runs it. Owns the order of the phases, and what is kept of a run that has failed.
+//! The chaos suite: containers live by the dozen while whoever serves them is killed, and a ledger
+//! knows what is due. `cargo xtask chaos` builds and runs it. Owns the order of the phases, and
+//! what is kept of a run that has failed.
 
 mod blackout;
 mod bundle;
@@ -128,7 +129,8 @@ fn compare(ground: &Ground, before: &Before, when: &'static str) -> anyhow::Resu
     before.compare(ground).context(when)
 }
 
-/// What the first container costs once for all, such as the cgroup of the namespace and the directory of console sockets, is not a leftover.
+/// What the first container costs once for all, such as the cgroup of the namespace and the
+/// directory of console sockets, is not a leftover.
 fn warm_up(ground: &Ground, has_containerd: bool) -> anyhow::Result<()> {
     let program = Program::Exit {
         code: 1,

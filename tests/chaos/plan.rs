@@ -1,5 +1,6 @@
-//! [`Life`]: what one container does and what is done to it, from its creation to its deletion, with which code it ends, and where
-//! its streams go. A function of the seed; knows nothing of how it is carried out.
+//! [`Life`]: what one container does and what is done to it, from its creation to its deletion,
+//! with which code it ends, and where its streams go. A function of the seed; knows nothing of how
+//! it is carried out.
 
 use crate::program::{KILLED, Lines, Program};
 use crate::random::Random;
@@ -198,8 +199,8 @@ impl ProcessPlan {
         self
     }
 
-    /// The same with a logger or a log file. In a file, pieces of one output may come between parts of a line of the other: only one
-    /// is written to.
+    /// The same with a logger or a log file. In a file, pieces of one output may come between parts
+    /// of a line of the other: only one is written to.
     pub(crate) fn to(mut self, sink: Sink) -> Self {
         self.streams.sink = sink;
         if sink == Sink::File {
@@ -224,11 +225,13 @@ impl Streams {
         let terminal = random.chance(25);
         let sink = match random.below(100) {
             number if number < fifos => Sink::Fifo,
-            // A logger's pipe is the runtime's too, as with runc-v2: it hears why there is no process.
+            // A logger's pipe is the runtime's too, as with runc-v2: it hears why there is no
+            // process.
             number if number % 2 == 0 && program != Program::Missing => Sink::Logger,
             _ => Sink::File,
         };
-        // What a client writes to a terminal comes back until the process has said that it shall not.
+        // What a client writes to a terminal comes back until the process has said that it shall
+        // not.
         let reads = matches!(program, Program::UntilEof { .. }) && !terminal;
         Self {
             terminal,

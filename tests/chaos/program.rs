@@ -1,5 +1,6 @@
-//! [`Program`]: what a process does, with which code it ends by itself, and what it writes: its lines, as many as the plan says.
-//! Knows how that is put to a shell, and what therefore has to arrive.
+//! [`Program`]: what a process does, with which code it ends by itself, and what it writes: its
+//! lines, as many as the plan says. Knows how that is put to a shell, and what therefore has to
+//! arrive.
 
 use crate::plan::ProcessPlan;
 use crate::random::Random;
@@ -169,8 +170,8 @@ impl ProcessPlan {
         self.due(output, None, true).at_least
     }
 
-    /// What has to arrive of a process that has ended with this code, if it has. `has_shown` says that all its own lines were seen
-    /// before anything was done to it.
+    /// What has to arrive of a process that has ended with this code, if it has. `has_shown` says
+    /// that all its own lines were seen before anything was done to it.
     pub(crate) fn due(&self, output: Output, code: Option<u32>, has_shown: bool) -> Due {
         let is_done = code == Some(self.program.own_code()) && self.program != Program::Sleep;
         let mut all = match output {

@@ -1,5 +1,5 @@
-//! [`Random`]: numbers that are a function of the seed and of who draws them, so that a run can be told from its seed.
-//! Splitmix64; never asks the machine for anything.
+//! [`Random`]: numbers that are a function of the seed and of who draws them, so that a run can be
+//! told from its seed. Splitmix64; never asks the machine for anything.
 
 use std::time::Duration;
 

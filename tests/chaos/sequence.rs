@@ -1,4 +1,5 @@
-//! Numbered lines, and [`Due`]: what a stream has to bring, and whether what came is that: each number once and in order. Pure.
+//! Numbered lines, and [`Due`]: what a stream has to bring, and whether what came is that: each
+//! number once and in order. Pure.
 
 use std::fmt::Write;
 
@@ -56,8 +57,8 @@ impl Due {
         self.check_length(same)
     }
 
-    /// The same for a log file: a daemon that died may have appended a piece of at most [`CHUNK`] twice. Returns how many bytes came
-    /// again.
+    /// The same for a log file: a daemon that died may have appended a piece of at most [`CHUNK`]
+    /// twice. Returns how many bytes came again.
     pub(crate) fn check_with_repeats(&self, came: &[u8]) -> Result<usize, String> {
         let (mut at, mut due, mut repeated, mut furthest) = (0, 0, 0, 0);
         loop {
@@ -88,10 +89,11 @@ impl Due {
         if length >= self.at_least {
             return Ok(());
         }
-        let (all, least) = (self.all.len(), self.at_least);
-        let last = show(before(&self.all, length));
         Err(format!(
-            "it ends after {length} of {all} bytes, at least {least} are due; its last: {last}"
+            "it ends after {length} of {} bytes, at least {} are due; its last: {}",
+            self.all.len(),
+            self.at_least,
+            show(before(&self.all, length)),
         ))
     }
 
@@ -99,7 +101,8 @@ impl Due {
     fn jump(&self, came: &[u8], at: usize, due: usize) -> Option<usize> {
         let next = tail(came, at);
         let longest = next.len().min(WINDOW);
-        // A short piece that came twice is followed by what comes after it: there is always a whole window, but at the end.
+        // A short piece that came twice is followed by what comes after it: there is always a whole
+        // window, but at the end.
         let window = next.get(..longest)?;
         let from = due.saturating_sub(CHUNK);
         let place = find(
@@ -226,7 +229,7 @@ mod tests {
                 .unwrap_err()
                 .contains("100 bytes are missing")
         );
-        let far = [&all[..100_000], &all[..]].concat();
+        let far = [&all[..100_000], all].concat();
         assert!(due.check_with_repeats(&far).is_err());
         assert!(due.check_with_repeats(&all[..5000]).is_err());
     }

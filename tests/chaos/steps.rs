@@ -1,5 +1,5 @@
-//! Single steps: the same short lives again and again, and each time the daemon dies at the next of its lasting steps, right before
-//! and right after it. It is the place where no luck is needed.
+//! Single steps: the same short lives again and again, and each time the daemon dies at the next of
+//! its lasting steps, right before and right after it. It is the place where no luck is needed.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -107,7 +107,8 @@ fn lives() -> Vec<(&'static str, Life)> {
 pub(crate) fn take(ground: &Ground, options: &Options) -> anyhow::Result<()> {
     let is_done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        // So many deaths would make the keeper wait for a second before each new daemon, in which nothing is to be learned.
+        // So many deaths would make the keeper wait for a second before each new daemon, in which
+        // nothing is to be learned.
         scope.spawn(|| {
             let mut was_there = true;
             while !is_done.load(Ordering::Relaxed) {

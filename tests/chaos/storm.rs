@@ -1,4 +1,5 @@
-//! The storm: workers live lives while the killer kills. Owns the threads and the end: everybody comes to the end of what he has begun.
+//! The storm: workers live lives while the killer kills. Owns the threads and the end: everybody
+//! comes to the end of what he has begun.
 
 use std::time::{Duration, Instant};
 
@@ -49,7 +50,8 @@ pub(crate) fn blow(ground: &Ground, options: &Options, time: Duration) {
                 killer::kill_on(ground, &mut random, options.containerd > 0);
             });
         }
-        // The killer goes on until the last of them has ended, so that ends are disturbed as much as beginnings.
+        // The killer goes on until the last of them has ended, so that ends are disturbed as much
+        // as beginnings.
         for worker in workers {
             if worker.join().is_err() {
                 ground.ledger.failure("a worker panicked");

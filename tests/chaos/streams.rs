@@ -1,5 +1,6 @@
-//! [`ClientStreams`]: the client's ends of one process's streams, and whether they have brought what is due. Each stream is in the
-//! ledger: how much came, and that each number came once and in order.
+//! [`ClientStreams`]: the client's ends of one process's streams, and whether they have brought
+//! what is due. Each stream is in the ledger: how much came, and that each number came once and in
+//! order.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -160,7 +161,8 @@ impl<'a> ClientStreams<'a> {
         Ok(())
     }
 
-    /// The process has ended with this code, and is not deleted: what goes to fifos and loggers must have ended, with all of it.
+    /// The process has ended with this code, and is not deleted: what goes to fifos and loggers
+    /// must have ended, with all of it.
     pub(crate) fn check_ended(&self, code: u32) -> anyhow::Result<()> {
         self.check(Some(code), |end| !matches!(end, End::File(_)))
     }

@@ -304,9 +304,9 @@ fn on_frozen(stage: &Stage, count: usize, terminal: bool) -> anyhow::Result<()> 
         File::create(format!("/proc/{pid}/root/dev/shm/go"))?;
         until("they hang", || Ok(threads_of(&sandbox) > count))
     });
-    let state = Instant::now();
+    let asked = Instant::now();
     shim.state("c")?;
-    let took = state.elapsed();
+    let took = asked.elapsed();
     frozen.thaw()?;
     result?;
     ensure!(took < Duration::from_millis(500), "State took {took:?}");

@@ -140,7 +140,8 @@ fn streams_are_pipes(stage: &Stage) -> anyhow::Result<()> {
             let link = fs::read_link(&path)?;
             ensure!(
                 link.to_string_lossy().starts_with("pipe:["),
-                "{id}: {link:?}"
+                "{id}: {}",
+                link.display()
             );
             ensure!(fs::metadata(&path)?.file_type().is_fifo(), "{id}");
         }
@@ -431,7 +432,7 @@ fn a_client_that_never_reads_holds_up_its_process_and_nothing_else(
     let other = Bundle::new(&sandbox, "other", &["sh", "-c", "echo here"])?;
     let mut reader = Reader::new(&sandbox, "other-out")?;
     shim.create_with("other", other.path(), |request| {
-        request.stdout = reader.path()
+        request.stdout = reader.path();
     })?;
     shim.start("other")?;
     ensure!(reader.finish()? == "here\n", "not heard");

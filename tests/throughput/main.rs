@@ -1,5 +1,9 @@
 //! `throughput`: how fast a process's output reaches its client, and what that costs, with our daemon and with containerd's own shim in
 //! turn. For `cargo xtask bench`, which builds the binaries it measures. Speaks the shim API itself, since ctr would be the bottleneck.
+#![allow(
+    clippy::indexing_slicing,
+    reason = "a measurement that is wrong fails by panicking"
+)]
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -131,14 +135,13 @@ fn run_one(sandbox: &Sandbox, id: &str, way: Way, amount: u32) -> anyhow::Result
     shim.start(id)?;
     shim.wait(id)?;
     let expected = u64::from(amount) << 20;
-    let arrived = match reader {
-        Some(reader) => reader.join().map_err(|_| anyhow::anyhow!("reader"))??,
-        None => {
-            while fs::metadata(&target)?.len() < expected {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            expected
+    let arrived = if let Some(reader) = reader {
+        reader.join().map_err(|_| anyhow::anyhow!("reader"))??
+    } else {
+        while fs::metadata(&target)?.len() < expected {
+            std::thread::sleep(Duration::from_millis(1));
         }
+        expected
     };
     let took = began.elapsed();
     ensure!(arrived == expected, "{arrived} of {expected} bytes");

@@ -33,6 +33,10 @@ exactly the same again.";
 
 /// Options of `cargo xtask chaos`.
 #[derive(Args, Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a switch of the command line"
+)]
 pub struct Options {
     /// How long the storm takes; the single steps and the blackout come on top
     #[arg(long, default_value_t = 0.7, value_name = "N")]

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::fdstore::StreamFd;
+
 /// Owns a descriptor that the kernel has just installed for us (`SCM_RIGHTS`) and that nobody else knows.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller got the number from a control message this moment; it is open and has no other owner.
@@ -17,6 +19,12 @@ pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
 /// Makes a non-blocking descriptor fit for waiting on it. Needs a tokio runtime.
 pub(crate) fn register(fd: Arc<OwnedFd>, interest: Interest) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     // SAFETY: the `Arc` keeps the descriptor open, and an `OwnedFd` has the same one all its life.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(|error| error.into_parts().1)
+}
+
+/// The same for an end of a stream.
+pub(crate) fn register_stream(fd: StreamFd, interest: Interest) -> io::Result<AsyncFd<StreamFd>> {
+    // SAFETY: a `StreamFd` keeps its descriptor open while there is a clone of it, under the same number.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(|error| error.into_parts().1)
 }
 

@@ -63,7 +63,10 @@ pub(crate) fn run(options: &Serve, start: Start) -> Result<Code, Failure> {
         .thread_keep_alive(BLOCKING_KEEP_ALIVE)
         .build()
         .context("cannot start the async runtime")?;
-    runtime.block_on(serve(&config, state_dir, start))
+    let served = runtime.block_on(serve(&config, state_dir, start));
+    // Threads that a file system holds up are not waited for.
+    runtime.shutdown_background();
+    served
 }
 
 async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, Failure> {

@@ -2,6 +2,7 @@
 //! [`InheritedFds`], what a predecessor has stored. Owns the names; how a store is spoken to is its implementation's.
 
 mod process_fds;
+mod stream_fd;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -10,6 +11,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
 
 pub(crate) use process_fds::{FdRole, ProcessFds};
+pub(crate) use stream_fd::StreamFd;
 
 use crate::process::ProcessIdentity;
 

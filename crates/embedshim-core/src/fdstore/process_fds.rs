@@ -4,7 +4,7 @@
 //! The set is one message with all descriptors (`SCM_RIGHTS`) in the queue of a socket pair, and the store holds the pair. A change
 //! sends the new set and then drops the old one, so that at any instant the last message in the queue is a whole set: a daemon that
 //! is killed between the two leaves both, and the older is dropped by its successor. A change needs nothing of the store's process,
-//! which may be stopped: what leaves the set is closed when the call returns.
+//! which may be stopped. What leaves the set is closed right afterwards, in a thread of its own, since that may wait.
 
 use std::collections::HashSet;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -19,6 +19,7 @@ use nix::sys::stat::fstat;
 use rustix::io::ioctl_fionread;
 use tracing::warn;
 
+use super::stream_fd::{StreamFd, off_the_reactor};
 use super::{FdName, FdStore, InheritedFds};
 use crate::failpoint;
 use crate::sys;
@@ -35,8 +36,12 @@ const MAX_FDS: usize = 32;
 /// What a descriptor is to a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum FdRole {
-    /// The client's end of its input: a fifo, open for reading and writing as long as the input is to outlive its client.
-    StdinClient,
+    /// The client's end of its input, a fifo: open for reading alone, and not yet decided whether it is to outlive its client.
+    StdinNew,
+    /// The same, to outlive its client: open for reading and writing, or about to be.
+    StdinHeld,
+    /// The same, open for reading alone: the input ends with the client's writers.
+    StdinLast,
     /// The writing end of its input pipe.
     StdinPipe,
     /// The client's end of its output: a fifo, a log file, or for a terminal the pipe of a logger.
@@ -47,6 +52,13 @@ pub(crate) enum FdRole {
     StderrClient,
     /// The reading end of its error pipe.
     StderrPipe,
+    /// A pipe of ours between the two ends of its input, open for reading and writing: what is on its way. With it no call has the lock of
+    /// a pipe that a container can hold and that of the client's fifo at once.
+    StdinStage,
+    /// The same of its output.
+    StdoutStage,
+    /// The same of its error output.
+    StderrStage,
     /// The master of its pseudo-terminal.
     Terminal,
     /// The socket over which the OCI runtime hands over its terminal.
@@ -56,13 +68,18 @@ pub(crate) enum FdRole {
 }
 
 impl FdRole {
-    const ALL: [(Self, u8); 9] = [
-        (Self::StdinClient, b'i'),
+    const ALL: [(Self, u8); 14] = [
+        (Self::StdinNew, b'n'),
+        (Self::StdinHeld, b'i'),
+        (Self::StdinLast, b'x'),
         (Self::StdinPipe, b'I'),
         (Self::StdoutClient, b'o'),
         (Self::StdoutPipe, b'O'),
         (Self::StderrClient, b'e'),
         (Self::StderrPipe, b'E'),
+        (Self::StdinStage, b'a'),
+        (Self::StdoutStage, b'b'),
+        (Self::StderrStage, b'd'),
         (Self::Terminal, b't'),
         (Self::Console, b'c'),
         (Self::Pidfd, b'p'),
@@ -92,10 +109,10 @@ pub(crate) struct ProcessFds {
 struct State {
     set: Set,
     left_to: Option<Request>,
-    queue: Option<Queue>,
+    queue: Option<Arc<Queue>>,
 }
 
-type Set = Vec<(FdRole, Arc<OwnedFd>)>;
+type Set = Vec<(FdRole, StreamFd)>;
 /// A connection, and a request on it.
 type Request = (u64, u32);
 
@@ -123,7 +140,7 @@ impl ProcessFds {
         let mut state = self.state();
         match Queue::resume(sockets) {
             Ok((queue, set, left_to)) => {
-                state.queue = Some(queue);
+                state.queue = Some(Arc::new(queue));
                 state.set = set;
                 state.left_to = left_to;
             }
@@ -135,10 +152,10 @@ impl ProcessFds {
     }
 
     /// The descriptor of this role.
-    pub(crate) fn get(&self, role: FdRole) -> Option<Arc<OwnedFd>> {
+    pub(crate) fn get(&self, role: FdRole) -> Option<StreamFd> {
         let state = self.state();
         let found = state.set.iter().find(|(known, _)| *known == role);
-        found.map(|(_, descriptor)| Arc::clone(descriptor))
+        found.map(|(_, descriptor)| descriptor.clone())
     }
 
     /// Whether nothing is in the set.
@@ -147,12 +164,32 @@ impl ProcessFds {
         self.state().set.is_empty()
     }
 
+    /// The first descriptor of these roles that there is, with its role.
+    pub(crate) fn first(&self, roles: &[FdRole]) -> Option<(FdRole, StreamFd)> {
+        let found = |role: &FdRole| Some((*role, self.get(*role)?));
+        roles.iter().find_map(found)
+    }
+
     /// Adds descriptors, each in the place of the one that has its role. On failure the set is what it was.
     pub(crate) fn keep(
         &self,
-        descriptors: impl IntoIterator<Item = (FdRole, Arc<OwnedFd>)>,
+        descriptors: impl IntoIterator<Item = (FdRole, StreamFd)>,
     ) -> io::Result<()> {
-        self.change(|set| {
+        self.add(descriptors, true)
+    }
+
+    /// The same for what was opened, or came, this moment, and has been noticed by its other end: a daemon that dies before this
+    /// returns loses it. That takes a few microseconds and cannot be avoided, so no failpoint is there.
+    pub(crate) fn keep_at_once(&self, role: FdRole, descriptor: OwnedFd) -> io::Result<()> {
+        self.add([(role, StreamFd::new(descriptor))], false)
+    }
+
+    fn add(
+        &self,
+        descriptors: impl IntoIterator<Item = (FdRole, StreamFd)>,
+        has_failpoint: bool,
+    ) -> io::Result<()> {
+        self.change_at(has_failpoint, |set| {
             for (role, descriptor) in descriptors {
                 set.retain(|(known, _)| *known != role);
                 set.push((role, descriptor));
@@ -166,7 +203,7 @@ impl ProcessFds {
     }
 
     /// Removes and closes what has these roles, and adds a descriptor in the same step.
-    pub(crate) fn exchange(&self, kept: Option<(FdRole, Arc<OwnedFd>)>, forgotten: &[FdRole]) {
+    pub(crate) fn exchange(&self, kept: Option<(FdRole, StreamFd)>, forgotten: &[FdRole]) {
         let exchanged = self.change(|set| {
             set.retain(|(role, _)| !forgotten.contains(role));
             set.extend(kept);
@@ -199,12 +236,19 @@ impl ProcessFds {
     /// Takes over what has these roles in another set, which is empty afterwards. There is no instant in which neither has them.
     pub(crate) fn adopt(&self, other: &Self, roles: &[FdRole]) -> io::Result<()> {
         let set = other.state().set.clone();
+        // Until the process's record is there, this alone says whose they are.
+        let left_to = other.left_to();
+        self.state().left_to = left_to;
         self.keep(set.into_iter().filter(|(role, _)| roles.contains(role)))?;
         other.forget_all();
         Ok(())
     }
 
     fn change(&self, change: impl FnOnce(&mut Set)) -> io::Result<()> {
+        self.change_at(true, change)
+    }
+
+    fn change_at(&self, has_failpoint: bool, change: impl FnOnce(&mut Set)) -> io::Result<()> {
         let mut state = self.state();
         let mut next = state.set.clone();
         change(&mut next);
@@ -212,6 +256,9 @@ impl ProcessFds {
             return Ok(());
         }
         if self.store.is_durable() {
+            if has_failpoint {
+                failpoint::step("before a set of descriptors is replaced");
+            }
             let left_to = state.left_to;
             self.publish(&mut state.queue, &next, left_to)?;
         }
@@ -221,30 +268,30 @@ impl ProcessFds {
 
     fn publish(
         &self,
-        queue: &mut Option<Queue>,
+        queue: &mut Option<Arc<Queue>>,
         next: &Set,
         left_to: Option<Request>,
     ) -> io::Result<()> {
         let name = self.name();
         if next.is_empty() {
             if let Some(queue) = queue.take() {
-                queue.clear();
-                self.store.forget(&name)?;
+                let forgotten = self.store.forget(&name);
+                off_the_reactor(Emptied(queue));
+                forgotten?;
             }
             return Ok(());
         }
         if let Some(queue) = queue {
-            failpoint::step("before a set of descriptors is replaced");
             queue.send(next, left_to)?;
             failpoint::step("between two sets of descriptors");
-            queue.drop_oldest();
+            off_the_reactor(Outdated(Arc::clone(queue)));
             return Ok(());
         }
         let new = Queue::new()?;
         new.send(next, left_to)?;
         self.store
             .keep(&name, &[new.receiver.as_fd(), new.sender.as_fd()])?;
-        *queue = Some(new);
+        *queue = Some(Arc::new(new));
         Ok(())
     }
 
@@ -254,6 +301,24 @@ impl ProcessFds {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A queue whose oldest set is closed with this.
+struct Outdated(Arc<Queue>);
+
+impl Drop for Outdated {
+    fn drop(&mut self) {
+        self.0.drop_oldest();
+    }
+}
+
+/// A queue that is given up.
+struct Emptied(Arc<Queue>);
+
+impl Drop for Emptied {
+    fn drop(&mut self) {
+        self.0.clear();
     }
 }
 
@@ -353,7 +418,7 @@ impl Queue {
         let known = letters
             .bytes()
             .zip(received)
-            .filter_map(|(letter, fd)| Some((FdRole::of(letter)?, Arc::new(fd))));
+            .filter_map(|(letter, fd)| Some((FdRole::of(letter)?, StreamFd::new(fd))));
         Ok((length, known.collect(), left_to))
     }
 
@@ -424,9 +489,9 @@ mod tests {
         }
     }
 
-    fn pipe() -> (PipeReader, Arc<OwnedFd>) {
+    fn pipe() -> (PipeReader, StreamFd) {
         let (reader, writer) = io::pipe().unwrap();
-        (reader, Arc::new(writer.into()))
+        (reader, StreamFd::new(writer))
     }
 
     fn is_at_end(reader: &mut PipeReader) -> bool {
@@ -470,10 +535,10 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let fds = ProcessFds::new(shelf.clone(), 7);
         let ((mut old, old_end), (mut new, new_end)) = (pipe(), pipe());
-        fds.keep([(FdRole::StdinClient, old_end)]).unwrap();
+        fds.keep([(FdRole::StdinHeld, old_end)]).unwrap();
         // As a daemon leaves it that is killed between the two steps of a change.
         let state = fds.state();
-        let next = vec![(FdRole::StdinClient, new_end)];
+        let next = vec![(FdRole::StdinHeld, new_end)];
         state.queue.as_ref().unwrap().send(&next, None).unwrap();
         drop(state);
         drop((next, fds));

@@ -3,6 +3,7 @@
 
 mod arguments;
 mod log;
+mod program;
 mod under_way;
 
 use std::ffi::OsString;
@@ -21,6 +22,7 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
+pub(crate) use program::touch;
 pub(crate) use under_way::{UnderWay, wait_for};
 
 use crate::error::Error;
@@ -348,6 +350,7 @@ async fn spawn(mut command: Command, limit: Duration) -> Result<Child, Failure> 
     let is_given_up = Arc::new(AtomicBool::new(false));
     let given_up = Arc::clone(&is_given_up);
     let spawned = tokio::task::spawn_blocking(move || {
+        touch(command.as_std().get_program());
         failpoint::step("before the runtime is called");
         let child = command.spawn();
         failpoint::step("after the runtime was called");

@@ -2,10 +2,9 @@
 //! terminal is `flow`'s.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
@@ -14,7 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tracing::warn;
 
 use super::{StdioError, open};
-use crate::fdstore::{FdRole, ProcessFds};
+use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 
 /// The directory of the sockets, below the state directory. Short: a socket's path may have 107 bytes.
@@ -46,7 +45,7 @@ impl ConsoleSocket {
         let listener = std::os::unix::net::UnixListener::bind(&path).map_err(failed)?;
         let stored = listener.try_clone().map_err(failed)?;
         let socket = Self::with(listener, path, fds).map_err(failed)?;
-        fds.keep([(FdRole::Console, Arc::new(stored.into()))])
+        fds.keep([(FdRole::Console, StreamFd::new(stored))])
             .map_err(|source| StdioError::NotKept { source })?;
         Ok(socket)
     }
@@ -54,7 +53,7 @@ impl ConsoleSocket {
     /// The one that a predecessor has left, if its socket is in the set.
     pub(crate) fn resume(fds: &ProcessFds) -> Option<io::Result<Self>> {
         let stored = fds.get(FdRole::Console)?;
-        let resumed = stored.try_clone().and_then(|listener| {
+        let resumed = stored.as_fd().try_clone_to_owned().and_then(|listener| {
             let listener = std::os::unix::net::UnixListener::from(listener);
             let address = listener.local_addr()?;
             let path = address.as_pathname().unwrap_or(Path::new("")).to_owned();
@@ -81,7 +80,7 @@ impl ConsoleSocket {
         &self.path
     }
 
-    /// Receives the master and puts it into the set, in the place of this socket.
+    /// Receives the master and puts it into the set. This socket is given up.
     pub(crate) async fn accept(self, limit: Duration) -> Result<(), StdioError> {
         let failed = |source| StdioError::Console {
             doing: "receive a terminal",
@@ -101,8 +100,10 @@ impl ConsoleSocket {
             )));
         }
         open::set_non_blocking(&master).map_err(failed)?;
-        let kept = (FdRole::Terminal, Arc::new(master));
-        self.fds.exchange(Some(kept), &[FdRole::Console]);
+        self.fds
+            .keep_at_once(FdRole::Terminal, master)
+            .map_err(|source| StdioError::NotKept { source })?;
+        self.fds.forget(&[FdRole::Console]);
         Ok(())
     }
 }
@@ -162,6 +163,7 @@ fn file_name(fds: &ProcessFds) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::sync::Arc;
 
     use nix::pty::openpty;
 

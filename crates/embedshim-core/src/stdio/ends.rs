@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,12 +11,12 @@ use nix::sys::stat::fstat;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use super::flow::{AtEnd, Course, Flow};
+use super::flow::{AtEnd, Course, Flow, TERMINAL};
 use super::open::{self, Pipe};
 use super::plan::{Output, Plan};
-use super::pump::Label;
+use super::pump::{Label, Way};
 use super::{LoggerPipes, StdioError};
-use crate::fdstore::{FdRole, ProcessFds};
+use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::process::ProcessIdentity;
 use crate::sys;
 
@@ -25,15 +25,23 @@ const HOLDERS: Duration = Duration::from_secs(2);
 /// The same for a terminal: long enough for the kernel's own buffering, which goes through a work queue.
 const SILENCE: Duration = Duration::from_millis(200);
 
-const CLIENT_ENDS: [FdRole; 3] = [
-    FdRole::StdinClient,
+const CLIENT_ENDS: [FdRole; 5] = [
+    FdRole::StdinNew,
+    FdRole::StdinHeld,
+    FdRole::StdinLast,
     FdRole::StdoutClient,
     FdRole::StderrClient,
 ];
-const PIPES: [FdRole; 5] = [
+const STDOUT: &[FdRole] = &[FdRole::StdoutPipe];
+const STDERR: &[FdRole] = &[FdRole::StderrPipe];
+const INPUT: &[FdRole] = &[FdRole::StdinNew, FdRole::StdinHeld, FdRole::StdinLast];
+const PIPES: [FdRole; 8] = [
     FdRole::StdinPipe,
     FdRole::StdoutPipe,
     FdRole::StderrPipe,
+    FdRole::StdinStage,
+    FdRole::StdoutStage,
+    FdRole::StderrStage,
     FdRole::Terminal,
     FdRole::Console,
 ];
@@ -73,8 +81,11 @@ pub(crate) enum Of {
     Exec,
 }
 
-/// Opens the client's ends, or takes those that an earlier attempt has left in the set, makes new pipes, and stores all of it. Blocks on
+/// Makes new pipes and opens the client's ends, but for those that an earlier attempt has left in the set, and stores all of it. Blocks on
 /// the file system, never on a missing peer. `owner` is the owner of the pipes. `logger` are the pipes of the logger, if there is one.
+///
+/// The client's ends come last, each stored as soon as it is open: a client whose opening has waited for ours would read the end if this
+/// daemon died in between.
 pub(crate) fn prepare(
     plan: &Plan,
     of: Of,
@@ -84,59 +95,79 @@ pub(crate) fn prepare(
 ) -> Result<ChildStdio, StdioError> {
     let failed = |source| StdioError::Pipe { source };
     let (logged_stdout, logged_stderr) = logger.map(|pipes| (pipes.stdout, pipes.stderr)).unzip();
-    let mut set = Vec::new();
-    let mut output = |stream, plan: &Output, logged: Option<OwnedFd>, roles: [FdRole; 2]| {
-        if let Some(pipe) = logged {
-            open::give(&pipe, owner).map_err(failed)?;
-            return Ok(pipe);
-        }
-        let [client_role, pipe_role] = roles;
-        let client = match fds.get(client_role) {
-            Some(client) => client,
-            None => match open::output(stream, plan)? {
-                Some(client) => Arc::new(client),
-                None => return open::null(stream),
-            },
+    let mut pipes = Vec::new();
+    let mut output =
+        |stream, plan: &Output, logged: Option<OwnedFd>, [pipe_role, stage_role]: [FdRole; 2]| {
+            let theirs = match (logged, plan) {
+                (Some(pipe), _) => pipe,
+                (None, Output::Null | Output::Logger(_)) => return open::null(stream),
+                (None, Output::Path(_) | Output::File(_)) => {
+                    let pipe = open::output_pipe(of == Of::Init).map_err(failed)?;
+                    pipes.push((pipe_role, StreamFd::new(pipe.ours)));
+                    pipes.push((stage_role, StreamFd::new(open::stage().map_err(failed)?)));
+                    pipe.theirs
+                }
+            };
+            open::give(&theirs, owner).map_err(failed)?;
+            Ok(theirs)
         };
-        let pipe = open::output_pipe(of == Of::Init).map_err(failed)?;
-        open::give(&pipe.theirs, owner).map_err(failed)?;
-        set.push((client_role, client));
-        set.push((pipe_role, Arc::new(pipe.ours)));
-        Ok(pipe.theirs)
-    };
     let stdout = output(
         "stdout",
         &plan.stdout,
         logged_stdout,
-        [FdRole::StdoutClient, FdRole::StdoutPipe],
+        [FdRole::StdoutPipe, FdRole::StdoutStage],
     )?;
     let stderr = output(
         "stderr",
         &plan.stderr,
         logged_stderr,
-        [FdRole::StderrClient, FdRole::StderrPipe],
+        [FdRole::StderrPipe, FdRole::StderrStage],
     )?;
-    let stdin = match &plan.stdin {
-        None => open::null("stdin")?,
-        Some(path) => {
-            let client = match fds.get(FdRole::StdinClient) {
-                Some(client) => client,
-                None => Arc::new(open::input(path)?),
-            };
-            let Pipe { ours, theirs } = open::input_pipe().map_err(failed)?;
-            open::give(&theirs, owner).map_err(failed)?;
-            set.push((FdRole::StdinClient, client));
-            set.push((FdRole::StdinPipe, Arc::new(ours)));
-            theirs
-        }
+    let stdin = if plan.stdin.is_some() {
+        let Pipe { ours, theirs } = open::input_pipe().map_err(failed)?;
+        open::give(&theirs, owner).map_err(failed)?;
+        pipes.push((FdRole::StdinPipe, StreamFd::new(ours)));
+        pipes.push((
+            FdRole::StdinStage,
+            StreamFd::new(open::stage().map_err(failed)?),
+        ));
+        theirs
+    } else {
+        open::null("stdin")?
     };
-    fds.keep(set)
-        .map_err(|source| StdioError::NotKept { source })?;
+    fds.keep(pipes).map_err(not_kept)?;
+    open_output(fds, FdRole::StdoutClient, "stdout", &plan.stdout)?;
+    open_output(fds, FdRole::StderrClient, "stderr", &plan.stderr)?;
+    if let Some(path) = &plan.stdin
+        && fds.first(INPUT).is_none()
+    {
+        fds.keep_at_once(FdRole::StdinNew, open::input(path)?)
+            .map_err(not_kept)?;
+    }
     Ok(ChildStdio {
         stdin,
         stdout,
         stderr,
     })
+}
+
+/// Opens and stores the client's end of an output, unless it is there or there is none.
+fn open_output(
+    fds: &ProcessFds,
+    role: FdRole,
+    stream: &'static str,
+    plan: &Output,
+) -> Result<(), StdioError> {
+    if fds.get(role).is_none()
+        && let Some(client) = open::output(stream, plan)?
+    {
+        fds.keep_at_once(role, client).map_err(not_kept)?;
+    }
+    Ok(())
+}
+
+fn not_kept(source: io::Error) -> StdioError {
+    StdioError::NotKept { source }
 }
 
 /// The same for a terminal, which the runtime makes: there is no end for the process yet.
@@ -146,32 +177,28 @@ pub(crate) fn prepare_terminal(
     fds: &ProcessFds,
 ) -> Result<(), StdioError> {
     let failed = |source| StdioError::Pipe { source };
-    let mut set = Vec::new();
-    if let Some(path) = &plan.stdin
-        && fds.get(FdRole::StdinClient).is_none()
-    {
-        set.push((FdRole::StdinClient, Arc::new(open::held_input(path)?)));
-    }
-    let client = match (logger, fds.get(FdRole::StdoutClient)) {
+    let stages = [FdRole::StdinStage, FdRole::StdoutStage].map(|role| {
+        let stage = open::stage().map_err(failed)?;
+        Ok((role, StreamFd::new(stage)))
+    });
+    let stages = stages.into_iter().collect::<Result<Vec<_>, StdioError>>()?;
+    fds.keep(stages).map_err(not_kept)?;
+    match logger {
         // A terminal has no error output of its own: that pipe is closed here.
-        (Some(pipes), _) => {
+        Some(pipes) => {
             open::set_non_blocking(&pipes.stdout).map_err(failed)?;
-            Some(Arc::new(pipes.stdout))
+            fds.keep([(FdRole::StdoutClient, StreamFd::new(pipes.stdout))])
+                .map_err(not_kept)?;
         }
-        (None, Some(left)) => Some(left),
-        (None, None) => open::output("stdout", &plan.stdout)?.map(Arc::new),
-    };
-    if let Some(client) = client {
-        if !open::is_pipe(&client) {
-            // What is read from a terminal and not yet in the file has to be where a successor finds it.
-            let pipe = open::output_pipe(true).map_err(failed)?;
-            open::set_non_blocking(&pipe.theirs).map_err(failed)?;
-            set.push((FdRole::StdoutPipe, Arc::new(pipe.theirs)));
-        }
-        set.push((FdRole::StdoutClient, client));
+        None => open_output(fds, FdRole::StdoutClient, "stdout", &plan.stdout)?,
     }
-    fds.keep(set)
-        .map_err(|source| StdioError::NotKept { source })
+    if let Some(path) = &plan.stdin
+        && fds.first(INPUT).is_none()
+    {
+        fds.keep_at_once(FdRole::StdinHeld, open::held_input(path)?)
+            .map_err(not_kept)?;
+    }
+    Ok(())
 }
 
 /// The call of the runtime has failed, or was cut short: what is in the pipes are the runtime's own words. The client's ends stay, for
@@ -192,84 +219,42 @@ pub(crate) struct Streams {
     fds: ProcessFds,
     label: Arc<str>,
     outputs: Vec<Flow>,
-    input: Mutex<Option<Flow>>,
+    input: Arc<Mutex<Input>>,
+}
+
+/// What is to become of the input, and its flow once it may flow.
+#[derive(Debug, Default)]
+struct Input {
+    is_closed: bool,
+    has_ended: bool,
+    flow: Option<Flow>,
 }
 
 impl Streams {
     /// Lets the outputs flow; the input waits for [`begin_input`](Self::begin_input). Needs a tokio runtime. `id` is for the log.
     pub(crate) fn start(fds: &ProcessFds, of: Of, id: &str) -> Self {
         let label: Arc<str> = id.into();
-        let has = |role| fds.get(role).is_some();
-        let start = |stream, source, sink, patience, at_end| {
-            let label = Label {
-                id: Arc::clone(&label),
-                stream,
-            };
-            let course = Course {
-                source,
-                sink,
-                patience,
-                at_end,
-                label,
-            };
-            Flow::start(course, fds.clone())
-        };
-        let at_end = match of {
-            Of::Init => AtEnd::KeepUnread,
-            Of::Exec => AtEnd::Close,
-        };
         let mut outputs = Vec::new();
-        if has(FdRole::Terminal) && has(FdRole::StdoutPipe) {
-            // To a file: by way of a pipe that is stored.
-            let (pipe, silence) = (FdRole::StdoutPipe, Some(SILENCE));
-            let terminal = start(
-                "stdout",
-                FdRole::Terminal,
-                Some(pipe),
-                silence,
-                AtEnd::Leave,
-            );
-            let sink = Some(FdRole::StdoutClient);
-            let file = start("stdout", pipe, sink, Some(Duration::ZERO), AtEnd::Close);
-            outputs.extend([terminal, file]);
-        } else if has(FdRole::Terminal) {
-            let sink = has(FdRole::StdoutClient).then_some(FdRole::StdoutClient);
-            outputs.push(start(
-                "stdout",
-                FdRole::Terminal,
-                sink,
-                Some(SILENCE),
-                at_end,
-            ));
-        } else {
-            let patience = (of == Of::Init).then_some(HOLDERS);
-            for (stream, source, sink) in [
-                ("stdout", FdRole::StdoutPipe, FdRole::StdoutClient),
-                ("stderr", FdRole::StderrPipe, FdRole::StderrClient),
-            ] {
-                let (Some(pipe), Some(client)) = (fds.get(source), fds.get(sink)) else {
-                    continue;
-                };
-                if open::is_reader(&client) {
-                    // It is over, and what is unread waits for the client.
-                    continue;
-                }
-                // What came from a terminal that is gone has no end of its own.
-                let staged = open::is_held(&pipe).then_some(Duration::ZERO);
-                outputs.push(start(
+        for (stream, way, patience) in ways(fds, of) {
+            let course = Course {
+                way,
+                patience,
+                at_end: match of {
+                    Of::Init => AtEnd::KeepUnread,
+                    Of::Exec => AtEnd::Close,
+                },
+                label: Label {
+                    id: Arc::clone(&label),
                     stream,
-                    source,
-                    Some(sink),
-                    staged.or(patience),
-                    at_end,
-                ));
-            }
+                },
+            };
+            outputs.push(Flow::start(course, fds.clone()));
         }
         Self {
             fds: fds.clone(),
             label,
             outputs,
-            input: Mutex::default(),
+            input: Arc::default(),
         }
     }
 
@@ -281,76 +266,68 @@ impl Streams {
             .any(|role| fds.get(*role).is_some())
     }
 
-    /// Lets the input flow. Unless it `is_closed`, it outlives its client from now on. Idempotent.
+    /// Lets the input flow. Unless it `is_closed`, it outlives its client from now on. Idempotent. What it takes is done in a thread of
+    /// its own, since opening a fifo again waits for its lock.
     pub(crate) fn begin_input(&self, is_closed: bool) {
-        let Some(client) = self.fds.get(FdRole::StdinClient) else {
+        if self.fds.first(INPUT).is_none() {
             return;
-        };
-        if !is_closed && !open::is_held(&client) {
-            match open::reopen(&*client, libc::O_RDWR | libc::O_NONBLOCK) {
-                Ok(held) => {
-                    let kept = (FdRole::StdinClient, Arc::new(held));
-                    self.fds.exchange(Some(kept), &[FdRole::StdinClient]);
-                }
-                Err(error) => {
-                    warn!(id = %self.label, %error, "the input cannot be kept open: it ends with its client");
-                }
+        }
+        let (fds, label, input) = (
+            self.fds.clone(),
+            Arc::clone(&self.label),
+            Arc::clone(&self.input),
+        );
+        drop(tokio::task::spawn_blocking(move || {
+            let mut input = lock(&input);
+            input.is_closed |= is_closed;
+            if input.has_ended {
+                return;
             }
-        }
-        drop(client);
-        let sink = if self.fds.get(FdRole::StdinPipe).is_some() {
-            FdRole::StdinPipe
-        } else {
-            FdRole::Terminal
-        };
-        let mut input = self.input();
-        if input.is_none() {
-            let course = Course {
-                source: FdRole::StdinClient,
-                sink: Some(sink),
-                patience: None,
-                at_end: if sink == FdRole::Terminal {
-                    AtEnd::Leave
-                } else {
-                    AtEnd::Close
-                },
-                label: Label {
-                    id: Arc::clone(&self.label),
-                    stream: "stdin",
-                },
-            };
-            *input = Some(Flow::start(course, self.fds.clone()));
-        }
+            settle_input(&fds, input.is_closed, &label);
+            if input.flow.is_none() {
+                input.flow = Some(Flow::start(input_course(&fds, label), fds));
+            }
+        }));
     }
 
     /// Gives up our writer of the input: it ends with what is in it once the client's writers are gone too. Idempotent.
     pub(crate) fn close_stdin(&self) {
-        let Some(client) = self.fds.get(FdRole::StdinClient) else {
+        if self.fds.first(INPUT).is_none() {
             return;
-        };
-        if open::is_held(&client) {
-            let reader = open::reopen(&*client, libc::O_RDONLY | libc::O_NONBLOCK).ok();
-            let kept = reader.map(|reader| (FdRole::StdinClient, Arc::new(reader)));
-            self.fds.exchange(kept, &[FdRole::StdinClient]);
         }
-        drop(client);
-        if let Some(input) = &*self.input() {
-            input.kick();
-        }
+        let (fds, label, input) = (
+            self.fds.clone(),
+            Arc::clone(&self.label),
+            Arc::clone(&self.input),
+        );
+        drop(tokio::task::spawn_blocking(move || {
+            let mut input = lock(&input);
+            input.is_closed = true;
+            settle_input(&fds, true, &label);
+            if let Some(flow) = &input.flow {
+                flow.kick();
+            }
+        }));
     }
 
     /// The process has ended: its input is closed, and its outputs end with what is in them.
     pub(crate) fn end_of_process(&self) {
-        *self.input() = None;
-        self.fds.forget(&[FdRole::StdinClient, FdRole::StdinPipe]);
-        let staged = self.fds.get(FdRole::Terminal).is_some() && self.outputs.len() == 2;
-        match self.outputs.as_slice() {
-            [terminal, file] if staged => {
-                terminal.process_ended();
-                file.end_after(terminal);
-            }
-            outputs => outputs.iter().for_each(Flow::process_ended),
+        let ended = lock_if_free(&self.input).map(|mut input| {
+            input.has_ended = true;
+            input.flow = None;
+        });
+        if ended.is_none() {
+            // Its input is just being opened again, in a thread that may wait.
+            let input = Arc::clone(&self.input);
+            drop(tokio::task::spawn_blocking(move || {
+                let mut input = lock(&input);
+                input.has_ended = true;
+                input.flow = None;
+            }));
         }
+        self.fds.forget(INPUT);
+        self.fds.forget(&[FdRole::StdinPipe, FdRole::StdinStage]);
+        self.outputs.iter().for_each(Flow::process_ended);
     }
 
     /// Waits until all output is with the client, for at most `limit`.
@@ -373,24 +350,124 @@ impl Streams {
             source,
         })
     }
+}
 
-    fn input(&self) -> MutexGuard<'_, Option<Flow>> {
-        self.input.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(input: &Mutex<Input>) -> MutexGuard<'_, Input> {
+    input.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn lock_if_free(input: &Mutex<Input>) -> Option<MutexGuard<'_, Input>> {
+    match input.try_lock() {
+        Ok(input) => Some(input),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
     }
 }
 
-/// Whether the client has come, written and gone already, right before the process may read: then its input ends with what is in it.
+/// The outputs that are to flow: each stream, what it goes through, and how long its end is waited for after its process's.
+fn ways(fds: &ProcessFds, of: Of) -> Vec<(&'static str, Way, Option<Duration>)> {
+    let has = |role| fds.get(role).is_some();
+    if has(FdRole::Terminal) {
+        let sink = has(FdRole::StdoutClient).then_some(FdRole::StdoutClient);
+        let way = Way {
+            source: TERMINAL,
+            stage: sink.map(|_| FdRole::StdoutStage),
+            sink,
+        };
+        return vec![("stdout", way, Some(SILENCE))];
+    }
+    let patience = (of == Of::Init).then_some(HOLDERS);
+    let outputs = [
+        ("stdout", STDOUT, FdRole::StdoutStage, FdRole::StdoutClient),
+        ("stderr", STDERR, FdRole::StderrStage, FdRole::StderrClient),
+    ];
+    let way = |(stream, source, stage, sink): (&'static str, &'static [FdRole], FdRole, FdRole)| {
+        let client = fds.get(sink)?;
+        // One that is open for reading alone is over, and what is unread waits for the client.
+        let is_there = fds.first(source).is_some() && !open::is_reader(&client);
+        let way = Way {
+            source,
+            stage: open::takes_splice(&client).then_some(stage),
+            sink: Some(sink),
+        };
+        is_there.then_some((stream, way, patience))
+    };
+    outputs.into_iter().filter_map(way).collect()
+}
+
+fn input_course(fds: &ProcessFds, id: Arc<str>) -> Course {
+    let (sink, at_end) = if fds.get(FdRole::StdinPipe).is_some() {
+        (FdRole::StdinPipe, AtEnd::Close)
+    } else {
+        (FdRole::Terminal, AtEnd::Leave)
+    };
+    Course {
+        way: Way {
+            source: INPUT,
+            stage: Some(FdRole::StdinStage),
+            sink: Some(sink),
+        },
+        patience: None,
+        at_end,
+        label: Label {
+            id,
+            stream: "stdin",
+        },
+    }
+}
+
+/// Brings the client's end of an input to where it belongs: open for writing too, or for reading alone. The role comes first, since it is
+/// what a successor goes by. Blocks on the fifo's lock.
+fn settle_input(fds: &ProcessFds, is_closed: bool, id: &str) {
+    decide_input(fds);
+    let Some((role, client)) = fds.first(INPUT) else {
+        return;
+    };
+    let wanted = if is_closed || role == FdRole::StdinLast {
+        FdRole::StdinLast
+    } else {
+        FdRole::StdinHeld
+    };
+    if role != wanted {
+        fds.exchange(Some((wanted, client.clone())), &[role]);
+    }
+    let (is_right, flags) = match wanted {
+        FdRole::StdinLast => (!open::is_held(&client), libc::O_RDONLY),
+        _ => (open::is_held(&client), libc::O_RDWR),
+    };
+    if is_right {
+        return;
+    }
+    match open::reopen(&client, flags | libc::O_NONBLOCK) {
+        Ok(again) => {
+            drop(client);
+            fds.exchange(Some((wanted, StreamFd::new(again))), &[wanted]);
+        }
+        Err(error) => {
+            warn!(%id, %error, "an input cannot be opened again: it ends with its client");
+        }
+    }
+}
+
+/// Decides, once, whether an input outlives its client, right before its process may read: not if the client has come, written and gone
+/// already. Then the input ends with what is in it.
 ///
 /// `ctr run` sends `CloseIO` at the end of its own input, but not if that comes before `NewTask` has returned, as with
 /// `echo hi | ctr run ... cat`; a writer of ours would then keep the container waiting. The writer of a daemon that died right after
-/// opening it looks like a client that has gone, so this is asked once.
-pub(crate) fn client_has_gone(fds: &ProcessFds) -> bool {
-    fds.get(FdRole::StdinClient)
-        .is_some_and(|client| !open::is_held(&client) && has_hung_up(&client))
+/// opening it looks like a client that has gone: so the decision is in the set before ours is opened.
+pub(crate) fn decide_input(fds: &ProcessFds) {
+    if let Some(client) = fds.get(FdRole::StdinNew) {
+        let decided = if has_hung_up(&client) {
+            FdRole::StdinLast
+        } else {
+            FdRole::StdinHeld
+        };
+        fds.exchange(Some((decided, client)), &[FdRole::StdinNew]);
+    }
 }
 
 /// Whether the fifo had a writer since this reader was opened, and has none now (`pipe_poll` in the kernel).
-fn has_hung_up(reader: &OwnedFd) -> bool {
+fn has_hung_up(reader: &StreamFd) -> bool {
     let mut fds = [PollFd::new(reader.as_fd(), PollFlags::empty())];
     let polled = poll(&mut fds, PollTimeout::ZERO);
     let [fd] = fds;
@@ -402,7 +479,7 @@ fn has_hung_up(reader: &OwnedFd) -> bool {
 
 /// Which pipes the set has, for the process's record.
 pub(crate) fn pipe_inodes(fds: &ProcessFds) -> PipeInodes {
-    let inode = |role| fstat(&*fds.get(role)?).ok().map(|stat| stat.st_ino);
+    let inode = |role| fstat(fds.get(role)?).ok().map(|stat| stat.st_ino);
     if fds.get(FdRole::Terminal).is_some() {
         return PipeInodes::default();
     }
@@ -414,7 +491,8 @@ pub(crate) fn pipe_inodes(fds: &ProcessFds) -> PipeInodes {
 }
 
 /// Nothing is stored any more, since store and daemon ended together: finds the pipes of a living process among its descriptors, opens
-/// the client's ends again by their paths, and stores all of it. Blocks on procfs and on the file system.
+/// the client's ends again by their paths, and stores all of it. What is not there of one stream costs the others nothing. Blocks on
+/// procfs and on the file system.
 pub(crate) fn find_again(
     plan: &Plan,
     pipes: PipeInodes,
@@ -422,37 +500,51 @@ pub(crate) fn find_again(
     is_stdin_closed: bool,
     fds: &ProcessFds,
 ) -> Result<(), StdioError> {
-    let mut set = Vec::new();
-    for (stream, inode, output, roles) in [
-        (
-            "stdout",
-            pipes.stdout,
-            &plan.stdout,
-            [FdRole::StdoutClient, FdRole::StdoutPipe],
-        ),
-        (
-            "stderr",
-            pipes.stderr,
-            &plan.stderr,
-            [FdRole::StderrClient, FdRole::StderrPipe],
-        ),
-    ] {
+    let output = |stream, inode: Option<u64>, output: &Output, roles: [FdRole; 3]| {
         let flags = libc::O_RDONLY | libc::O_NONBLOCK;
-        if let Some(pipe) = inode.and_then(|inode| open::pipe_of(process.pid, inode, flags))
-            && let Some(client) = open::output(stream, output)?
+        let Some(pipe) = inode.and_then(|inode| open::pipe_of(process.pid, inode, flags)) else {
+            return Ok(());
+        };
+        let Some(client) = open::output(stream, output)? else {
+            return Ok(());
+        };
+        take_again(fds, roles, [client, pipe])
+    };
+    let stdout = [
+        FdRole::StdoutClient,
+        FdRole::StdoutPipe,
+        FdRole::StdoutStage,
+    ];
+    let stderr = [
+        FdRole::StderrClient,
+        FdRole::StderrPipe,
+        FdRole::StderrStage,
+    ];
+    let stdin = || {
+        let flags = libc::O_WRONLY | libc::O_NONBLOCK;
+        if let (Some(path), Some(inode)) = (&plan.stdin, pipes.stdin)
+            && !is_stdin_closed
+            && let Some(pipe) = open::pipe_of(process.pid, inode, flags)
         {
-            set.extend(roles.into_iter().zip([client, pipe]));
+            let client = open::held_input(path)?;
+            let roles = [FdRole::StdinHeld, FdRole::StdinPipe, FdRole::StdinStage];
+            take_again(fds, roles, [client, pipe])?;
         }
-    }
-    let flags = libc::O_WRONLY | libc::O_NONBLOCK;
-    if let (Some(path), Some(inode)) = (&plan.stdin, pipes.stdin)
-        && !is_stdin_closed
-        && let Some(pipe) = open::pipe_of(process.pid, inode, flags)
-    {
-        set.push((FdRole::StdinClient, open::held_input(path)?));
-        set.push((FdRole::StdinPipe, pipe));
-    }
-    let set = set.into_iter().map(|(role, fd)| (role, Arc::new(fd)));
-    fds.keep(set)
-        .map_err(|source| StdioError::NotKept { source })
+        Ok(())
+    };
+    let results = [
+        output("stdout", pipes.stdout, &plan.stdout, stdout),
+        output("stderr", pipes.stderr, &plan.stderr, stderr),
+        stdin(),
+    ];
+    results.into_iter().collect()
+}
+
+fn take_again(fds: &ProcessFds, roles: [FdRole; 3], ends: [OwnedFd; 2]) -> Result<(), StdioError> {
+    let [client, pipe] = ends;
+    let stage = open::stage().map_err(|source| StdioError::Pipe { source })?;
+    let set = roles
+        .into_iter()
+        .zip([client, pipe, stage].map(StreamFd::new));
+    fds.keep(set).map_err(not_kept)
 }

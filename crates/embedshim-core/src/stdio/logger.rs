@@ -121,6 +121,7 @@ impl Logger {
             .map_err(|collision| {
                 self.failed("cannot be given its pipes", io::Error::other(collision))
             })?;
+        crate::runtime::touch(self.program.as_os_str());
         let child = command.spawn().map_err(failed("cannot be started"))?;
         // Our copies of its ends: with them it would never see that it is alone, nor we that it is ready.
         drop(command);
@@ -172,6 +173,11 @@ impl Starting {
     /// Its process.
     pub(crate) fn identity(&self) -> ProcessIdentity {
         self.identity
+    }
+
+    /// Kills it: it has come too late.
+    pub(crate) fn kill(&self) {
+        signal(self.identity, libc::SIGKILL);
     }
 
     /// Waits until it is ready; it is killed if that takes too long. Holds no thread meanwhile.

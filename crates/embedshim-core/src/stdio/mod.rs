@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use console::{ConsoleSocket, remove_abandoned};
 pub(crate) use ends::{
-    ChildStdio, Of, PipeInodes, Streams, adopt_client_ends, client_has_gone, discard_pipes,
+    ChildStdio, Of, PipeInodes, Streams, adopt_client_ends, decide_input, discard_pipes,
     find_again, pipe_inodes, prepare, prepare_terminal,
 };
 pub(crate) use logger::{LoggedProcess, LoggerPipes, READY, end_logger};

@@ -79,6 +79,13 @@ pub(super) fn output_pipe(outlives_us: bool) -> io::Result<Pipe> {
     })
 }
 
+/// A pipe between the two ends of a stream, in one descriptor for both sides.
+pub(super) fn stage() -> io::Result<OwnedFd> {
+    let pipe = output_pipe(true)?;
+    set_non_blocking(&pipe.theirs)?;
+    Ok(pipe.theirs)
+}
+
 /// A pipe whose reading end the process gets.
 pub(super) fn input_pipe() -> io::Result<Pipe> {
     let (theirs, ours) = pipe2(OFlag::O_CLOEXEC)?;
@@ -106,10 +113,15 @@ pub(super) fn give(descriptor: &OwnedFd, owner: Option<(u32, u32)>) -> io::Resul
     }
 }
 
-/// Whether bytes can be spliced into it: a pipe or a fifo, and no file.
+/// Whether it is a pipe or a fifo.
 pub(super) fn is_pipe(descriptor: &impl AsFd) -> bool {
     fstat(descriptor)
         .is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO)
+}
+
+/// Whether bytes can be spliced into it: a pipe, a fifo or a terminal, and no file.
+pub(super) fn takes_splice(descriptor: &impl AsFd) -> bool {
+    is_pipe(descriptor) || nix::unistd::isatty(descriptor).unwrap_or(false)
 }
 
 /// Whether it is open for writing too: a fifo of ours that keeps its own end away.

@@ -6,15 +6,17 @@
 //! | pipe to pipe or fifo | `splice(2)`: the pages change hands within the call | loses and repeats nothing |
 //! | terminal to pipe or fifo, and back | `splice(2)` (Linux 5.11, and 5.10.11) | the same |
 //! | pipe to file | `tee(2)`, then append, then consume | repeats at most one chunk ([`CHUNK`]) |
-//! | terminal to file | spliced to a pipe that is stored, and from there as above | the same |
+//! | terminal to file | spliced to the stage, and from there as above | the same |
 //! | terminal where it cannot be spliced | read and write | loses at most what is between the two, 4 KiB |
 //!
-//! Each pump has a thread to itself. That is needed although no descriptor blocks: a pipe's lock is held while its writer copies from
-//! memory, and a container may write from a page that a hung file system has to fill.
+//! Each pump has a thread to itself. That is needed although no descriptor blocks: a process in a container can hold the lock of a pipe
+//! that it has open for as long as it likes. So no call has the locks of both ends of a stream either: what is taken from one end is
+//! spliced to a pipe of ours, the stage, and from there to the other end. Otherwise a client that reads would wait with us.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -26,6 +28,8 @@ use rustix::pipe::{SpliceFlags, splice, tee};
 use tracing::warn;
 
 use super::open;
+use crate::failpoint;
+use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 
 /// What is moved at once: all that a pipe of the usual size holds.
 const CHUNK: usize = 64 * 1024;
@@ -50,7 +54,7 @@ static TERMINALS_CANNOT_BE_SPLICED: AtomicBool = AtomicBool::new(false);
 /// Why a pump has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stopped {
-    /// Nothing has come for a moment.
+    /// Nothing has come for a moment, and nothing is on its way.
     SourceEmpty,
     /// Nothing has been taken for a moment.
     SinkFull,
@@ -62,15 +66,16 @@ pub(super) enum Stopped {
     Asked,
 }
 
-/// Where bytes go.
-#[derive(Debug)]
-pub(super) enum Sink<'a> {
-    /// A pipe, a fifo or a terminal, non-blocking.
-    Stream(BorrowedFd<'a>),
-    /// A file that is open for appending.
-    File(&'a OwnedFd, &'a mut Dropped),
-    /// Nowhere.
-    Null,
+/// What a stream goes through: roles of its process's descriptors. They are looked up for each step, so that what is removed from the set
+/// is not held any longer than the step takes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Way {
+    /// The first of these that there is.
+    pub(super) source: &'static [FdRole],
+    /// A pipe of ours between the two; a file takes what it gets from a pipe without.
+    pub(super) stage: Option<FdRole>,
+    /// Nothing: what comes is dropped.
+    pub(super) sink: Option<FdRole>,
 }
 
 /// What a file did not take.
@@ -81,12 +86,13 @@ pub(super) struct Dropped {
 }
 
 impl Dropped {
-    /// Counts, and tells once a minute. `id` and `stream` say whose bytes.
-    fn count(&mut self, bytes: usize, error: &io::Error, id: &str, stream: &str) {
+    /// Counts, and tells once a minute whose bytes they are.
+    fn count(&mut self, bytes: usize, error: &io::Error, label: &Label) {
         self.bytes += bytes as u64;
         if self.told.is_none_or(|told| told.elapsed() >= TELL) {
+            let (id, stream) = (&label.id, label.stream);
             self.told = Some(Instant::now());
-            warn!(id, stream, dropped_bytes = self.bytes, %error, "log file cannot be written: output is dropped");
+            warn!(%id, stream, dropped_bytes = self.bytes, %error, "log file cannot be written: output is dropped");
             self.bytes = 0;
         }
     }
@@ -95,138 +101,230 @@ impl Dropped {
 /// Whose bytes are moved, for the log.
 #[derive(Clone, Debug)]
 pub(super) struct Label {
-    pub(super) id: std::sync::Arc<str>,
+    pub(super) id: Arc<str>,
     pub(super) stream: &'static str,
 }
 
-/// Moves bytes until nothing flows for a moment, or `stop` is set. Blocks; to be called in a thread of its own.
-pub(super) fn pump(
-    source: BorrowedFd<'_>,
-    mut sink: Sink<'_>,
-    stop: &AtomicBool,
-    label: &Label,
-) -> io::Result<Stopped> {
-    let mut scratch = None;
-    let mut in_vain = 0;
-    let mut pipes = Pipes::of(source, &sink);
-    if !open::is_pipe(&source) {
-        pipes.size = SMALL;
-    }
-    while !stop.load(Ordering::Relaxed) {
-        let moved = match &mut sink {
-            Sink::Stream(to) => move_to_stream(source, *to, pipes.size),
-            Sink::Null => discard(source),
-            Sink::File(file, dropped) => match &mut scratch {
-                Some(scratch) => move_to_file(source, file, scratch, dropped, label),
-                none => {
-                    *none = Some(Scratch::new()?);
-                    continue;
-                }
-            },
-        };
-        match moved {
-            // All writers have gone; or the process does not read its input any more.
-            Ok(0) | Err(Errno::PIPE) => return Ok(Stopped::End),
-            Ok(count) => {
-                pipes.flowed(count);
-                in_vain = 0;
-            }
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => {
-                if let Some(stopped) = wait(source, &sink)? {
-                    return Ok(stopped);
-                }
-                in_vain += 1;
-                if in_vain > IN_VAIN {
-                    std::thread::sleep(PAUSE);
-                }
-            }
-            Err(Errno::IO) => return Ok(Stopped::HungUp),
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(Stopped::Asked)
-}
-
-/// The pipes that a stream flows through, which are large while it flows without pause.
-struct Pipes<'a> {
-    ends: [Option<BorrowedFd<'a>>; 2],
+/// One stream's machine for one run of [`pump`].
+struct Pump<'a> {
+    way: Way,
+    fds: &'a ProcessFds,
+    label: &'a Label,
+    dropped: &'a mut Dropped,
+    scratch: Option<Scratch>,
+    /// What is moved at once.
     size: usize,
     flowed: usize,
 }
 
-impl<'a> Pipes<'a> {
-    fn of(source: BorrowedFd<'a>, sink: &Sink<'a>) -> Self {
-        let sink = match sink {
-            Sink::Stream(to) => Some(*to),
-            Sink::File(..) | Sink::Null => None,
-        };
-        Self {
-            ends: [Some(source), sink],
-            size: CHUNK,
-            flowed: 0,
-        }
-    }
-
-    fn flowed(&mut self, count: usize) {
-        self.flowed = self.flowed.saturating_add(count);
-        if self.flowed >= MUCH && self.size == CHUNK {
-            self.resize(LARGE);
-        }
-    }
-
-    /// What is no pipe, or holds more than that, or may not be larger, stays as it is.
-    fn resize(&mut self, size: usize) {
-        self.size = size;
-        for pipe in self.ends.iter().flatten() {
-            let _ = rustix::pipe::fcntl_setpipe_size(pipe, size);
-        }
-    }
-}
-
-impl Drop for Pipes<'_> {
-    fn drop(&mut self) {
-        if self.size > CHUNK {
-            self.resize(CHUNK);
-        }
-    }
-}
-
-/// Waits a moment for what is missing; `None` if it has come.
-fn wait(source: BorrowedFd<'_>, sink: &Sink<'_>) -> io::Result<Option<Stopped>> {
-    let is = |fd, what, limit: u8| -> io::Result<bool> {
-        let mut fds = [PollFd::new(fd, what)];
-        match poll(&mut fds, PollTimeout::from(limit)) {
-            Ok(count) => Ok(count > 0),
-            Err(nix::errno::Errno::EINTR) => Ok(true),
-            Err(errno) => Err(errno.into()),
-        }
+/// Moves bytes until nothing flows for a moment, or `stop` is set; `true` if any were moved. Blocks; to be called in a thread of its own.
+pub(super) fn pump(
+    way: Way,
+    fds: &ProcessFds,
+    dropped: &mut Dropped,
+    stop: &AtomicBool,
+    label: &Label,
+) -> io::Result<(Stopped, bool)> {
+    let mut pump = Pump {
+        way,
+        fds,
+        label,
+        dropped,
+        scratch: None,
+        size: CHUNK,
+        flowed: 0,
     };
-    if !is(source, PollFlags::POLLIN, 0)? {
-        let has_come = is(source, PollFlags::POLLIN, LINGER)?;
-        return Ok((!has_come).then_some(Stopped::SourceEmpty));
+    let stopped = pump.run(stop);
+    pump.shrink();
+    Ok((stopped?, pump.flowed > 0))
+}
+
+impl Pump<'_> {
+    fn run(&mut self, stop: &AtomicBool) -> io::Result<Stopped> {
+        let mut in_vain = 0;
+        // What a predecessor has left there.
+        let is_left = self
+            .stage()
+            .is_some_and(|stage| is_ready(&stage, PollFlags::POLLIN, 0));
+        let mut on_its_way = if is_left { usize::MAX } else { 0 };
+        while !stop.load(Ordering::Relaxed) {
+            if on_its_way > 0
+                && let Some(stopped) = self.deliver(on_its_way, stop)?
+            {
+                return Ok(stopped);
+            }
+            on_its_way = 0;
+            let Some((role, source)) = self.fds.first(self.way.source) else {
+                return Ok(Stopped::End);
+            };
+            match self.take(role, &source) {
+                Ok(0) => return Ok(Stopped::End),
+                Ok(count) => {
+                    on_its_way = self.way.stage.map_or(0, |_| count);
+                    in_vain = 0;
+                    self.grow(count, &source);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    if !is_ready(&source, PollFlags::POLLIN, LINGER) {
+                        return Ok(Stopped::SourceEmpty);
+                    }
+                    in_vain += 1;
+                    if in_vain > IN_VAIN {
+                        std::thread::sleep(PAUSE);
+                    }
+                }
+                Err(Errno::IO) => return Ok(Stopped::HungUp),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(Stopped::Asked)
     }
-    match sink {
-        Sink::Stream(to) if !is(*to, PollFlags::POLLOUT, LINGER)? => Ok(Some(Stopped::SinkFull)),
-        _ => Ok(None),
+
+    fn stage(&self) -> Option<StreamFd> {
+        self.fds.get(self.way.stage?)
+    }
+
+    fn sink(&self) -> Option<StreamFd> {
+        self.fds.get(self.way.sink?)
+    }
+
+    /// Takes what is in the source: to the stage, to a file, or to nowhere.
+    fn take(&mut self, role: FdRole, source: &StreamFd) -> rustix::io::Result<usize> {
+        if let Some(stage) = self.stage() {
+            let size = if role == FdRole::Terminal {
+                SMALL
+            } else {
+                self.size
+            };
+            return splice_or_copy(source, &stage, size);
+        }
+        match self.sink() {
+            Some(file) => self.append(source, &file),
+            None if self.way.sink.is_some() => Ok(0),
+            None => rustix::io::read(source, &mut [0; SMALL]),
+        }
+    }
+
+    /// Moves what is in the stage to the sink, at most so many bytes. `None` when it is empty.
+    fn deliver(&mut self, most: usize, stop: &AtomicBool) -> io::Result<Option<Stopped>> {
+        let mut left = most;
+        while !stop.load(Ordering::Relaxed) {
+            let (Some(stage), Some(sink)) = (self.stage(), self.sink()) else {
+                return Ok(Some(Stopped::End));
+            };
+            let moved = if open::takes_splice(&sink) {
+                splice_or_copy(&stage, &sink, self.size)
+            } else {
+                self.append(&stage, &sink)
+            };
+            match moved {
+                Ok(count) => {
+                    left = left.saturating_sub(count);
+                    if left == 0 {
+                        return Ok(None);
+                    }
+                }
+                Err(Errno::INTR) => {}
+                // The stage is open for writing too: that is no end.
+                Err(Errno::AGAIN) if !is_ready(&stage, PollFlags::POLLIN, 0) => return Ok(None),
+                Err(Errno::AGAIN) => {
+                    if !is_ready(&sink, PollFlags::POLLOUT, LINGER) {
+                        return Ok(Some(Stopped::SinkFull));
+                    }
+                }
+                // The process does not read its input any more.
+                Err(Errno::PIPE) => return Ok(Some(Stopped::End)),
+                Err(Errno::IO) => return Ok(Some(Stopped::HungUp)),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(Some(Stopped::Asked))
+    }
+
+    /// Makes the pipes large when much has flowed without pause.
+    fn grow(&mut self, count: usize, source: &StreamFd) {
+        self.flowed = self.flowed.saturating_add(count);
+        if self.size == CHUNK
+            && self.flowed >= MUCH
+            && open::is_pipe(source)
+            && self.stage().is_none_or(|stage| resize(&stage, LARGE))
+        {
+            self.size = LARGE;
+            resize(source, LARGE);
+            if let Some(sink) = self.sink() {
+                resize(&sink, LARGE);
+            }
+        }
+    }
+
+    /// Makes large pipes small again, those of an earlier run as well. One that holds more than that stays as it is for now.
+    fn shrink(&self) {
+        let source = self.fds.first(self.way.source).map(|(_, source)| source);
+        for fd in [source, self.stage(), self.sink()].into_iter().flatten() {
+            if rustix::pipe::fcntl_getpipe_size(&fd).is_ok_and(|size| size >= LARGE) {
+                resize(&fd, CHUNK);
+            }
+        }
+    }
+
+    /// Appends a copy of what is in the pipe, and only then takes it out. What the file does not take is dropped and counted: a full disk
+    /// must not freeze the container.
+    fn append(&mut self, from: &StreamFd, file: &StreamFd) -> rustix::io::Result<usize> {
+        let scratch = match &mut self.scratch {
+            Some(scratch) => scratch,
+            none => none.insert(Scratch::new()?),
+        };
+        let copied = tee(from, &scratch.writer, CHUNK, SpliceFlags::NONBLOCK)?;
+        let mut rest = scratch.read(copied);
+        while !rest.is_empty() {
+            match rustix::io::write(file, rest) {
+                Ok(written) if written > 0 => rest = rest.get(written..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                failed => {
+                    let error =
+                        failed.map_or_else(io::Error::from, |_| io::ErrorKind::WriteZero.into());
+                    self.dropped.count(rest.len(), &error, self.label);
+                    break;
+                }
+            }
+        }
+        failpoint::step("after output was appended to a log file");
+        let mut left = copied;
+        while left > 0 {
+            match splice(from, None, &scratch.null, None, left, SpliceFlags::NONBLOCK) {
+                Ok(0) | Err(Errno::AGAIN) => break,
+                Ok(count) => left = left.saturating_sub(count),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(copied)
     }
 }
 
-fn move_to_stream(
-    from: BorrowedFd<'_>,
-    to: BorrowedFd<'_>,
-    size: usize,
-) -> rustix::io::Result<usize> {
-    if TERMINALS_CANNOT_BE_SPLICED.load(Ordering::Relaxed)
-        && !(open::is_pipe(&from) && open::is_pipe(&to))
-    {
-        return copy(from, to);
+/// Sets the size of a pipe; of what is no pipe, or may not be larger, nothing.
+fn resize(pipe: &StreamFd, size: usize) -> bool {
+    rustix::pipe::fcntl_setpipe_size(pipe, size).is_ok()
+}
+
+/// Whether it is ready within so many milliseconds; one whose other end has gone is, too.
+pub(super) fn is_ready(fd: &impl AsFd, what: PollFlags, limit: u8) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), what)];
+    // It fails for a lack of memory only, or is interrupted: then the next step tells.
+    poll(&mut fds, PollTimeout::from(limit)).map_or(true, |count| count > 0)
+}
+
+fn splice_or_copy(from: &StreamFd, to: &StreamFd, size: usize) -> rustix::io::Result<usize> {
+    let has_terminal = || !(open::is_pipe(from) && open::is_pipe(to));
+    if TERMINALS_CANNOT_BE_SPLICED.load(Ordering::Relaxed) && has_terminal() {
+        return copy(from.as_fd(), to.as_fd());
     }
     let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
     match splice(from, None, to, None, size, flags) {
-        Err(Errno::INVAL) => {
+        Err(Errno::INVAL) if has_terminal() => {
             TERMINALS_CANNOT_BE_SPLICED.store(true, Ordering::Relaxed);
-            copy(from, to)
+            copy(from.as_fd(), to.as_fd())
         }
         moved => moved,
     }
@@ -234,8 +332,7 @@ fn move_to_stream(
 
 /// Reads no more than can be written at once.
 fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<usize> {
-    let mut room = [PollFd::new(to, PollFlags::POLLOUT)];
-    if poll(&mut room, PollTimeout::ZERO).is_ok_and(|ready| ready == 0) {
+    if !is_ready(&to, PollFlags::POLLOUT, 0) {
         return Err(Errno::AGAIN);
     }
     let mut buffer = [0; SMALL];
@@ -244,20 +341,12 @@ fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<usize> {
     while !rest.is_empty() {
         match rustix::io::write(to, rest) {
             Ok(written) => rest = rest.get(written..).unwrap_or_default(),
-            Err(Errno::AGAIN) => {
-                let mut room = [PollFd::new(to, PollFlags::POLLOUT)];
-                let _ = poll(&mut room, PollTimeout::from(LINGER));
-            }
+            Err(Errno::AGAIN) => drop(is_ready(&to, PollFlags::POLLOUT, LINGER)),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno),
         }
     }
     Ok(count)
-}
-
-fn discard(from: BorrowedFd<'_>) -> rustix::io::Result<usize> {
-    let mut buffer = [0; SMALL];
-    rustix::io::read(from, &mut buffer)
 }
 
 /// What moving to a file needs beside the two: a pipe for the copy, memory, and a place for what is written.
@@ -269,67 +358,36 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new() -> io::Result<Self> {
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    fn new() -> rustix::io::Result<Self> {
+        let errno = |error: &io::Error| Errno::from_io_error(error).unwrap_or(Errno::NOMEM);
+        let (reader, writer) =
+            pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|error| errno(&error.into()))?;
+        let null = File::options()
+            .write(true)
+            .open("/dev/null")
+            .map_err(|error| errno(&error))?;
         Ok(Self {
             reader: reader.into(),
             writer,
-            null: File::options().write(true).open("/dev/null")?,
+            null,
             buffer: vec![0; CHUNK],
         })
     }
-}
 
-/// Appends a copy of what is in the pipe, and only then takes it out. What the file does not take is dropped and counted: a full disk
-/// must not freeze the container.
-fn move_to_file(
-    from: BorrowedFd<'_>,
-    file: &OwnedFd,
-    scratch: &mut Scratch,
-    dropped: &mut Dropped,
-    label: &Label,
-) -> rustix::io::Result<usize> {
-    let copied = tee(from, &scratch.writer, CHUNK, SpliceFlags::NONBLOCK)?;
-    let mut filled = 0;
-    while filled < copied {
-        let room = scratch.buffer.get_mut(filled..copied).unwrap_or_default();
-        match scratch.reader.read(room) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => break,
-        }
-    }
-    let mut rest = scratch.buffer.get(..filled).unwrap_or_default();
-    while !rest.is_empty() {
-        match rustix::io::write(file, rest) {
-            Ok(written) if written > 0 => rest = rest.get(written..).unwrap_or_default(),
-            Err(Errno::INTR) => {}
-            failed => {
-                let error =
-                    failed.map_or_else(io::Error::from, |_| io::ErrorKind::WriteZero.into());
-                dropped.count(rest.len(), &error, &label.id, label.stream);
-                break;
+    /// So many bytes of what was copied.
+    fn read(&mut self, count: usize) -> &[u8] {
+        let mut filled = 0;
+        while filled < count {
+            let room = self.buffer.get_mut(filled..count).unwrap_or_default();
+            match self.reader.read(room) {
+                Ok(0) => break,
+                Ok(read) => filled += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
             }
         }
+        self.buffer.get(..filled).unwrap_or_default()
     }
-    let mut left = copied;
-    while left > 0 {
-        match splice(
-            from,
-            None,
-            scratch.null.as_fd(),
-            None,
-            left,
-            SpliceFlags::NONBLOCK,
-        ) {
-            Ok(0) | Err(Errno::AGAIN) => break,
-            Ok(count) => left = left.saturating_sub(count),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(copied)
 }
 
 /// Writes everything, for tests of this folder.
@@ -344,12 +402,28 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::fdstore::NoFdStore;
 
-    fn label() -> Label {
-        Label {
+    const OUTPUT: Way = Way {
+        source: &[FdRole::StdoutPipe],
+        stage: Some(FdRole::StdoutStage),
+        sink: Some(FdRole::StdoutClient),
+    };
+
+    fn set<const N: usize>(ends: [(FdRole, OwnedFd); N]) -> ProcessFds {
+        let fds = ProcessFds::new(Arc::new(NoFdStore), 1);
+        let ends = ends.map(|(role, fd)| (role, StreamFd::new(fd)));
+        fds.keep(ends).unwrap();
+        fds
+    }
+
+    fn run(way: Way, fds: &ProcessFds) -> Stopped {
+        let label = Label {
             id: "c".into(),
             stream: "stdout",
-        }
+        };
+        let (go, mut dropped) = (AtomicBool::new(false), Dropped::default());
+        pump(way, fds, &mut dropped, &go, &label).unwrap().0
     }
 
     fn pipe() -> (OwnedFd, File) {
@@ -357,34 +431,67 @@ mod tests {
         (reader, writer.into())
     }
 
+    fn staged(from: OwnedFd, to: File) -> ProcessFds {
+        set([
+            (FdRole::StdoutPipe, from),
+            (FdRole::StdoutStage, open::stage().unwrap()),
+            (FdRole::StdoutClient, to.into()),
+        ])
+    }
+
     #[test]
     fn all_of_a_pipe_arrives_and_then_its_end() {
         let ((from, writer), (result, to)) = (pipe(), pipe());
         fill(&writer, b"hello");
-        let go = AtomicBool::new(false);
-        let run = || pump(from.as_fd(), Sink::Stream(to.as_fd()), &go, &label()).unwrap();
-        assert_eq!(run(), Stopped::SourceEmpty);
+        let fds = staged(from, to);
+        assert_eq!(run(OUTPUT, &fds), Stopped::SourceEmpty);
         drop(writer);
-        assert_eq!(run(), Stopped::End);
+        assert_eq!(run(OUTPUT, &fds), Stopped::End);
         let mut text = [0; 16];
         assert_eq!(File::from(result).read(&mut text).unwrap(), 5);
     }
 
     #[test]
-    fn a_full_sink_leaves_the_rest_in_the_source() {
+    fn a_full_sink_leaves_the_rest_where_it_is() {
         let ((from, writer), (result, to)) = (pipe(), pipe());
         fill(&to, &vec![0; CHUNK]);
         fill(&writer, b"waits");
-        let go = AtomicBool::new(false);
-        let run = || pump(from.as_fd(), Sink::Stream(to.as_fd()), &go, &label()).unwrap();
-        assert_eq!(run(), Stopped::SinkFull);
+        drop(writer);
+        let fds = staged(from, to);
+        assert_eq!(run(OUTPUT, &fds), Stopped::SinkFull);
         let mut result = File::from(result);
         let mut bytes = vec![0; CHUNK];
         result.read_exact(&mut bytes).unwrap();
-        assert_eq!(run(), Stopped::SourceEmpty);
+        // It has ended, and that comes after what is on its way.
+        assert_eq!(run(OUTPUT, &fds), Stopped::End);
         let mut text = [0; 5];
         result.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"waits");
+    }
+
+    #[test]
+    fn much_makes_pipes_large_and_a_pause_makes_them_small() {
+        let ((from, writer), (result, to)) = (pipe(), pipe());
+        let fds = staged(from, to);
+        let reader = std::thread::spawn(move || {
+            let flags = nix::fcntl::FcntlArg::F_SETFL(OFlag::empty());
+            nix::fcntl::fcntl(&result, flags).unwrap();
+            let mut bytes = Vec::new();
+            File::from(result).read_to_end(&mut bytes).unwrap();
+            bytes.len()
+        });
+        let typing = std::thread::spawn(move || {
+            let flags = nix::fcntl::FcntlArg::F_SETFL(OFlag::empty());
+            nix::fcntl::fcntl(&writer, flags).unwrap();
+            fill(&writer, &vec![1; 8 * LARGE]);
+        });
+        while run(OUTPUT, &fds) != Stopped::End {}
+        typing.join().unwrap();
+        let source = fds.get(FdRole::StdoutPipe).unwrap();
+        let size = rustix::pipe::fcntl_getpipe_size(&source).unwrap();
+        assert_eq!(size, CHUNK);
+        fds.forget_all();
+        assert_eq!(reader.join().unwrap(), 8 * LARGE);
     }
 
     #[test]
@@ -394,26 +501,23 @@ mod tests {
         fs::write(&path, "before ").unwrap();
         let (from, writer) = pipe();
         fill(&writer, b"after");
-        let go = AtomicBool::new(false);
-        let mut dropped = Dropped::default();
-        let file = File::options().append(true).open(&path).unwrap().into();
-        let sink = Sink::File(&file, &mut dropped);
-        let stopped = pump(from.as_fd(), sink, &go, &label()).unwrap();
-        assert_eq!(stopped, Stopped::SourceEmpty);
+        let way = Way {
+            stage: None,
+            ..OUTPUT
+        };
+        let file = File::options().append(true).open(&path).unwrap();
+        let fds = set([
+            (FdRole::StdoutPipe, from),
+            (FdRole::StdoutClient, file.into()),
+        ]);
+        assert_eq!(run(way, &fds), Stopped::SourceEmpty);
         assert_eq!(fs::read_to_string(&path).unwrap(), "before after");
         fill(&writer, b"more than there is room for");
         drop(writer);
-        let full = File::options()
-            .write(true)
-            .open("/dev/full")
-            .unwrap()
-            .into();
-        let sink = Sink::File(&full, &mut dropped);
-        assert_eq!(
-            pump(from.as_fd(), sink, &go, &label()).unwrap(),
-            Stopped::End
-        );
-        assert!(dropped.told.is_some());
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        fds.keep([(FdRole::StdoutClient, StreamFd::new(full))])
+            .unwrap();
+        assert_eq!(run(way, &fds), Stopped::End);
     }
 
     #[test]
@@ -421,19 +525,31 @@ mod tests {
         let pty = nix::pty::openpty(None, None).unwrap();
         open::set_non_blocking(&pty.master).unwrap();
         let ((result, to), (from, writer)) = (pipe(), pipe());
-        let go = AtomicBool::new(false);
         let mut slave = File::from(pty.slave);
         slave.write_all(b"out\n").unwrap();
-        let master = pty.master.as_fd();
-        let output = || pump(master, Sink::Stream(to.as_fd()), &go, &label()).unwrap();
-        assert_eq!(output(), Stopped::SourceEmpty);
+        let fds = set([
+            (FdRole::Terminal, pty.master),
+            (FdRole::StdoutStage, open::stage().unwrap()),
+            (FdRole::StdoutClient, to.into()),
+            (FdRole::StdinHeld, from),
+            (FdRole::StdinStage, open::stage().unwrap()),
+        ]);
+        let output = Way {
+            source: &[FdRole::Terminal],
+            ..OUTPUT
+        };
+        let input = Way {
+            source: &[FdRole::StdinHeld],
+            stage: Some(FdRole::StdinStage),
+            sink: Some(FdRole::Terminal),
+        };
+        assert_eq!(run(output, &fds), Stopped::SourceEmpty);
         fill(&writer, b"in\n");
-        let input = pump(from.as_fd(), Sink::Stream(master), &go, &label()).unwrap();
-        assert_eq!(input, Stopped::SourceEmpty);
+        assert_eq!(run(input, &fds), Stopped::SourceEmpty);
         let mut text = [0; 16];
         assert_eq!(slave.read(&mut text).unwrap(), 3);
         drop(slave);
-        assert_eq!(output(), Stopped::HungUp);
+        assert_eq!(run(output, &fds), Stopped::HungUp);
         let count = File::from(result).read(&mut text).unwrap();
         assert_eq!(text.get(..count).unwrap(), b"out\r\nin\r\n");
     }

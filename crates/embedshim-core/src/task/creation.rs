@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tracing::{info, warn};
@@ -279,10 +280,20 @@ async fn start_logger(
         namespace: task.key.namespace.to_string(),
     };
     let late = logger.late();
-    let spawned = blocking(move || logger.spawn(&whose));
-    let starting = tokio::time::timeout(stdio::READY, spawned)
-        .await
-        .map_err(|_| late)???;
+    let is_given_up = Arc::new(AtomicBool::new(false));
+    let given_up = Arc::clone(&is_given_up);
+    let spawned = blocking(move || {
+        let spawned = logger.spawn(&whose);
+        if let (Ok(starting), true) = (&spawned, given_up.load(Ordering::Acquire)) {
+            starting.kill();
+        }
+        spawned
+    });
+    let Ok(starting) = tokio::time::timeout(stdio::READY, spawned).await else {
+        is_given_up.store(true, Ordering::Release);
+        return Err(late.into());
+    };
+    let starting = starting??;
     process.logs_by(starting.identity());
     task.save(shared).await?;
     Ok(Some(starting.ready().await?))

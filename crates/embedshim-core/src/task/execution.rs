@@ -94,6 +94,7 @@ async fn restore(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<(), Error> {
             let _ = shared.monitor.unwatch(identity).await;
         }
         task.init.unmake();
+        task.init.fds.forget_all();
         end_logger(&task.init).await;
         if let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await {
             warn!(id = %task.id(), %error, "cannot delete a container that was not restored");
@@ -114,14 +115,17 @@ async fn start_exec(
     process.starting();
     process.mark_start(request);
     let files = ExecFiles::new(&task.bundle.path, exec);
-    let result = run_exec(shared, task, process, &files).await;
-    files.remove().await;
-    match result {
+    match run_exec(shared, task, process, &files).await {
         Ok(pid) => {
+            files.remove().await;
             exec_started(shared, task, process, exec).await?;
             Ok(pid)
         }
         Err(error) => {
+            if process.identity().is_none() {
+                files.kill_unwatched().await;
+            }
+            files.remove().await;
             if let Some(identity) = process.identity() {
                 shared.disown(identity);
                 if let Some(unwatched) = process.process() {
@@ -225,6 +229,15 @@ impl ExecFiles {
                 path,
                 source,
             })
+    }
+
+    /// The start has failed after the runtime has started the process: it runs, but its end would never be learned.
+    async fn kill_unwatched(&self) {
+        if let Ok(pid) = read_pid(&self.pid).await
+            && let Ok(process) = opened(pid)
+        {
+            let _ = process.signal(libc::SIGKILL);
+        }
     }
 
     pub(super) async fn remove(&self) {

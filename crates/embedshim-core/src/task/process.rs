@@ -11,7 +11,7 @@ use super::request::Exit;
 use super::state::Phase;
 use crate::error::Error;
 use crate::exit::ExitRecord;
-use crate::fdstore::ProcessFds;
+use crate::fdstore::{FdRole, ProcessFds};
 use crate::id::ExecId;
 use crate::process::{Process, ProcessIdentity};
 use crate::stdio::{self, Of, PipeInodes, StdioPaths, Streams};
@@ -191,7 +191,7 @@ impl TaskProcess {
         self.published.send_modify(|now| now.start_failed = true);
     }
 
-    /// It was made and is undone: the task is again one whose init does not exist.
+    /// It was made and is undone: the task is again one whose init does not exist. The client's ends stay, for another attempt.
     pub(crate) fn unmake(&self) {
         let mut live = self.live();
         live.process = None;
@@ -199,7 +199,8 @@ impl TaskProcess {
         live.streams = None;
         live.early_exit = None;
         drop(live);
-        self.fds.forget_all();
+        stdio::discard_pipes(&self.fds);
+        self.fds.forget(&[FdRole::Pidfd]);
         self.published.send_modify(|now| now.pid = 0);
     }
 
@@ -237,6 +238,10 @@ impl TaskProcess {
         if live.stdin_closed {
             streams.close_stdin();
         }
+        // It may have ended before its streams were taken up.
+        if live.ended.is_some() {
+            streams.end_of_process();
+        }
         live.streams = Some(Arc::new(streams));
     }
 
@@ -262,9 +267,7 @@ impl TaskProcess {
 
     /// Decides whether its input outlives its client, before it may read. To be durable before [`begin_input`](Self::begin_input).
     pub(crate) fn decide_stdin(&self) {
-        if stdio::client_has_gone(&self.fds) {
-            self.live().stdin_closed = true;
-        }
+        stdio::decide_input(&self.fds);
     }
 
     /// It may read its input from now on, which is kept open if that was decided. Idempotent.

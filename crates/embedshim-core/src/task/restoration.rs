@@ -1,7 +1,7 @@
 //! A new daemon takes over what its predecessor left: records on disk, processes in the kernel, mounts, descriptors.
 //! Owns the comparison of the two; the truth about a process is the kernel's, about everything else the record's.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use tracing::{info, warn};
@@ -102,8 +102,7 @@ pub(super) async fn restore(
                 calls,
                 inherited,
                 &mut findings,
-            )
-            .await;
+            );
         }
     }
     let known = findings.believed.iter_mut().map(|believed| Known {
@@ -125,7 +124,7 @@ pub(super) async fn restore(
                 watch_for_oom(shared, task);
             }
         }
-        reconnect(task, process).await;
+        reconnect(task, process);
         if let Adopted::Ended(record) = found {
             end(shared, task, process, record);
         }
@@ -180,7 +179,7 @@ async fn restore_task(
 }
 
 /// Looks at one task: what of it is alive, what has ended, what is half done.
-async fn examine(
+fn examine(
     shared: &Arc<Shared>,
     task: &Arc<Task>,
     is_of_this_boot: bool,
@@ -202,7 +201,7 @@ async fn examine(
         process.fds.inherit(inherited);
         let now = process.now();
         if let Some(exit) = now.exit {
-            has_ended(shared, task, &process, exit).await;
+            has_ended(shared, task, &process, exit);
         } else if let Some(identity) = process.identity().filter(|_| !now.start_failed) {
             if process.exec.is_some() && task.enter_exec().is_err() {
                 // The init has ended before: the exec's end is only to be learned, nothing waits for it.
@@ -216,7 +215,7 @@ async fn examine(
                 pidfd: process
                     .fds
                     .get(FdRole::Pidfd)
-                    .and_then(|pidfd| pidfd.try_clone().ok()),
+                    .and_then(|pidfd| pidfd.as_fd().try_clone_to_owned().ok()),
                 task: Arc::clone(task),
                 process,
             };
@@ -227,6 +226,9 @@ async fn examine(
             }
         } else if process.exec.is_some() && process.start_mark().is_some() && is_of_this_boot {
             unfinished.exec(process);
+        } else if process.exec.is_none() && process.start_mark().is_some() && is_of_this_boot {
+            // A restore that was cut short: its client reads on.
+            stdio::discard_pipes(&process.fds);
         } else {
             process.fds.forget_all();
         }
@@ -237,12 +239,12 @@ async fn examine(
 }
 
 /// It ended and is not deleted: nobody has acted on this exit, so perhaps nobody heard of it.
-async fn has_ended(shared: &Shared, task: &Arc<Task>, process: &Arc<TaskProcess>, exit: Exit) {
+fn has_ended(shared: &Shared, task: &Arc<Task>, process: &Arc<TaskProcess>, exit: Exit) {
     if let Some(identity) = process.identity() {
         exits::let_be_reaped(shared, identity);
     }
     process.fds.forget(&[FdRole::Pidfd]);
-    reconnect(task, process).await;
+    reconnect(task, process);
     if let Some(streams) = process.streams() {
         streams.end_of_process();
     }

@@ -91,6 +91,10 @@ impl Unfinished {
             }
             for exec in self.execs {
                 if let Err(error) = finish_exec(&shared, &self.task, &exec).await {
+                    if let Some(unwatched) = exec.process() {
+                        // It runs, but its end would never be learned: it must not go on.
+                        let _ = unwatched.signal(libc::SIGKILL);
+                    }
                     warn!(id = %self.task.id(), exec_id = ?exec.exec, %error, "an exec's start cannot be finished");
                     exec.fds.forget_all();
                     exits::release_early(&shared, &self.task, &exec);
@@ -207,6 +211,8 @@ async fn finish_exec(
             inode: None,
         };
         process.ran_as(identity);
+        take_terminal(task, process).await;
+        connect(task, process);
         let _ = process.hold(ExitRecord {
             process: identity,
             status: ExitStatus::Unknown {
@@ -220,8 +226,7 @@ async fn finish_exec(
     take_terminal(task, process).await;
     process.note_pipes();
     process.decide_stdin();
-    reconnect(task, process).await;
-    process.begin_input();
+    connect(task, process);
     shared.watch(task, process, Arc::new(opened)).await?;
     exec_started(shared, task, process, &exec).await
 }
@@ -256,16 +261,27 @@ async fn take_terminal(task: &Task, process: &TaskProcess) {
     }
 }
 
-/// Lets the streams of a process flow again, which is alive or has ended.
-pub(super) async fn reconnect(task: &Task, process: &TaskProcess) {
-    if process.exec.is_none() && !Streams::has_any(&process.fds) {
-        find_pipes(task, process).await;
+/// Lets the streams of a process flow again, which is alive or has ended. What has to be found first, on file systems that may not
+/// answer, is found in a task of its own.
+pub(super) fn reconnect(task: &Arc<Task>, process: &Arc<TaskProcess>) {
+    let (pipes, _) = process.pipes();
+    if process.exec.is_none() && !pipes.is_empty() && !Streams::has_any(&process.fds) {
+        let (task, process) = (Arc::clone(task), Arc::clone(process));
+        tokio::spawn(async move {
+            find_pipes(&task, &process).await;
+            connect(&task, &process);
+        });
+        return;
     }
-    if process.stdio.terminal && process.fds.get(FdRole::Terminal).is_none() {
-        if process.now().exit.is_none() {
-            warn!(id = %task.id(), exec_id = ?process.exec, "its terminal is lost: it went with the daemon that held it");
-        }
-    } else if !Streams::has_any(&process.fds) {
+    connect(task, process);
+}
+
+fn connect(task: &Task, process: &TaskProcess) {
+    let is_lost = process.stdio.terminal && process.fds.get(FdRole::Terminal).is_none();
+    if is_lost && process.now().exit.is_none() {
+        warn!(id = %task.id(), exec_id = ?process.exec, "its terminal is lost: it went with the daemon that held it");
+    }
+    if !Streams::has_any(&process.fds) {
         return;
     }
     process.connect(Streams::start(&process.fds, process.kind(), task.id()));
@@ -280,9 +296,6 @@ async fn find_pipes(task: &Task, process: &TaskProcess) {
         return;
     };
     let (pipes, is_stdin_closed) = process.pipes();
-    if pipes.is_empty() {
-        return;
-    }
     let fds = process.fds.clone();
     let found = async {
         let plan = Plan::parse(&process.stdio)?;

@@ -18,7 +18,7 @@ use crate::clock::Numbers;
 use crate::error::Error;
 use crate::event::{Event, EventKind};
 use crate::exit::{ExitMonitor, Survives, Watched};
-use crate::fdstore::{FdRole, ProcessFds};
+use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::id::{ProcessKey, TaskKey};
 use crate::orphans::Orphans;
 use crate::process::{Process, ProcessIdentity};
@@ -218,7 +218,7 @@ impl Shared {
         {
             let kept = pidfd
                 .try_clone_to_owned()
-                .and_then(|pidfd| owner.fds.keep([(FdRole::Pidfd, Arc::new(pidfd))]));
+                .and_then(|pidfd| owner.fds.keep([(FdRole::Pidfd, StreamFd::new(pidfd))]));
             if let Err(error) = kept {
                 warn!(id = %task.id(), %error, "a pidfd is not stored: an exit while no daemon runs will be unknown");
             }

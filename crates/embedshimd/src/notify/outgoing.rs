@@ -69,9 +69,13 @@ impl Outgoing {
         if is_first {
             warn!("service manager does not read its socket; is it stopped? datagrams wait");
             let this = self.clone();
-            std::thread::Builder::new()
+            let spawned = std::thread::Builder::new()
                 .name("notify".into())
-                .spawn(move || this.0.send_waiting())?;
+                .spawn(move || this.0.send_waiting());
+            if let Err(error) = spawned {
+                waiting.clear();
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -108,7 +112,8 @@ impl Inner {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let sent =
             rustix::io::retry_on_intr(|| sendmsg(&self.socket, &bytes, &mut ancillary, flags));
-        if sent != Err(Errno::CONNREFUSED) {
+        // Refused once, and not connected from then on.
+        if !matches!(sent, Err(Errno::CONNREFUSED | Errno::NOTCONN)) {
             return sent.map(drop);
         }
         // What runs has to go on, and what is new is as safe as what runs.
