@@ -2,6 +2,7 @@
 //! [`InheritedFds`], what a predecessor has stored. Owns the names; how a store is spoken to is its implementation's.
 
 mod process_fds;
+mod queue;
 mod stream_fd;
 
 use std::collections::HashMap;

@@ -6,32 +6,16 @@
 //! is killed between the two leaves both, and the older is dropped by its successor. A change needs nothing of the store's process,
 //! which may be stopped. What leaves the set is closed right afterwards, in a thread of its own, since that may wait.
 
-use std::collections::HashSet;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
-    recvmsg, sendmsg, socketpair,
-};
-use nix::sys::stat::fstat;
-use rustix::io::ioctl_fionread;
 use tracing::warn;
 
+use super::queue::{Emptied, Outdated, Queue, Request, Set};
 use super::stream_fd::{StreamFd, off_the_reactor};
 use super::{FdName, FdStore, InheritedFds};
 use crate::failpoint;
-use crate::sys;
-
-/// The version of a message, its first byte; then a byte for each descriptor, its role; then perhaps whom the set is left to:
-/// `@`, a connection's number, a space and the number of a request on it.
-const FORMAT: u8 = b'1';
-const LEFT_TO: char = '@';
-/// A role for each descriptor, and two numbers.
-const MAX_TEXT: usize = 128;
-/// More descriptors than roles are never in a set; the kernel passes 253 at once.
-const MAX_FDS: usize = 32;
 
 /// What a descriptor is to a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -85,12 +69,12 @@ impl FdRole {
         (Self::Pidfd, b'p'),
     ];
 
-    fn letter(self) -> u8 {
+    pub(super) fn letter(self) -> u8 {
         let found = Self::ALL.iter().find(|(role, _)| *role == self);
         found.map_or(b'?', |(_, letter)| *letter)
     }
 
-    fn of(letter: u8) -> Option<Self> {
+    pub(super) fn of(letter: u8) -> Option<Self> {
         let found = Self::ALL.iter().find(|(_, known)| *known == letter);
         found.map(|(role, _)| *role)
     }
@@ -111,10 +95,6 @@ struct State {
     left_to: Option<Request>,
     queue: Option<Arc<Queue>>,
 }
-
-type Set = Vec<(FdRole, StreamFd)>;
-/// A connection, and a request on it.
-type Request = (u64, u32);
 
 impl ProcessFds {
     /// An empty set under this number, which no other process has.
@@ -304,153 +284,6 @@ impl ProcessFds {
     }
 }
 
-/// A queue whose oldest set is closed with this.
-struct Outdated(Arc<Queue>);
-
-impl Drop for Outdated {
-    fn drop(&mut self) {
-        self.0.drop_oldest();
-    }
-}
-
-/// A queue that is given up.
-struct Emptied(Arc<Queue>);
-
-impl Drop for Emptied {
-    fn drop(&mut self) {
-        self.0.clear();
-    }
-}
-
-/// The socket pair in whose queue a set is.
-#[derive(Debug)]
-struct Queue {
-    sender: OwnedFd,
-    receiver: OwnedFd,
-}
-
-impl Queue {
-    fn new() -> io::Result<Self> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let (sender, receiver) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
-        Ok(Self { sender, receiver })
-    }
-
-    /// Finds out which of the pair is which, and takes the newest set.
-    fn resume(sockets: Vec<OwnedFd>) -> io::Result<(Self, Set, Option<Request>)> {
-        let mut seen = HashSet::new();
-        let (mut sender, mut receiver) = (None, None);
-        for socket in sockets {
-            let stat = fstat(&socket)?;
-            // Stored twice, perhaps.
-            if !seen.insert((stat.st_dev, stat.st_ino)) {
-                continue;
-            }
-            let place = if ioctl_fionread(&socket)? > 0 {
-                &mut receiver
-            } else {
-                &mut sender
-            };
-            *place = Some(socket);
-        }
-        let missing = || io::Error::other("the socket pair is not whole");
-        let queue = Self {
-            sender: sender.ok_or_else(missing)?,
-            receiver: receiver.ok_or_else(missing)?,
-        };
-        loop {
-            let (length, set, left_to) = queue.peek()?;
-            if ioctl_fionread(&queue.receiver)? <= length as u64 {
-                return Ok((queue, set, left_to));
-            }
-            queue.drop_oldest();
-        }
-    }
-
-    fn send(&self, set: &Set, left_to: Option<Request>) -> io::Result<()> {
-        let mut text = vec![FORMAT];
-        text.extend(set.iter().map(|(role, _)| role.letter()));
-        if let Some((connection, request)) = left_to {
-            text.extend(format!("{LEFT_TO}{connection} {request}").bytes());
-        }
-        let fds: Vec<RawFd> = set.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        let parts = [IoSlice::new(&text)];
-        sendmsg::<()>(self.sender.as_raw_fd(), &parts, &rights, flags, None)?;
-        Ok(())
-    }
-
-    /// The oldest set, which stays where it is, and the length of its message.
-    fn peek(&self) -> io::Result<(usize, Set, Option<Request>)> {
-        let mut text = [0; MAX_TEXT];
-        let mut parts = [IoSliceMut::new(&mut text)];
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-        let message = recvmsg::<()>(
-            self.receiver.as_raw_fd(),
-            &mut parts,
-            Some(&mut space),
-            flags,
-        )?;
-        let length = message.bytes;
-        let received: Vec<OwnedFd> = message
-            .cmsgs()?
-            .filter_map(|control| match control {
-                ControlMessageOwned::ScmRights(fds) => Some(fds),
-                _ => None,
-            })
-            .flatten()
-            .map(sys::own_received)
-            .collect();
-        let lacks = message.flags.contains(MsgFlags::MSG_CTRUNC);
-        if lacks {
-            return Err(io::Error::other("no descriptors are left (RLIMIT_NOFILE)"));
-        }
-        let text = text
-            .get(..length)
-            .and_then(|text| str::from_utf8(text).ok());
-        let (letters, left_to) = text
-            .and_then(read)
-            .filter(|(letters, _)| letters.len() == received.len())
-            .ok_or_else(|| io::Error::other("the set is of another format"))?;
-        // A role of a later version is closed.
-        let known = letters
-            .bytes()
-            .zip(received)
-            .filter_map(|(letter, fd)| Some((FdRole::of(letter)?, StreamFd::new(fd))));
-        Ok((length, known.collect(), left_to))
-    }
-
-    /// Closes the oldest set: without room for control messages the kernel closes what is in it.
-    fn drop_oldest(&self) {
-        let _ = recv(
-            self.receiver.as_raw_fd(),
-            &mut [0; MAX_TEXT],
-            MsgFlags::MSG_DONTWAIT,
-        );
-    }
-
-    fn clear(&self) {
-        while ioctl_fionread(&self.receiver).is_ok_and(|unread| unread > 0) {
-            self.drop_oldest();
-        }
-    }
-}
-
-/// The letters of a message, and whom its set is left to; `None` if it is of another format.
-fn read(text: &str) -> Option<(&str, Option<Request>)> {
-    let rest = text.strip_prefix(char::from(FORMAT))?;
-    let Some((letters, request)) = rest.split_once(LEFT_TO) else {
-        return Some((rest, None));
-    };
-    let (connection, request) = request.split_once(' ')?;
-    Some((
-        letters,
-        Some((connection.parse().ok()?, request.parse().ok()?)),
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{PipeReader, Read};
@@ -586,7 +419,7 @@ mod tests {
         shelf.keep(&name, &[writer.as_fd()]).unwrap();
         assert!(successor(&shelf).is_empty() && shelf.0.lock().unwrap().is_empty());
         let queue = Queue::new().unwrap();
-        nix::sys::socket::send(queue.sender.as_raw_fd(), b"2abc", MsgFlags::empty()).unwrap();
+        rustix::net::send(&queue.sender, b"2abc", rustix::net::SendFlags::empty()).unwrap();
         shelf
             .keep(&name, &[queue.sender.as_fd(), queue.receiver.as_fd()])
             .unwrap();

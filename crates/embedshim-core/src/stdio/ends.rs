@@ -1,216 +1,28 @@
-//! Both ends of a process's streams: [`prepare`] makes them before the runtime is called, [`Streams`] lets bytes flow between them
-//! afterwards. Owns which ends there are, and that both are stored before anything can flow; never interprets what flows.
+//! [`Streams`]: what flows between the ends of a process's streams, from its start to its end. Owns which way each stream goes, when
+//! an output is over, and whether the input outlives its client; the ends themselves are [`super::prepare`]'s.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::fstat;
-use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use super::StdioError;
+use super::append::Label;
 use super::flow::{AtEnd, Course, Flow, TERMINAL};
-use super::open::{self, Pipe};
-use super::plan::{Output, Plan};
-use super::pump::{Label, Way};
-use super::{LoggerPipes, StdioError};
+use super::open;
+use super::prepare::{CLIENT_ENDS, INPUT, Of, PIPES};
+use super::pump::Way;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
-use crate::process::ProcessIdentity;
 use crate::sys;
 
+const STDOUT: &[FdRole] = &[FdRole::StdoutPipe];
+const STDERR: &[FdRole] = &[FdRole::StderrPipe];
 /// An init's output that somebody outside of its container still has open is over when nothing has come for this long.
 const HOLDERS: Duration = Duration::from_secs(2);
 /// The same for a terminal: long enough for the kernel's own buffering, which goes through a work queue.
 const SILENCE: Duration = Duration::from_millis(200);
-
-const CLIENT_ENDS: [FdRole; 5] = [
-    FdRole::StdinNew,
-    FdRole::StdinHeld,
-    FdRole::StdinLast,
-    FdRole::StdoutClient,
-    FdRole::StderrClient,
-];
-const STDOUT: &[FdRole] = &[FdRole::StdoutPipe];
-const STDERR: &[FdRole] = &[FdRole::StderrPipe];
-const INPUT: &[FdRole] = &[FdRole::StdinNew, FdRole::StdinHeld, FdRole::StdinLast];
-const PIPES: [FdRole; 8] = [
-    FdRole::StdinPipe,
-    FdRole::StdoutPipe,
-    FdRole::StderrPipe,
-    FdRole::StdinStage,
-    FdRole::StdoutStage,
-    FdRole::StderrStage,
-    FdRole::Terminal,
-    FdRole::Console,
-];
-
-/// The streams for the process. Its starter lets go of them right after: a writer of ours would hide the end.
-#[derive(Debug)]
-pub(crate) struct ChildStdio {
-    /// Its input.
-    pub(crate) stdin: OwnedFd,
-    /// Its output.
-    pub(crate) stdout: OwnedFd,
-    /// Its error output.
-    pub(crate) stderr: OwnedFd,
-}
-
-/// Which pipes a process has, by inode: how they are found again if nothing but the process has them any more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct PipeInodes {
-    stdin: Option<u64>,
-    stdout: Option<u64>,
-    stderr: Option<u64>,
-}
-
-impl PipeInodes {
-    /// Whether it has none: its streams are null, a terminal or a logger's.
-    pub(crate) fn is_empty(self) -> bool {
-        self == Self::default()
-    }
-}
-
-/// What kind of process the streams are of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Of {
-    /// A container's first process.
-    Init,
-    /// Another one.
-    Exec,
-}
-
-/// Makes new pipes and opens the client's ends, but for those that an earlier attempt has left in the set, and stores all of it. Blocks on
-/// the file system, never on a missing peer. `owner` is the owner of the pipes. `logger` are the pipes of the logger, if there is one.
-///
-/// The client's ends come last, each stored as soon as it is open: a client whose opening has waited for ours would read the end if this
-/// daemon died in between.
-pub(crate) fn prepare(
-    plan: &Plan,
-    of: Of,
-    owner: Option<(u32, u32)>,
-    logger: Option<LoggerPipes>,
-    fds: &ProcessFds,
-) -> Result<ChildStdio, StdioError> {
-    let failed = |source| StdioError::Pipe { source };
-    let (logged_stdout, logged_stderr) = logger.map(|pipes| (pipes.stdout, pipes.stderr)).unzip();
-    let mut pipes = Vec::new();
-    let mut output =
-        |stream, plan: &Output, logged: Option<OwnedFd>, [pipe_role, stage_role]: [FdRole; 2]| {
-            let theirs = match (logged, plan) {
-                (Some(pipe), _) => pipe,
-                (None, Output::Null | Output::Logger(_)) => return open::null(stream),
-                (None, Output::Path(_) | Output::File(_)) => {
-                    let pipe = open::output_pipe(of == Of::Init).map_err(failed)?;
-                    pipes.push((pipe_role, StreamFd::new(pipe.ours)));
-                    pipes.push((stage_role, StreamFd::new(open::stage().map_err(failed)?)));
-                    pipe.theirs
-                }
-            };
-            open::give(&theirs, owner).map_err(failed)?;
-            Ok(theirs)
-        };
-    let stdout = output(
-        "stdout",
-        &plan.stdout,
-        logged_stdout,
-        [FdRole::StdoutPipe, FdRole::StdoutStage],
-    )?;
-    let stderr = output(
-        "stderr",
-        &plan.stderr,
-        logged_stderr,
-        [FdRole::StderrPipe, FdRole::StderrStage],
-    )?;
-    let stdin = if plan.stdin.is_some() {
-        let Pipe { ours, theirs } = open::input_pipe().map_err(failed)?;
-        open::give(&theirs, owner).map_err(failed)?;
-        pipes.push((FdRole::StdinPipe, StreamFd::new(ours)));
-        pipes.push((
-            FdRole::StdinStage,
-            StreamFd::new(open::stage().map_err(failed)?),
-        ));
-        theirs
-    } else {
-        open::null("stdin")?
-    };
-    fds.keep(pipes).map_err(not_kept)?;
-    open_output(fds, FdRole::StdoutClient, "stdout", &plan.stdout)?;
-    open_output(fds, FdRole::StderrClient, "stderr", &plan.stderr)?;
-    if let Some(path) = &plan.stdin
-        && fds.first(INPUT).is_none()
-    {
-        fds.keep_at_once(FdRole::StdinNew, open::input(path)?)
-            .map_err(not_kept)?;
-    }
-    Ok(ChildStdio {
-        stdin,
-        stdout,
-        stderr,
-    })
-}
-
-/// Opens and stores the client's end of an output, unless it is there or there is none.
-fn open_output(
-    fds: &ProcessFds,
-    role: FdRole,
-    stream: &'static str,
-    plan: &Output,
-) -> Result<(), StdioError> {
-    if fds.get(role).is_none()
-        && let Some(client) = open::output(stream, plan)?
-    {
-        fds.keep_at_once(role, client).map_err(not_kept)?;
-    }
-    Ok(())
-}
-
-fn not_kept(source: io::Error) -> StdioError {
-    StdioError::NotKept { source }
-}
-
-/// The same for a terminal, which the runtime makes: there is no end for the process yet.
-pub(crate) fn prepare_terminal(
-    plan: &Plan,
-    logger: Option<LoggerPipes>,
-    fds: &ProcessFds,
-) -> Result<(), StdioError> {
-    let failed = |source| StdioError::Pipe { source };
-    let stages = [FdRole::StdinStage, FdRole::StdoutStage].map(|role| {
-        let stage = open::stage().map_err(failed)?;
-        Ok((role, StreamFd::new(stage)))
-    });
-    let stages = stages.into_iter().collect::<Result<Vec<_>, StdioError>>()?;
-    fds.keep(stages).map_err(not_kept)?;
-    match logger {
-        // A terminal has no error output of its own: that pipe is closed here.
-        Some(pipes) => {
-            open::set_non_blocking(&pipes.stdout).map_err(failed)?;
-            fds.keep([(FdRole::StdoutClient, StreamFd::new(pipes.stdout))])
-                .map_err(not_kept)?;
-        }
-        None => open_output(fds, FdRole::StdoutClient, "stdout", &plan.stdout)?,
-    }
-    if let Some(path) = &plan.stdin
-        && fds.first(INPUT).is_none()
-    {
-        fds.keep_at_once(FdRole::StdinHeld, open::held_input(path)?)
-            .map_err(not_kept)?;
-    }
-    Ok(())
-}
-
-/// The call of the runtime has failed, or was cut short: what is in the pipes are the runtime's own words. The client's ends stay, for
-/// another attempt.
-pub(crate) fn discard_pipes(fds: &ProcessFds) {
-    fds.forget(&PIPES);
-}
-
-/// Takes over the client's ends of an attempt that was cut short.
-pub(crate) fn adopt_client_ends(fds: &ProcessFds, of: &ProcessFds) -> io::Result<()> {
-    fds.adopt(of, &CLIENT_ENDS)
-}
 
 /// The streams of a process that runs or has run: what flows between the ends in its set. Dropping them ends the flowing, and closes
 /// nothing.
@@ -475,76 +287,4 @@ fn has_hung_up(reader: &StreamFd) -> bool {
         && fd
             .revents()
             .is_some_and(|events| events.contains(PollFlags::POLLHUP))
-}
-
-/// Which pipes the set has, for the process's record.
-pub(crate) fn pipe_inodes(fds: &ProcessFds) -> PipeInodes {
-    let inode = |role| fstat(fds.get(role)?).ok().map(|stat| stat.st_ino);
-    if fds.get(FdRole::Terminal).is_some() {
-        return PipeInodes::default();
-    }
-    PipeInodes {
-        stdin: inode(FdRole::StdinPipe),
-        stdout: inode(FdRole::StdoutPipe),
-        stderr: inode(FdRole::StderrPipe),
-    }
-}
-
-/// Nothing is stored any more, since store and daemon ended together: finds the pipes of a living process among its descriptors, opens
-/// the client's ends again by their paths, and stores all of it. What is not there of one stream costs the others nothing. Blocks on
-/// procfs and on the file system.
-pub(crate) fn find_again(
-    plan: &Plan,
-    pipes: PipeInodes,
-    process: ProcessIdentity,
-    is_stdin_closed: bool,
-    fds: &ProcessFds,
-) -> Result<(), StdioError> {
-    let output = |stream, inode: Option<u64>, output: &Output, roles: [FdRole; 3]| {
-        let flags = libc::O_RDONLY | libc::O_NONBLOCK;
-        let Some(pipe) = inode.and_then(|inode| open::pipe_of(process.pid, inode, flags)) else {
-            return Ok(());
-        };
-        let Some(client) = open::output(stream, output)? else {
-            return Ok(());
-        };
-        take_again(fds, roles, [client, pipe])
-    };
-    let stdout = [
-        FdRole::StdoutClient,
-        FdRole::StdoutPipe,
-        FdRole::StdoutStage,
-    ];
-    let stderr = [
-        FdRole::StderrClient,
-        FdRole::StderrPipe,
-        FdRole::StderrStage,
-    ];
-    let stdin = || {
-        let flags = libc::O_WRONLY | libc::O_NONBLOCK;
-        if let (Some(path), Some(inode)) = (&plan.stdin, pipes.stdin)
-            && !is_stdin_closed
-            && let Some(pipe) = open::pipe_of(process.pid, inode, flags)
-        {
-            let client = open::held_input(path)?;
-            let roles = [FdRole::StdinHeld, FdRole::StdinPipe, FdRole::StdinStage];
-            take_again(fds, roles, [client, pipe])?;
-        }
-        Ok(())
-    };
-    let results = [
-        output("stdout", pipes.stdout, &plan.stdout, stdout),
-        output("stderr", pipes.stderr, &plan.stderr, stderr),
-        stdin(),
-    ];
-    results.into_iter().collect()
-}
-
-fn take_again(fds: &ProcessFds, roles: [FdRole; 3], ends: [OwnedFd; 2]) -> Result<(), StdioError> {
-    let [client, pipe] = ends;
-    let stage = open::stage().map_err(|source| StdioError::Pipe { source })?;
-    let set = roles
-        .into_iter()
-        .zip([client, pipe, stage].map(StreamFd::new));
-    fds.keep(set).map_err(not_kept)
 }

@@ -14,8 +14,9 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
+use super::append::{Dropped, Label};
 use super::open;
-use super::pump::{Dropped, Label, Stopped, Way, is_ready, pump};
+use super::pump::{Stopped, Way, is_ready, pump};
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 

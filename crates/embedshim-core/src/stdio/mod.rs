@@ -9,12 +9,14 @@
 //! - input ends when the client says so (`CloseIO`), not when it disconnects;
 //! - nothing is moved before the runtime has succeeded: until then what is in the pipes are its own words.
 
+mod append;
 mod console;
 mod ends;
 mod flow;
 mod logger;
 mod open;
 mod plan;
+mod prepare;
 mod pump;
 
 use std::io;
@@ -24,12 +26,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use console::{ConsoleSocket, remove_abandoned};
-pub(crate) use ends::{
-    ChildStdio, Of, PipeInodes, Streams, adopt_client_ends, decide_input, discard_pipes,
-    find_again, pipe_inodes, prepare, prepare_terminal,
-};
+pub(crate) use ends::{Streams, decide_input};
 pub(crate) use logger::{LoggedProcess, LoggerPipes, READY, end_logger};
 pub(crate) use plan::Plan;
+pub(crate) use prepare::{
+    ChildStdio, Of, PipeInodes, adopt_client_ends, discard_pipes, find_again, pipe_inodes, prepare,
+    prepare_terminal,
+};
 
 /// The standard streams as a request names them: paths or URIs, empty for none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,26 +13,19 @@
 //! that it has open for as long as it likes. So no call has the locks of both ends of a stream either: what is taken from one end is
 //! spliced to a pipe of ours, the stage, and from there to the other end. Otherwise a client that reads would wait with us.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::pipe2;
 use rustix::io::Errno;
-use rustix::pipe::{SpliceFlags, splice, tee};
-use tracing::warn;
+use rustix::pipe::{SpliceFlags, splice};
 
+use super::append::{CHUNK, Dropped, Label, Scratch};
 use super::open;
-use crate::failpoint;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 
-/// What is moved at once: all that a pipe of the usual size holds.
-const CHUNK: usize = 64 * 1024;
 /// The size of the pipes of a stream that flows without pause, since most of its cost are changes between processes. One that nobody
 /// reads does not flow, and stays as small as every pipe: its process waits after 64 KiB.
 const LARGE: usize = 1024 * 1024;
@@ -45,9 +38,6 @@ const LINGER: u8 = 10;
 /// A kernel that calls both ends ready so often and moves nothing is not asked again at once.
 const IN_VAIN: u32 = 16;
 const PAUSE: Duration = Duration::from_millis(1);
-/// Bytes that a file does not take are told of once in this time.
-const TELL: Duration = Duration::from_mins(1);
-
 /// Splicing from or to a terminal has failed with EINVAL: this kernel cannot.
 static TERMINALS_CANNOT_BE_SPLICED: AtomicBool = AtomicBool::new(false);
 
@@ -76,33 +66,6 @@ pub(super) struct Way {
     pub(super) stage: Option<FdRole>,
     /// Nothing: what comes is dropped.
     pub(super) sink: Option<FdRole>,
-}
-
-/// What a file did not take.
-#[derive(Debug, Default)]
-pub(super) struct Dropped {
-    bytes: u64,
-    told: Option<Instant>,
-}
-
-impl Dropped {
-    /// Counts, and tells once a minute whose bytes they are.
-    fn count(&mut self, bytes: usize, error: &io::Error, label: &Label) {
-        self.bytes += bytes as u64;
-        if self.told.is_none_or(|told| told.elapsed() >= TELL) {
-            let (id, stream) = (&label.id, label.stream);
-            self.told = Some(Instant::now());
-            warn!(%id, stream, dropped_bytes = self.bytes, %error, "log file cannot be written: output is dropped");
-            self.bytes = 0;
-        }
-    }
-}
-
-/// Whose bytes are moved, for the log.
-#[derive(Clone, Debug)]
-pub(super) struct Label {
-    pub(super) id: Arc<str>,
-    pub(super) stream: &'static str,
 }
 
 /// One stream's machine for one run of [`pump`].
@@ -242,6 +205,14 @@ impl Pump<'_> {
         Ok(Some(Stopped::Asked))
     }
 
+    fn append(&mut self, from: &StreamFd, file: &StreamFd) -> rustix::io::Result<usize> {
+        let scratch = match &mut self.scratch {
+            Some(scratch) => scratch,
+            none => none.insert(Scratch::new()?),
+        };
+        scratch.append(from, file, self.dropped, self.label)
+    }
+
     /// Makes the pipes large when much has flowed without pause.
     fn grow(&mut self, count: usize, source: &StreamFd) {
         self.flowed = self.flowed.saturating_add(count);
@@ -266,40 +237,6 @@ impl Pump<'_> {
                 resize(&fd, CHUNK);
             }
         }
-    }
-
-    /// Appends a copy of what is in the pipe, and only then takes it out. What the file does not take is dropped and counted: a full disk
-    /// must not freeze the container.
-    fn append(&mut self, from: &StreamFd, file: &StreamFd) -> rustix::io::Result<usize> {
-        let scratch = match &mut self.scratch {
-            Some(scratch) => scratch,
-            none => none.insert(Scratch::new()?),
-        };
-        let copied = tee(from, &scratch.writer, CHUNK, SpliceFlags::NONBLOCK)?;
-        let mut rest = scratch.read(copied);
-        while !rest.is_empty() {
-            match rustix::io::write(file, rest) {
-                Ok(written) if written > 0 => rest = rest.get(written..).unwrap_or_default(),
-                Err(Errno::INTR) => {}
-                failed => {
-                    let error =
-                        failed.map_or_else(io::Error::from, |_| io::ErrorKind::WriteZero.into());
-                    self.dropped.count(rest.len(), &error, self.label);
-                    break;
-                }
-            }
-        }
-        failpoint::step("after output was appended to a log file");
-        let mut left = copied;
-        while left > 0 {
-            match splice(from, None, &scratch.null, None, left, SpliceFlags::NONBLOCK) {
-                Ok(0) | Err(Errno::AGAIN) => break,
-                Ok(count) => left = left.saturating_sub(count),
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno),
-            }
-        }
-        Ok(copied)
     }
 }
 
@@ -349,57 +286,21 @@ fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<usize> {
     Ok(count)
 }
 
-/// What moving to a file needs beside the two: a pipe for the copy, memory, and a place for what is written.
-struct Scratch {
-    reader: File,
-    writer: OwnedFd,
-    null: File,
-    buffer: Vec<u8>,
-}
-
-impl Scratch {
-    fn new() -> rustix::io::Result<Self> {
-        let errno = |error: &io::Error| Errno::from_io_error(error).unwrap_or(Errno::NOMEM);
-        let (reader, writer) =
-            pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|error| errno(&error.into()))?;
-        let null = File::options()
-            .write(true)
-            .open("/dev/null")
-            .map_err(|error| errno(&error))?;
-        Ok(Self {
-            reader: reader.into(),
-            writer,
-            null,
-            buffer: vec![0; CHUNK],
-        })
-    }
-
-    /// So many bytes of what was copied.
-    fn read(&mut self, count: usize) -> &[u8] {
-        let mut filled = 0;
-        while filled < count {
-            let room = self.buffer.get_mut(filled..count).unwrap_or_default();
-            match self.reader.read(room) {
-                Ok(0) => break,
-                Ok(read) => filled += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
-        }
-        self.buffer.get(..filled).unwrap_or_default()
-    }
-}
-
 /// Writes everything, for tests of this folder.
 #[cfg(test)]
-pub(super) fn fill(mut to: &File, bytes: &[u8]) {
+pub(super) fn fill(mut to: &std::fs::File, bytes: &[u8]) {
     io::Write::write_all(&mut to, bytes).unwrap();
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::io::Write;
+    use std::fs::{self, File};
+    use std::io::{Read, Write};
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+
+    use nix::fcntl::OFlag;
+    use nix::unistd::pipe2;
 
     use super::*;
     use crate::fdstore::NoFdStore;

@@ -1,0 +1,179 @@
+//! [`Queue`]: the socket pair in whose queue a process's set of descriptors is, as one message. Owns the form of the message, and that
+//! the newest counts; what a descriptor is for is [`FdRole`]'s.
+
+use std::collections::HashSet;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
+    recvmsg, sendmsg, socketpair,
+};
+use nix::sys::stat::fstat;
+use rustix::io::ioctl_fionread;
+
+use super::process_fds::FdRole;
+use super::stream_fd::StreamFd;
+use crate::sys;
+
+/// The version of a message, its first byte; then a byte for each descriptor, its role; then perhaps whom the set is left to:
+/// `@`, a connection's number, a space and the number of a request on it.
+const FORMAT: u8 = b'1';
+const LEFT_TO: char = '@';
+/// A role for each descriptor, and two numbers.
+const MAX_TEXT: usize = 128;
+/// More descriptors than roles are never in a set; the kernel passes 253 at once.
+const MAX_FDS: usize = 32;
+
+/// Descriptors and their roles.
+pub(super) type Set = Vec<(FdRole, StreamFd)>;
+/// A connection, and a request on it.
+pub(super) type Request = (u64, u32);
+
+/// A queue whose oldest set is closed with this.
+pub(super) struct Outdated(pub(super) Arc<Queue>);
+
+impl Drop for Outdated {
+    fn drop(&mut self) {
+        self.0.drop_oldest();
+    }
+}
+
+/// A queue that is given up.
+pub(super) struct Emptied(pub(super) Arc<Queue>);
+
+impl Drop for Emptied {
+    fn drop(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// The socket pair in whose queue a set is.
+#[derive(Debug)]
+pub(super) struct Queue {
+    pub(super) sender: OwnedFd,
+    pub(super) receiver: OwnedFd,
+}
+
+impl Queue {
+    pub(super) fn new() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (sender, receiver) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        Ok(Self { sender, receiver })
+    }
+
+    /// Finds out which of the pair is which, and takes the newest set.
+    pub(super) fn resume(sockets: Vec<OwnedFd>) -> io::Result<(Self, Set, Option<Request>)> {
+        let mut seen = HashSet::new();
+        let (mut sender, mut receiver) = (None, None);
+        for socket in sockets {
+            let stat = fstat(&socket)?;
+            // Stored twice, perhaps.
+            if !seen.insert((stat.st_dev, stat.st_ino)) {
+                continue;
+            }
+            let place = if ioctl_fionread(&socket)? > 0 {
+                &mut receiver
+            } else {
+                &mut sender
+            };
+            *place = Some(socket);
+        }
+        let missing = || io::Error::other("the socket pair is not whole");
+        let queue = Self {
+            sender: sender.ok_or_else(missing)?,
+            receiver: receiver.ok_or_else(missing)?,
+        };
+        loop {
+            let (length, set, left_to) = queue.peek()?;
+            if ioctl_fionread(&queue.receiver)? <= length as u64 {
+                return Ok((queue, set, left_to));
+            }
+            queue.drop_oldest();
+        }
+    }
+
+    pub(super) fn send(&self, set: &Set, left_to: Option<Request>) -> io::Result<()> {
+        let mut text = vec![FORMAT];
+        text.extend(set.iter().map(|(role, _)| role.letter()));
+        if let Some((connection, request)) = left_to {
+            text.extend(format!("{LEFT_TO}{connection} {request}").bytes());
+        }
+        let fds: Vec<RawFd> = set.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        let parts = [IoSlice::new(&text)];
+        sendmsg::<()>(self.sender.as_raw_fd(), &parts, &rights, flags, None)?;
+        Ok(())
+    }
+
+    /// The oldest set, which stays where it is, and the length of its message.
+    fn peek(&self) -> io::Result<(usize, Set, Option<Request>)> {
+        let mut text = [0; MAX_TEXT];
+        let mut parts = [IoSliceMut::new(&mut text)];
+        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let message = recvmsg::<()>(
+            self.receiver.as_raw_fd(),
+            &mut parts,
+            Some(&mut space),
+            flags,
+        )?;
+        let length = message.bytes;
+        let received: Vec<OwnedFd> = message
+            .cmsgs()?
+            .filter_map(|control| match control {
+                ControlMessageOwned::ScmRights(fds) => Some(fds),
+                _ => None,
+            })
+            .flatten()
+            .map(sys::own_received)
+            .collect();
+        let lacks = message.flags.contains(MsgFlags::MSG_CTRUNC);
+        if lacks {
+            return Err(io::Error::other("no descriptors are left (RLIMIT_NOFILE)"));
+        }
+        let text = text
+            .get(..length)
+            .and_then(|text| str::from_utf8(text).ok());
+        let (letters, left_to) = text
+            .and_then(read)
+            .filter(|(letters, _)| letters.len() == received.len())
+            .ok_or_else(|| io::Error::other("the set is of another format"))?;
+        // A role of a later version is closed.
+        let known = letters
+            .bytes()
+            .zip(received)
+            .filter_map(|(letter, fd)| Some((FdRole::of(letter)?, StreamFd::new(fd))));
+        Ok((length, known.collect(), left_to))
+    }
+
+    /// Closes the oldest set: without room for control messages the kernel closes what is in it.
+    fn drop_oldest(&self) {
+        let _ = recv(
+            self.receiver.as_raw_fd(),
+            &mut [0; MAX_TEXT],
+            MsgFlags::MSG_DONTWAIT,
+        );
+    }
+
+    fn clear(&self) {
+        while ioctl_fionread(&self.receiver).is_ok_and(|unread| unread > 0) {
+            self.drop_oldest();
+        }
+    }
+}
+
+/// The letters of a message, and whom its set is left to; `None` if it is of another format.
+fn read(text: &str) -> Option<(&str, Option<Request>)> {
+    let rest = text.strip_prefix(char::from(FORMAT))?;
+    let Some((letters, request)) = rest.split_once(LEFT_TO) else {
+        return Some((rest, None));
+    };
+    let (connection, request) = request.split_once(' ')?;
+    Some((
+        letters,
+        Some((connection.parse().ok()?, request.parse().ok()?)),
+    ))
+}
