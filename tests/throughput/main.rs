@@ -72,13 +72,13 @@ fn measure(options: &Options) -> anyhow::Result<()> {
         };
         let mut measured = [Vec::new(), Vec::new()];
         for run in 0..options.runs {
-            for (sandbox, measured) in [&ours, &theirs].into_iter().zip(&mut measured) {
+            for (sandbox, measured) in [&theirs, &ours].into_iter().zip(&mut measured) {
                 let id = format!("{way:?}{run}").to_lowercase();
                 let one = run_one(sandbox, &id, way, amount);
                 measured.push(one.with_context(|| format!("{way:?}, {}", sandbox.runtime()))?);
             }
         }
-        let [ours, theirs] = measured.map(median);
+        let [theirs, ours] = measured.map(median);
         let speed = |measured: Measured| f64::from(amount) / measured.took.as_secs_f64();
         println!(
             "  {:8}  {:7.0} MiB/s {:6.0} ms  {:7.0} MiB/s {:6.0} ms  {:5.2} speed {:5.2} time",

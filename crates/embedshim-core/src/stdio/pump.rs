@@ -5,8 +5,7 @@
 //! | --- | --- | --- |
 //! | pipe to pipe or fifo | `splice(2)`: the pages change hands within the call | loses and repeats nothing |
 //! | terminal to pipe or fifo, and back | `splice(2)` (Linux 5.11, and 5.10.11) | the same |
-//! | pipe to file | `tee(2)`, then append, then consume | repeats at most one chunk ([`CHUNK`]) |
-//! | terminal to file | spliced to the stage, and from there as above | the same |
+//! | either to a file | spliced to the stage; from there `tee(2)`, then append, then consume | repeats at most one chunk ([`CHUNK`]) |
 //! | terminal where it cannot be spliced | read and write | loses at most what is between the two, 4 KiB |
 //!
 //! Each pump has a thread to itself. That is needed although no descriptor blocks: a process in a container can hold the lock of a pipe
@@ -62,7 +61,7 @@ pub(super) enum Stopped {
 pub(super) struct Way {
     /// The first of these that there is.
     pub(super) source: &'static [FdRole],
-    /// A pipe of ours between the two; a file takes what it gets from a pipe without.
+    /// A pipe of ours between the two, unless what comes is dropped.
     pub(super) stage: Option<FdRole>,
     /// Nothing: what comes is dropped.
     pub(super) sink: Option<FdRole>,
@@ -152,7 +151,7 @@ impl Pump<'_> {
         self.fds.get(self.way.sink?)
     }
 
-    /// Takes what is in the source: to the stage, to a file, or to nowhere.
+    /// Takes what is in the source: to the stage, or to nowhere.
     fn take(&mut self, role: FdRole, source: &StreamFd) -> rustix::io::Result<usize> {
         if let Some(stage) = self.stage() {
             let size = if role == FdRole::Terminal {
@@ -162,11 +161,11 @@ impl Pump<'_> {
             };
             return splice_or_copy(source, &stage, size);
         }
-        match self.sink() {
-            Some(file) => self.append(source, &file),
-            None if self.way.sink.is_some() => Ok(0),
-            None => rustix::io::read(source, &mut [0; SMALL]),
+        if self.way.stage.is_some() {
+            // The stream is given up.
+            return Ok(0);
         }
+        rustix::io::read(source, &mut [0; SMALL])
     }
 
     /// Moves what is in the stage to the sink, at most so many bytes. `None` when it is empty.
@@ -402,23 +401,16 @@ mod tests {
         fs::write(&path, "before ").unwrap();
         let (from, writer) = pipe();
         fill(&writer, b"after");
-        let way = Way {
-            stage: None,
-            ..OUTPUT
-        };
         let file = File::options().append(true).open(&path).unwrap();
-        let fds = set([
-            (FdRole::StdoutPipe, from),
-            (FdRole::StdoutClient, file.into()),
-        ]);
-        assert_eq!(run(way, &fds), Stopped::SourceEmpty);
+        let fds = staged(from, file);
+        assert_eq!(run(OUTPUT, &fds), Stopped::SourceEmpty);
         assert_eq!(fs::read_to_string(&path).unwrap(), "before after");
         fill(&writer, b"more than there is room for");
         drop(writer);
         let full = File::options().write(true).open("/dev/full").unwrap();
         fds.keep([(FdRole::StdoutClient, StreamFd::new(full))])
             .unwrap();
-        assert_eq!(run(way, &fds), Stopped::End);
+        assert_eq!(run(OUTPUT, &fds), Stopped::End);
     }
 
     #[test]
