@@ -38,20 +38,12 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// Begins to open the fifo, and to read it. Where nothing at all has come before the end,
-    /// `is_excused` says whether to try once more.
-    pub(crate) fn start(
-        path: &Path,
-        is_slow: bool,
-        is_excused: impl Fn() -> bool + Send + 'static,
-    ) -> Self {
+    /// Begins to open the fifo, and to read it.
+    pub(crate) fn start(path: &Path, is_slow: bool) -> Self {
         let read = Arc::<Mutex<Progress>>::default();
         let (own, fifo) = (Arc::clone(&read), path.to_owned());
         std::thread::spawn(move || {
-            let mut end = read_all(&fifo, is_slow, &own);
-            if end.is_ok() && lock(&own).bytes.is_empty() && is_excused() {
-                end = read_all(&fifo, is_slow, &own);
-            }
+            let end = read_all(&fifo, is_slow, &own);
             lock(&own).end = Some(end.map_err(|error| error.to_string()));
         });
         Self {
@@ -92,7 +84,6 @@ fn lock(read: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
 }
 
 fn read_all(path: &Path, is_slow: bool, read: &Mutex<Progress>) -> std::io::Result<()> {
-    lock(read).is_open = false;
     let mut fifo = File::open(path)?;
     lock(read).is_open = true;
     let mut piece = vec![0; if is_slow { SLOW_PIECE } else { PIECE }];

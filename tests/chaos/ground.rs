@@ -133,25 +133,6 @@ impl Ground {
         Ok(())
     }
 
-    /// Whether a daemon has died, since this was called, in the one gap that is known and left:
-    /// between opening a client's fifo and storing it. The client reads an end then. Only single
-    /// steps hit it, and each time is counted.
-    pub(crate) fn gap(&self) -> impl Fn() -> bool + Send + 'static {
-        let log = self.state_dir.join("embedshimd.log");
-        let deaths = move || {
-            let log = fs::read_to_string(&log).unwrap_or_default();
-            log.matches("failpoint: before FDSTORE\n").count()
-        };
-        let (before, ledger) = (deaths(), Arc::clone(&self.ledger));
-        move || {
-            let is_hit = deaths() > before;
-            if is_hit {
-                ledger.count(|counts| counts.unstored += 1);
-            }
-            is_hit
-        }
-    }
-
     /// Keeps what a stream brought that is not what was due.
     pub(crate) fn keep_evidence(&self, name: &str, bytes: &[u8]) {
         let directory = self.sandbox().directory().join("streams");

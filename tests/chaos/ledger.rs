@@ -31,8 +31,6 @@ pub(crate) struct Counts {
     pub(crate) steps: u64,
     /// Connections that a daemon took along before they were kept.
     pub(crate) unkept: u64,
-    /// Fifos that a daemon had opened and not stored when it died.
-    pub(crate) unstored: u64,
     pub(crate) longest: Duration,
     pub(crate) longest_of: String,
     pub(crate) failures: Vec<String>,

@@ -108,7 +108,7 @@ impl<'a> ClientStreams<'a> {
                 Output::Stderr => self.paths.stderr = text,
                 _ => self.paths.stdout = text,
             }
-            let reader = Reader::start(&path, self.plan.streams.is_slow, self.ground.gap());
+            let reader = Reader::start(&path, self.plan.streams.is_slow);
             self.outputs.push((output, End::Fifo(reader)));
         }
         Ok(())

@@ -47,12 +47,6 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
             counts.unkept
         );
     }
-    if counts.unstored > 0 {
-        println!(
-            "  {} streams ended between their opening and their storing, and were read once more",
-            counts.unstored
-        );
-    }
     println!("  {} failures", counts.failures.len());
     for failure in &counts.failures {
         println!("    {failure}");
@@ -63,7 +57,7 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
     let line = json!({
         "passed": passed, "seed": seed, "seconds": seconds, "lives": counts.lives, "execs": counts.execs,
         "codes": counts.codes, "streams": counts.streams, "bytes": counts.bytes, "repeated": counts.repeated, "requests": counts.requests, "longest_ms": u64::try_from(counts.longest.as_millis()).unwrap_or(u64::MAX),
-        "kills": counts.kills, "steps": counts.steps, "unkept": counts.unkept, "unstored": counts.unstored, "failures": counts.failures.len(),
+        "kills": counts.kills, "steps": counts.steps, "unkept": counts.unkept, "failures": counts.failures.len(),
     });
     println!("{line}");
     passed

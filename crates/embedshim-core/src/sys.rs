@@ -1,5 +1,6 @@
 //! What nix does not wrap safely: the only unsafe code of this crate, each block with its reason.
 
+use std::ffi::CStr;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -43,6 +44,110 @@ pub(crate) fn set_window_size(terminal: BorrowedFd<'_>, width: u16, height: u16)
     } else {
         Ok(())
     }
+}
+
+/// Opens a file and sends its descriptor, after `others`, with a text, in a process of its own: a SIGKILL for this one does not come
+/// between the two. Errors are `open`'s or `sendmsg`'s; the outer one is that of starting the process.
+pub(crate) fn open_and_send(
+    path: &CStr,
+    flags: libc::c_int,
+    socket: BorrowedFd<'_>,
+    text: &[u8],
+    others: &[RawFd],
+) -> io::Result<io::Result<()>> {
+    let count = others.len() + 1;
+    let length = u32::try_from(count * size_of::<RawFd>()).map_err(io::Error::other)?;
+    // SAFETY: plain arithmetic.
+    let space = unsafe { libc::CMSG_SPACE(length) } as usize;
+    // Of words, so that the header in it is aligned.
+    let mut control = vec![0_u64; space.div_ceil(size_of::<u64>())];
+    let mut part = libc::iovec {
+        iov_base: text.as_ptr().cast_mut().cast(),
+        iov_len: text.len(),
+    };
+    // SAFETY: msghdr is plain data for which all zeros are valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = space;
+    // SAFETY: the buffer has room for one header with `count` descriptors.
+    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    // SAFETY: the header is in the buffer and aligned.
+    let fields = unsafe { &mut *header };
+    fields.cmsg_level = libc::SOL_SOCKET;
+    fields.cmsg_type = libc::SCM_RIGHTS;
+    // SAFETY: plain arithmetic.
+    fields.cmsg_len = unsafe { libc::CMSG_LEN(length) } as usize;
+    // SAFETY: the data follows the header in the buffer.
+    let data: *mut RawFd = unsafe { libc::CMSG_DATA(header) }.cast();
+    for (index, fd) in others.iter().enumerate() {
+        // SAFETY: `index` is below `count`, for which there is room.
+        let place = unsafe { data.add(index) };
+        // SAFETY: the place is in the buffer; it may be unaligned.
+        unsafe { place.write_unaligned(*fd) };
+    }
+    // SAFETY: as above, the last of `count`.
+    let last = unsafe { data.add(count - 1) };
+    let socket = socket.as_raw_fd();
+    // SAFETY: the child makes system calls only, with memory that was prepared before, and ends without running anything of ours.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        open_send_and_exit(path, flags, socket, &message, last);
+    }
+    if child < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut status = 0;
+    loop {
+        // SAFETY: our own child, not reaped yet, and a status that lives through the call.
+        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+        if waited == child {
+            break;
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            // Reaped by another waiter of this process: the caller sees what it has sent.
+            Some(libc::ECHILD) => return Ok(Ok(())),
+            _ => return Err(error),
+        }
+    }
+    Ok(match (libc::WIFEXITED(status), libc::WEXITSTATUS(status)) {
+        (true, 0) => Ok(()),
+        (true, errno) => Err(io::Error::from_raw_os_error(errno)),
+        (false, _) => Err(io::Error::other("the process that opens it was killed")),
+    })
+}
+
+/// In the child: only calls that are safe after the fork of a process with threads.
+fn open_send_and_exit(
+    path: &CStr,
+    flags: libc::c_int,
+    socket: RawFd,
+    message: &libc::msghdr,
+    last: *mut RawFd,
+) -> ! {
+    // SAFETY: a C string that lives through the call.
+    let fd = unsafe { libc::open(path.as_ptr(), flags) };
+    let mut is_done = fd >= 0;
+    if is_done {
+        // SAFETY: a place in the control buffer, which is this process's own copy.
+        unsafe { last.write_unaligned(fd) };
+        // SAFETY: the message and all that it points to live through the call.
+        let sent =
+            unsafe { libc::sendmsg(socket, message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+        is_done = sent >= 0;
+    }
+    let errno = if is_done {
+        0
+    } else {
+        io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::EIO)
+    };
+    // SAFETY: ends this process without running anything of the parent's.
+    unsafe { libc::_exit(errno) }
 }
 
 /// Sends any signal, or none with 0. nix knows no real-time signals.

@@ -6,6 +6,7 @@
 //! is killed between the two leaves both, and the older is dropped by its successor. A change needs nothing of the store's process,
 //! which may be stopped. What leaves the set is closed right afterwards, in a thread of its own, since that may wait.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -156,6 +157,36 @@ impl ProcessFds {
         descriptors: impl IntoIterator<Item = (FdRole, StreamFd)>,
     ) -> io::Result<()> {
         self.add(descriptors, true)
+    }
+
+    /// Opens a file and keeps it, with no instant between the two: that its end is open is noticed by the client that waits for it, and it
+    /// must not be closed again by the death of this daemon. The first error is that of opening. Blocks.
+    pub(crate) fn open_and_keep(
+        &self,
+        role: FdRole,
+        path: &CStr,
+        flags: libc::c_int,
+    ) -> io::Result<io::Result<()>> {
+        let mut state = self.state();
+        let left_to = state.left_to;
+        let Some(queue) = state.queue.clone() else {
+            return Err(io::Error::other("nothing is stored yet"));
+        };
+        if let Err(error) = queue.open_and_send(&state.set, role, left_to, path, flags)? {
+            return Ok(Err(error));
+        }
+        queue.drop_oldest();
+        let (_, set, _) = queue.peek()?;
+        let opened = set.into_iter().find(|(known, _)| *known == role);
+        state
+            .set
+            .push(opened.ok_or_else(|| io::Error::other("what was opened is not there"))?);
+        Ok(Ok(()))
+    }
+
+    /// Whether anything is stored.
+    pub(crate) fn is_stored(&self) -> bool {
+        self.state().queue.is_some()
     }
 
     /// The same for what was opened, or came, this moment, and has been noticed by its other end: a daemon that dies before this
@@ -379,6 +410,23 @@ mod tests {
         assert!(is_at_end(&mut old) && !is_at_end(&mut new));
         next.forget_all();
         assert!(is_at_end(&mut new));
+    }
+
+    #[test]
+    fn what_is_opened_is_in_the_set_and_what_cannot_be_changes_nothing() {
+        let shelf = Arc::new(Shelf::default());
+        let fds = ProcessFds::new(shelf.clone(), 7);
+        let (mut reader, writer) = pipe();
+        fds.keep([(FdRole::StdoutPipe, writer)]).unwrap();
+        let open = |path| fds.open_and_keep(FdRole::StdoutClient, path, libc::O_WRONLY);
+        let missing = open(c"/nonexistent/fifo").unwrap().unwrap_err();
+        assert_eq!(missing.raw_os_error(), Some(libc::ENOENT));
+        assert!(successor(&shelf).get(FdRole::StdoutClient).is_none());
+        open(c"/dev/null").unwrap().unwrap();
+        assert!(fds.get(FdRole::StdoutClient).is_some());
+        let next = successor(&shelf);
+        assert!(next.get(FdRole::StdoutClient).is_some());
+        assert!(next.get(FdRole::StdoutPipe).is_some() && !is_at_end(&mut reader));
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //! the newest counts; what a descriptor is for is [`FdRole`]'s.
 
 use std::collections::HashSet;
+use std::ffi::CStr;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use nix::sys::socket::{
@@ -95,11 +96,7 @@ impl Queue {
     }
 
     pub(super) fn send(&self, set: &Set, left_to: Option<Request>) -> io::Result<()> {
-        let mut text = vec![FORMAT];
-        text.extend(set.iter().map(|(role, _)| role.letter()));
-        if let Some((connection, request)) = left_to {
-            text.extend(format!("{LEFT_TO}{connection} {request}").bytes());
-        }
+        let text = text_of(set.iter().map(|(role, _)| *role), left_to);
         let fds: Vec<RawFd> = set.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
@@ -108,8 +105,23 @@ impl Queue {
         Ok(())
     }
 
+    /// Sends a set and what is opened for it, in a process of its own.
+    pub(super) fn open_and_send(
+        &self,
+        set: &Set,
+        role: FdRole,
+        left_to: Option<Request>,
+        path: &CStr,
+        flags: libc::c_int,
+    ) -> io::Result<io::Result<()>> {
+        let roles = set.iter().map(|(role, _)| *role).chain([role]);
+        let fds: Vec<RawFd> = set.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+        let text = text_of(roles, left_to);
+        sys::open_and_send(path, flags, self.sender.as_fd(), &text, &fds)
+    }
+
     /// The oldest set, which stays where it is, and the length of its message.
-    fn peek(&self) -> io::Result<(usize, Set, Option<Request>)> {
+    pub(super) fn peek(&self) -> io::Result<(usize, Set, Option<Request>)> {
         let mut text = [0; MAX_TEXT];
         let mut parts = [IoSliceMut::new(&mut text)];
         let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
@@ -150,7 +162,7 @@ impl Queue {
     }
 
     /// Closes the oldest set: without room for control messages the kernel closes what is in it.
-    fn drop_oldest(&self) {
+    pub(super) fn drop_oldest(&self) {
         let _ = recv(
             self.receiver.as_raw_fd(),
             &mut [0; MAX_TEXT],
@@ -163,6 +175,15 @@ impl Queue {
             self.drop_oldest();
         }
     }
+}
+
+fn text_of(roles: impl Iterator<Item = FdRole>, left_to: Option<Request>) -> Vec<u8> {
+    let mut text = vec![FORMAT];
+    text.extend(roles.map(FdRole::letter));
+    if let Some((connection, request)) = left_to {
+        text.extend(format!("{LEFT_TO}{connection} {request}").bytes());
+    }
+    text
 }
 
 /// The letters of a message, and whom its set is left to; `None` if it is of another format.

@@ -199,7 +199,7 @@ fn ways(fds: &ProcessFds, of: Of) -> Vec<(&'static str, Way, Option<Duration>)> 
         let is_there = fds.first(source).is_some() && !open::is_reader(&client);
         let way = Way {
             source,
-            stage: Some(stage),
+            stage: open::takes_splice(&client).then_some(stage),
             sink: Some(sink),
         };
         is_there.then_some((stream, way, patience))

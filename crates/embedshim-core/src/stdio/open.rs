@@ -4,9 +4,11 @@
 //! A client end is a fifo that is open for reading and writing: as a writer it keeps the client from reading EOF, as a reader it
 //! keeps what the client has not read while it is away, and spares us EPIPE.
 
+use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, fchown};
 use std::path::Path;
 
@@ -16,6 +18,7 @@ use nix::unistd::pipe2;
 
 use super::StdioError;
 use super::plan::Output;
+use crate::fdstore::{FdRole, ProcessFds};
 
 /// A process can have any number of descriptors; its standard streams come first.
 const MAX_LOOKED_AT: usize = 4096;
@@ -26,6 +29,73 @@ pub(super) struct Pipe {
     /// Non-blocking.
     pub(super) ours: OwnedFd,
     pub(super) theirs: OwnedFd,
+}
+
+/// Opens the client's end of an output right into the set, if there is anything to be opened.
+pub(super) fn output_into(
+    fds: &ProcessFds,
+    role: FdRole,
+    stream: &'static str,
+    wanted: &Output,
+) -> Result<(), StdioError> {
+    if let Output::Path(path) = wanted
+        && matches!(kind(stream, path)?, Kind::Fifo)
+    {
+        return fifo_into(fds, role, stream, path, libc::O_RDWR);
+    }
+    match output(stream, wanted)? {
+        Some(file) => keep(fds, role, file),
+        None => Ok(()),
+    }
+}
+
+/// Opens the client's input right into the set: for reading alone, or with `is_held` for writing too.
+pub(super) fn input_into(
+    fds: &ProcessFds,
+    role: FdRole,
+    path: &Path,
+    is_held: bool,
+) -> Result<(), StdioError> {
+    check_input(path)?;
+    let flags = if is_held {
+        libc::O_RDWR
+    } else {
+        libc::O_RDONLY
+    };
+    fifo_into(fds, role, "stdin", path, flags)
+}
+
+/// A client may wait for this end in `open`, and would read the end, or get `EPIPE`, if it were closed again.
+fn fifo_into(
+    fds: &ProcessFds,
+    role: FdRole,
+    stream: &'static str,
+    path: &Path,
+    access: i32,
+) -> Result<(), StdioError> {
+    let failed = |source| StdioError::Open {
+        stream,
+        path: path.into(),
+        source,
+    };
+    let flags = access | libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    if fds.is_stored() {
+        let name = CString::new(path.as_os_str().as_bytes())
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let opened = fds.open_and_keep(role, &name, flags);
+        return opened
+            .map_err(|source| StdioError::NotKept { source })?
+            .map_err(failed);
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).write(access == libc::O_RDWR);
+    let fifo = existing(stream, path, &mut options, libc::O_NONBLOCK)?;
+    keep(fds, role, fifo.into())
+}
+
+fn keep(fds: &ProcessFds, role: FdRole, fd: OwnedFd) -> Result<(), StdioError> {
+    fds.keep_at_once(role, fd)
+        .map_err(|source| StdioError::NotKept { source })
 }
 
 /// Opens the client's end of an output; `None` if there is nothing to be opened: it is not wanted, or a logger's.
@@ -44,22 +114,20 @@ pub(super) fn output(stream: &'static str, output: &Output) -> Result<Option<Own
     }
 }
 
-/// Opens the client's input for reading alone: it tells whether a client has come and gone.
-pub(super) fn input(path: &Path) -> Result<OwnedFd, StdioError> {
-    if !matches!(kind("stdin", path)?, Kind::Fifo) {
-        return Err(StdioError::WrongKind {
+fn check_input(path: &Path) -> Result<(), StdioError> {
+    match kind("stdin", path)? {
+        Kind::Fifo => Ok(()),
+        Kind::File => Err(StdioError::WrongKind {
             stream: "stdin",
             path: path.into(),
             what: "a regular file, which only outputs can be",
-        });
+        }),
     }
-    let mut options = OpenOptions::new();
-    existing("stdin", path, options.read(true), libc::O_NONBLOCK).map(OwnedFd::from)
 }
 
 /// The input fifo with a writer of ours, so that it does not end with its client.
 pub(super) fn held_input(path: &Path) -> Result<OwnedFd, StdioError> {
-    input(path)?;
+    check_input(path)?;
     fifo("stdin", path)
 }
 
@@ -315,7 +383,7 @@ mod tests {
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
         assert!(open("link").to_string().contains("symbolic link"));
         fs::write(dir.path().join("file"), "").unwrap();
-        let error = input(&dir.path().join("file")).unwrap_err();
+        let error = check_input(&dir.path().join("file")).unwrap_err();
         assert!(error.to_string().contains("only outputs"), "{error}");
     }
 

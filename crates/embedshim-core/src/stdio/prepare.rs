@@ -129,8 +129,7 @@ pub(crate) fn prepare(
     if let Some(path) = &plan.stdin
         && fds.first(INPUT).is_none()
     {
-        fds.keep_at_once(FdRole::StdinNew, open::input(path)?)
-            .map_err(not_kept)?;
+        open::input_into(fds, FdRole::StdinNew, path, false)?;
     }
     Ok(ChildStdio {
         stdin,
@@ -146,12 +145,10 @@ fn open_output(
     stream: &'static str,
     plan: &Output,
 ) -> Result<(), StdioError> {
-    if fds.get(role).is_none()
-        && let Some(client) = open::output(stream, plan)?
-    {
-        fds.keep_at_once(role, client).map_err(not_kept)?;
+    if fds.get(role).is_some() {
+        return Ok(());
     }
-    Ok(())
+    open::output_into(fds, role, stream, plan)
 }
 
 fn not_kept(source: io::Error) -> StdioError {
@@ -183,8 +180,7 @@ pub(crate) fn prepare_terminal(
     if let Some(path) = &plan.stdin
         && fds.first(INPUT).is_none()
     {
-        fds.keep_at_once(FdRole::StdinHeld, open::held_input(path)?)
-            .map_err(not_kept)?;
+        open::input_into(fds, FdRole::StdinHeld, path, true)?;
     }
     Ok(())
 }

@@ -5,12 +5,15 @@
 //! | --- | --- | --- |
 //! | pipe to pipe or fifo | `splice(2)`: the pages change hands within the call | loses and repeats nothing |
 //! | terminal to pipe or fifo, and back | `splice(2)` (Linux 5.11, and 5.10.11) | the same |
-//! | either to a file | spliced to the stage; from there `tee(2)`, then append, then consume | repeats at most one chunk ([`CHUNK`]) |
+//! | pipe to file | `tee(2)`, then append, then consume | repeats at most one chunk ([`CHUNK`]) |
+//! | terminal to file | spliced to the stage, and from there as above | the same |
 //! | terminal where it cannot be spliced | read and write | loses at most what is between the two, 4 KiB |
 //!
 //! Each pump has a thread to itself. That is needed although no descriptor blocks: a process in a container can hold the lock of a pipe
 //! that it has open for as long as it likes. So no call has the locks of both ends of a stream either: what is taken from one end is
-//! spliced to a pipe of ours, the stage, and from there to the other end. Otherwise a client that reads would wait with us.
+//! spliced to a pipe of ours, the stage, and from there to the other end. Otherwise a client that reads would wait with us. Nothing is
+//! taken before the other end has room, and where that was too little it is made: the stage is empty but for the moment between the two
+//! calls, in which only a kill of daemon and store together would lose what is in it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -61,7 +64,7 @@ pub(super) enum Stopped {
 pub(super) struct Way {
     /// The first of these that there is.
     pub(super) source: &'static [FdRole],
-    /// A pipe of ours between the two, unless what comes is dropped.
+    /// A pipe of ours between the two, unless a file takes what comes out of a pipe, or it is dropped.
     pub(super) stage: Option<FdRole>,
     /// Nothing: what comes is dropped.
     pub(super) sink: Option<FdRole>,
@@ -116,6 +119,12 @@ impl Pump<'_> {
                 return Ok(stopped);
             }
             on_its_way = 0;
+            if self.way.stage.is_some()
+                && let Some(sink) = self.sink()
+                && !is_ready(&sink, PollFlags::POLLOUT, LINGER)
+            {
+                return Ok(Stopped::SinkFull);
+            }
             let Some((role, source)) = self.fds.first(self.way.source) else {
                 return Ok(Stopped::End);
             };
@@ -151,7 +160,7 @@ impl Pump<'_> {
         self.fds.get(self.way.sink?)
     }
 
-    /// Takes what is in the source: to the stage, or to nowhere.
+    /// Takes what is in the source: to the stage, to a file, or to nowhere.
     fn take(&mut self, role: FdRole, source: &StreamFd) -> rustix::io::Result<usize> {
         if let Some(stage) = self.stage() {
             let size = if role == FdRole::Terminal {
@@ -161,11 +170,15 @@ impl Pump<'_> {
             };
             return splice_or_copy(source, &stage, size);
         }
-        if self.way.stage.is_some() {
+        match (self.way.stage, self.way.sink) {
+            (None, None) => rustix::io::read(source, &mut [0; SMALL]),
+            (None, Some(_)) => match self.sink() {
+                Some(file) => self.append(source, &file),
+                None => Ok(0),
+            },
             // The stream is given up.
-            return Ok(0);
+            (Some(_), _) => Ok(0),
         }
-        rustix::io::read(source, &mut [0; SMALL])
     }
 
     /// Moves what is in the stage to the sink, at most so many bytes. `None` when it is empty.
@@ -191,7 +204,7 @@ impl Pump<'_> {
                 // The stage is open for writing too: that is no end.
                 Err(Errno::AGAIN) if !is_ready(&stage, PollFlags::POLLIN, 0) => return Ok(None),
                 Err(Errno::AGAIN) => {
-                    if !is_ready(&sink, PollFlags::POLLOUT, LINGER) {
+                    if !make_room(&sink) && !is_ready(&sink, PollFlags::POLLOUT, LINGER) {
                         return Ok(Some(Stopped::SinkFull));
                     }
                 }
@@ -232,11 +245,17 @@ impl Pump<'_> {
     fn shrink(&self) {
         let source = self.fds.first(self.way.source).map(|(_, source)| source);
         for fd in [source, self.stage(), self.sink()].into_iter().flatten() {
-            if rustix::pipe::fcntl_getpipe_size(&fd).is_ok_and(|size| size >= LARGE) {
+            if rustix::pipe::fcntl_getpipe_size(&fd).is_ok_and(|size| size > CHUNK) {
                 resize(&fd, CHUNK);
             }
         }
     }
+}
+
+/// Makes a pipe that is full larger, for what was taken already: true if it is.
+fn make_room(pipe: &StreamFd) -> bool {
+    let size = rustix::pipe::fcntl_getpipe_size(pipe);
+    size.is_ok_and(|size| size < LARGE && resize(pipe, 2 * size))
 }
 
 /// Sets the size of a pipe; of what is no pipe, or may not be larger, nothing.
@@ -359,6 +378,8 @@ mod tests {
         drop(writer);
         let fds = staged(from, to);
         assert_eq!(run(OUTPUT, &fds), Stopped::SinkFull);
+        let stage = fds.get(FdRole::StdoutStage).unwrap();
+        assert!(!is_ready(&stage, PollFlags::POLLIN, 0), "it is on its way");
         let mut result = File::from(result);
         let mut bytes = vec![0; CHUNK];
         result.read_exact(&mut bytes).unwrap();
@@ -402,15 +423,22 @@ mod tests {
         let (from, writer) = pipe();
         fill(&writer, b"after");
         let file = File::options().append(true).open(&path).unwrap();
-        let fds = staged(from, file);
-        assert_eq!(run(OUTPUT, &fds), Stopped::SourceEmpty);
+        let way = Way {
+            stage: None,
+            ..OUTPUT
+        };
+        let fds = set([
+            (FdRole::StdoutPipe, from),
+            (FdRole::StdoutClient, file.into()),
+        ]);
+        assert_eq!(run(way, &fds), Stopped::SourceEmpty);
         assert_eq!(fs::read_to_string(&path).unwrap(), "before after");
         fill(&writer, b"more than there is room for");
         drop(writer);
         let full = File::options().write(true).open("/dev/full").unwrap();
         fds.keep([(FdRole::StdoutClient, StreamFd::new(full))])
             .unwrap();
-        assert_eq!(run(OUTPUT, &fds), Stopped::End);
+        assert_eq!(run(way, &fds), Stopped::End);
     }
 
     #[test]
