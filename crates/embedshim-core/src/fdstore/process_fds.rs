@@ -175,7 +175,8 @@ impl ProcessFds {
         if let Err(error) = queue.open_and_send(&state.set, role, left_to, path, flags)? {
             return Ok(Err(error));
         }
-        queue.drop_oldest();
+        queue.outdate();
+        queue.drop_outdated();
         let (_, set, _) = queue.peek()?;
         let opened = set.into_iter().find(|(known, _)| *known == role);
         state
@@ -295,6 +296,7 @@ impl ProcessFds {
         if let Some(queue) = queue {
             queue.send(next, left_to)?;
             failpoint::step("between two sets of descriptors");
+            queue.outdate();
             off_the_reactor(Outdated(Arc::clone(queue)));
             return Ok(());
         }

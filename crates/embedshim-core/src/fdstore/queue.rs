@@ -5,7 +5,8 @@ use std::collections::HashSet;
 use std::ffi::CStr;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
@@ -32,12 +33,12 @@ pub(super) type Set = Vec<(FdRole, StreamFd)>;
 /// A connection, and a request on it.
 pub(super) type Request = (u64, u32);
 
-/// A queue whose oldest set is closed with this.
+/// A queue whose outdated sets are closed with this.
 pub(super) struct Outdated(pub(super) Arc<Queue>);
 
 impl Drop for Outdated {
     fn drop(&mut self) {
-        self.0.drop_oldest();
+        self.0.drop_outdated();
     }
 }
 
@@ -55,13 +56,44 @@ impl Drop for Emptied {
 pub(super) struct Queue {
     pub(super) sender: OwnedFd,
     pub(super) receiver: OwnedFd,
+    /// How many sets before the newest are to be closed.
+    outdated: AtomicUsize,
+    /// Held while they are.
+    closing: Mutex<()>,
 }
 
 impl Queue {
     pub(super) fn new() -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (sender, receiver) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
-        Ok(Self { sender, receiver })
+        Ok(Self::of(sender, receiver))
+    }
+
+    fn of(sender: OwnedFd, receiver: OwnedFd) -> Self {
+        Self {
+            sender,
+            receiver,
+            outdated: AtomicUsize::new(0),
+            closing: Mutex::default(),
+        }
+    }
+
+    /// A newer set was sent: the one before it is to be closed.
+    pub(super) fn outdate(&self) {
+        self.outdated.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Closes every set that is outdated. Blocks as long as that takes, also where another thread is about it.
+    pub(super) fn drop_outdated(&self) {
+        let _closing = self.closing.lock().unwrap_or_else(PoisonError::into_inner);
+        let take = |outdated: usize| outdated.checked_sub(1);
+        while self
+            .outdated
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, take)
+            .is_ok()
+        {
+            self.drop_oldest();
+        }
     }
 
     /// Finds out which of the pair is which, and takes the newest set.
@@ -82,10 +114,7 @@ impl Queue {
             *place = Some(socket);
         }
         let missing = || io::Error::other("the socket pair is not whole");
-        let queue = Self {
-            sender: sender.ok_or_else(missing)?,
-            receiver: receiver.ok_or_else(missing)?,
-        };
+        let queue = Self::of(sender.ok_or_else(missing)?, receiver.ok_or_else(missing)?);
         loop {
             let (length, set, left_to) = queue.peek()?;
             if ioctl_fionread(&queue.receiver)? <= length as u64 {
@@ -162,7 +191,7 @@ impl Queue {
     }
 
     /// Closes the oldest set: without room for control messages the kernel closes what is in it.
-    pub(super) fn drop_oldest(&self) {
+    fn drop_oldest(&self) {
         let _ = recv(
             self.receiver.as_raw_fd(),
             &mut [0; MAX_TEXT],
