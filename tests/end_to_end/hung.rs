@@ -11,11 +11,12 @@ use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Reader, Shim, Stage, Test, binary_name, write_program};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
-use xtask::sandbox::{Sandbox, until};
+use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 6] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
+    a_container_that_holds_its_pipes_lock_holds_up_nothing_else,
     loggers_that_are_never_ready_hold_up_nothing_else,
     log_files_that_cannot_be_opened_hold_up_nothing_else,
     runtimes_that_cannot_be_executed_hold_up_nothing_else,
@@ -324,4 +325,36 @@ fn on_frozen(stage: &Stage, count: usize, terminal: bool) -> anyhow::Result<()> 
     shim.wait("c")?;
     shim.delete("c")?;
     Ok(())
+}
+
+/// Whatever wants the lock waits uninterruptibly: moving bytes, closing the pipe. That is nothing to others, nor to the exec's client.
+fn a_container_that_holds_its_pipes_lock_holds_up_nothing_else(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    sandbox.detached(&["--null-io"], "c", &["sleep", "1000"])?;
+    let shim = Shim::connect(&sandbox)?;
+    let undisturbed = median_life(&sandbox, &shim, "before")?;
+    for number in 0..5 {
+        let exec = format!("e{number}");
+        let script = "echo said; sleep 0.2; guest hold-output & sleep 0.3; exit 3";
+        let arguments = ["task", "exec", "--exec-id", &exec, "c", "sh", "-c", script];
+        let mut client = Running::capture(&mut sandbox.ctr(arguments))?;
+        let finished = client.finish(PATIENCE)?;
+        ensure!(
+            finished.code == Some(3) && finished.stdout == "said\n",
+            "{finished:?}"
+        );
+    }
+    let beside = median_life(&sandbox, &shim, "beside")?;
+    let limit = undisturbed.max(Duration::from_millis(150)) * 2;
+    ensure!(
+        beside <= limit,
+        "{beside:?} beside them, {undisturbed:?} without"
+    );
+    // What holds the locks ends with its container, and with it what waits for them.
+    sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "c"])?;
+    sandbox.wait_for_status("c", "STOPPED")?;
+    ensure!(sandbox.delete_task("c")? == 137, "the code was lost");
+    sandbox.kill_daemon().map(drop)
 }

@@ -1,5 +1,7 @@
 // What a shell cannot do, for the containers of demo and tests. Static; no argument is trusted to be sane, since we write them.
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -7,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -96,6 +99,17 @@ static int until_term(char **arg)
 	return 0;
 }
 
+// Holds the lock of the pipe of its output: splices from a socket on which nothing comes.
+static int hold_output(char **argv)
+{
+	int pair[2];
+
+	(void)argv;
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair))
+		return 125;
+	return splice(pair[0], NULL, 1, NULL, 1, 0) < 0 ? 124 : 0;
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -105,11 +119,12 @@ int main(int argc, char **argv)
 	} commands[] = {
 		{ "leader-first", 2, leader_first }, { "allocate", 1, allocate },     { "fault", 0, fault },
 		{ "flood", 1, flood },               { "until-term", 1, until_term }, { "orphan", 1, orphan },
+		{ "hold-output", 0, hold_output },
 	};
 
 	for (size_t i = 0; argc > 1 && i < sizeof(commands) / sizeof(*commands); i++)
 		if (!strcmp(argv[1], commands[i].name) && argc == commands[i].arguments + 2)
 			return commands[i].run(argv + 2);
-	fputs("usage: guest leader-first CODE MS | allocate MB | fault | flood LINES | until-term CODE | orphan MS\n", stderr);
+	fputs("usage: guest leader-first CODE MS | allocate MB | fault | flood LINES | until-term CODE | orphan MS | hold-output\n", stderr);
 	return 126;
 }

@@ -70,6 +70,18 @@ impl FdRole {
         (Self::Pidfd, b'p'),
     ];
 
+    /// Whether it is an end that a client waits at.
+    fn is_of_client(self) -> bool {
+        matches!(
+            self,
+            Self::StdinNew
+                | Self::StdinHeld
+                | Self::StdinLast
+                | Self::StdoutClient
+                | Self::StderrClient
+        )
+    }
+
     pub(super) fn letter(self) -> u8 {
         let found = Self::ALL.iter().find(|(role, _)| *role == self);
         found.map_or(b'?', |(_, letter)| *letter)
@@ -239,7 +251,14 @@ impl ProcessFds {
     }
 
     /// Removes and closes everything.
+    ///
+    /// The client's ends go first: closing a pipe whose lock a container holds waits, and its client is not to wait with us for the end.
     pub(crate) fn forget_all(&self) {
+        let roles = self.state().set.clone().into_iter().map(|(role, _)| role);
+        let of_client: Vec<FdRole> = roles.filter(|role| role.is_of_client()).collect();
+        if !of_client.is_empty() {
+            self.exchange(None, &of_client);
+        }
         if let Err(error) = self.change(Vec::clear) {
             warn!(name = %self.name(), %error, "descriptors that are not needed any more stay stored");
         }

@@ -47,6 +47,8 @@ pub(super) struct Emptied(pub(super) Arc<Queue>);
 
 impl Drop for Emptied {
     fn drop(&mut self) {
+        // In this order: see `ProcessFds::forget_all`.
+        self.0.drop_outdated();
         self.0.clear();
     }
 }
