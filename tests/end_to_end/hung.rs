@@ -27,7 +27,8 @@ pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
 
 const MANY: usize = 100;
 
-/// A FUSE file system whose server never answers, until it is dropped: then everything that waits fails.
+/// A FUSE file system whose server never answers, until it is dropped: then everything that waits
+/// fails.
 struct Silent {
     server: Option<File>,
     at: PathBuf,
@@ -135,7 +136,8 @@ fn median_life(sandbox: &Sandbox, shim: &Shim, word: &str) -> anyhow::Result<Dur
     Ok(lives[2])
 }
 
-/// Lives before and beside what hangs. The machine is busy with tests, so a short life is not measured finely.
+/// Lives before and beside what hangs. The machine is busy with tests, so a short life is not
+/// measured finely.
 fn beside(sandbox: &Sandbox, hang: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
     let shim = Shim::connect(sandbox)?;
     let undisturbed = median_life(sandbox, &shim, "before")?;
@@ -149,7 +151,8 @@ fn beside(sandbox: &Sandbox, hang: impl FnOnce() -> anyhow::Result<()>) -> anyho
     Ok(())
 }
 
-/// Lets a hundred creations hang, each on a connection of its own, and lives beside them until they are let go.
+/// Lets a hundred creations hang, each on a connection of its own, and lives beside them until they
+/// are let go.
 fn creations(
     sandbox: &Sandbox,
     request: impl Fn(&mut api::CreateTaskRequest, usize) + Sync,
@@ -327,7 +330,8 @@ fn on_frozen(stage: &Stage, count: usize, terminal: bool) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Whatever wants the lock waits uninterruptibly: moving bytes, closing the pipe. That is nothing to others, nor to the exec's client.
+/// Whatever wants the lock waits uninterruptibly: moving bytes, closing the pipe. That is nothing
+/// to others, nor to the exec's client.
 fn a_container_that_holds_its_pipes_lock_holds_up_nothing_else(
     stage: &Stage,
 ) -> anyhow::Result<()> {

@@ -1,4 +1,5 @@
-//! Logs that this daemon writes (`file://`): the host's files, which a container can neither change nor stop.
+//! Logs that this daemon writes (`file://`): the host's files, which a container can neither change
+//! nor stop.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,5 @@
-//! Streams without a terminal, as their clients see them: every byte once, the end by itself and not before, and the runtime's own words
-//! never among them.
+//! Streams without a terminal, as their clients see them: every byte once, the end by itself and
+//! not before, and the runtime's own words never among them.
 
 use std::fs;
 use std::io::Write;
@@ -58,7 +58,8 @@ fn end(sandbox: &Sandbox, shim: &Shim, before: &Footprint) -> anyhow::Result<()>
     before.wait_for_return(sandbox)
 }
 
-/// What is typed is short, so that its end may come before the opening: with a fifo that would wait for a writer.
+/// What is typed is short, so that its end may come before the opening: with a fifo that would wait
+/// for a writer.
 fn input_can_be_opened_by_name(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
     sandbox.detached(&["--null-io"], "c", &["sleep", "1000"])?;
@@ -195,7 +196,8 @@ fn output_is_whole_over_every_kind_of_end_of_a_daemon(stage: &Stage) -> anyhow::
     Ok(())
 }
 
-/// A little and more than a pipe holds, by `ctr run`, with a kill at each of many instants of the creation.
+/// A little and more than a pipe holds, by `ctr run`, with a kill at each of many instants of the
+/// creation.
 fn output_is_whole_though_the_daemon_is_killed_within_a_creation(
     stage: &Stage,
 ) -> anyhow::Result<()> {

@@ -1,4 +1,5 @@
-//! The descriptor store: what a container takes of it, and what becomes of it when the keeper is stopped or full.
+//! The descriptor store: what a container takes of it, and what becomes of it when the keeper is
+//! stopped or full.
 
 use std::fs;
 use std::path::Path;

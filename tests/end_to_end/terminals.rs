@@ -1,5 +1,5 @@
-//! Terminals, as their clients see them: every line once and in order, to the end, whatever becomes of the daemon, of the client's
-//! files, or of the terminal's openers.
+//! Terminals, as their clients see them: every line once and in order, to the end, whatever becomes
+//! of the daemon, of the client's files, or of the terminal's openers.
 
 use std::fs;
 use std::path::Path;
@@ -33,7 +33,8 @@ pub(crate) const OURS: [Test; 7] = tests!(EmbedshimOnly:
 const COUNTING: &str =
     "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 7";
 
-/// `ctr run -t` and `ctr task exec -t`, each on a terminal of its own, while `replace` is done to the daemon twice.
+/// `ctr run -t` and `ctr task exec -t`, each on a terminal of its own, while `replace` is done to
+/// the daemon twice.
 fn through_ctr(
     stage: &Stage,
     replace: impl Fn(&Sandbox) -> anyhow::Result<()>,
@@ -168,7 +169,8 @@ fn a_terminal_outlives_the_path_of_its_clients_fifo(stage: &Stage) -> anyhow::Re
     Ok(())
 }
 
-/// A file takes no splice: what was taken from the terminal waits in a pipe that outlives the daemon.
+/// A file takes no splice: what was taken from the terminal waits in a pipe that outlives the
+/// daemon.
 fn a_terminal_into_a_log_file_loses_nothing_with_a_daemon(stage: &Stage) -> anyhow::Result<()> {
     let (sandbox, shim) = start(stage)?;
     let script = "i=0; while [ $i -lt 40000 ]; do i=$((i+1)); echo line $i; done; exit 7";

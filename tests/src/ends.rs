@@ -1,5 +1,5 @@
-//! [`Reader`] and [`Terminal`]: a client's ends of streams, as Go's clients have them. `read() == 0` is the end of a stream: a client
-//! never reads on.
+//! [`Reader`] and [`Terminal`]: a client's ends of streams, as Go's clients have them. `read() ==
+//! 0` is the end of a stream: a client never reads on.
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
@@ -13,8 +13,8 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use xtask::sandbox::{Sandbox, until};
 
-/// The reader of a fifo that it has made. It opens the fifo in the background, as containerd's fifo package does, and reads to the
-/// first end.
+/// The reader of a fifo that it has made. It opens the fifo in the background, as containerd's fifo
+/// package does, and reads to the first end.
 #[derive(Debug)]
 pub struct Reader {
     path: PathBuf,

@@ -1,5 +1,6 @@
-//! `throughput`: how fast a process's output reaches its client, and what that costs, with our daemon and with containerd's own shim in
-//! turn. For `cargo xtask bench`, which builds the binaries it measures. Speaks the shim API itself, since ctr would be the bottleneck.
+//! `throughput`: how fast a process's output reaches its client, and what that costs, with our
+//! daemon and with containerd's own shim in turn. For `cargo xtask bench`, which builds the
+//! binaries it measures. Speaks the shim API itself, since ctr would be the bottleneck.
 #![allow(
     clippy::indexing_slicing,
     reason = "a measurement that is wrong fails by panicking"
@@ -216,7 +217,8 @@ fn processor_time(pid: i32) -> anyhow::Result<Duration> {
     Ok(Duration::from_millis(sum.context("no times")? * 10))
 }
 
-/// Of the newest release: its shim speaks the same version of the API. It starts itself again, and so has to be run as it is.
+/// Of the newest release: its shim speaks the same version of the API. It starts itself again, and
+/// so has to be run as it is.
 fn programs() -> anyhow::Result<PathBuf> {
     let wrapped = Release::Sid.programs()?.context("no newer containerd")?;
     Ok(wrapped.with_file_name("root/usr/bin"))

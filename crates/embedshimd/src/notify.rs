@@ -1,6 +1,7 @@
-//! [`Manager`]: the service manager that started the daemon and holds its descriptors, systemd or `embedshimd keep`, by way of the
-//! datagrams of `sd_notify(3)`. Owns their form, their order while the manager does not read, and how many descriptors it takes; what
-//! is stored under which name is the callers'.
+//! [`Manager`]: the service manager that started the daemon and holds its descriptors, systemd or
+//! `embedshimd keep`, by way of the datagrams of `sd_notify(3)`. Owns their form, their order while
+//! the manager does not read, and how many descriptors it takes; what is stored under which name is
+//! the callers'.
 
 mod outgoing;
 
@@ -99,7 +100,8 @@ fn length(name: &FdName) -> usize {
     name.to_string().len() + 1
 }
 
-/// How many files this process has open, and may have. Linux 6.2 tells the number as the size of the directory.
+/// How many files this process has open, and may have. Linux 6.2 tells the number as the size of
+/// the directory.
 fn open_files() -> Option<(u64, u64)> {
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
     let open = match std::fs::metadata("/proc/self/fd").ok()?.size() {
@@ -110,8 +112,8 @@ fn open_files() -> Option<(u64, u64)> {
 }
 
 impl Manager {
-    /// The one that `NOTIFY_SOCKET` names: a path, or an abstract name after `@`. It holds `limit` descriptors at most, if that is known,
-    /// and these already.
+    /// The one that `NOTIFY_SOCKET` names: a path, or an abstract name after `@`. It holds `limit`
+    /// descriptors at most, if that is known, and these already.
     pub(crate) fn new(
         address: &OsString,
         limit: Option<usize>,
@@ -144,7 +146,8 @@ impl Manager {
         self.outgoing.send("READY=1\n".into(), &[])
     }
 
-    /// We are about to leave. Returns when everything that was ever sent is handled, or after a while.
+    /// We are about to leave. Returns when everything that was ever sent is handled, or after a
+    /// while.
     pub(crate) fn stopping(&self) -> io::Result<()> {
         self.outgoing.send("STOPPING=1\n".into(), &[])?;
         let (mut ours, theirs) = io::pipe()?;

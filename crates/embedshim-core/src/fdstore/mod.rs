@@ -1,8 +1,10 @@
-//! Descriptors that have to outlive this process: [`FdStore`], which holds them meanwhile, the names they are stored under, and
-//! [`InheritedFds`], what a predecessor has stored. Owns the names; how a store is spoken to is its implementation's.
+//! Descriptors that have to outlive this process: [`FdStore`], which holds them meanwhile, the
+//! names they are stored under, and [`InheritedFds`], what a predecessor has stored. Owns the
+//! names; how a store is spoken to is its implementation's.
 
 mod process_fds;
 mod queue;
+mod role;
 mod stream_fd;
 
 use std::collections::HashMap;
@@ -11,24 +13,27 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
 
-pub(crate) use process_fds::{FdRole, ProcessFds};
+pub(crate) use process_fds::ProcessFds;
+pub(crate) use role::FdRole;
 pub(crate) use stream_fd::StreamFd;
 
 use crate::process::ProcessIdentity;
 
-/// A service that holds descriptors for this process and gives them to its successor: systemd, or embedshimd's keeper.
+/// A service that holds descriptors for this process and gives them to its successor: systemd, or
+/// embedshimd's keeper.
 ///
 /// After `Ok` the descriptors are safe from the death of this process. Calls take effect in order.
 pub trait FdStore: fmt::Debug + Send + Sync {
-    /// Stores duplicates of these descriptors, beside what is stored under this name already. An error means that none of them is
-    /// stored.
+    /// Stores duplicates of these descriptors, beside what is stored under this name already. An
+    /// error means that none of them is stored.
     fn keep(&self, name: &FdName, descriptors: &[BorrowedFd<'_>]) -> io::Result<()>;
 
     /// Closes everything that is stored under this name.
     fn forget(&self, name: &FdName) -> io::Result<()>;
 
-    /// The end of this process is durable. The store's process may have it as a zombie, inherited from a daemon that died, and a
-    /// zombie keeps the init of its pid namespace from ending: it can be reaped.
+    /// The end of this process is durable. The store's process may have it as a zombie, inherited
+    /// from a daemon that died, and a zombie keeps the init of its pid namespace from ending: it
+    /// can be reaped.
     fn reap(&self, _process: ProcessIdentity) -> io::Result<()> {
         Ok(())
     }
@@ -59,17 +64,18 @@ impl FdStore for NoFdStore {
 
 /// What a stored descriptor belongs to. Its text is what `systemd-analyze fdstore` shows.
 ///
-/// Short on purpose: all names together come back as one variable of the environment (`LISTEN_FDNAMES`), and `execve` takes no
-/// string of more than 128 KiB. A container has three entries, whatever the number of its streams, so that is enough for more than
-/// 3,000 containers with more than 20,000 descriptors.
+/// Short on purpose: all names together come back as one variable of the environment
+/// (`LISTEN_FDNAMES`), and `execve` takes no string of more than 128 KiB. A container has three
+/// entries, whatever the number of its streams, so that is enough for more than 3,000 containers
+/// with more than 20,000 descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FdName {
     /// The socket that containerd connects to: `listener`.
     Listener,
     /// A connection, by a number that is never used again: `c/` and the number to the base of 36.
     Connection(u64),
-    /// The descriptors of one process of a container, by a number that its record holds and that is never used again in this boot:
-    /// `p/` and the number to the base of 36.
+    /// The descriptors of one process of a container, by a number that its record holds and that is
+    /// never used again in this boot: `p/` and the number to the base of 36.
     Process(u64),
 }
 
@@ -141,7 +147,8 @@ impl InheritedFds {
         self.0.iter().map(|(name, fds)| (*name, fds.len()))
     }
 
-    /// Takes the one that is stored under this name. If there are more, they are closed: they are duplicates that were stored twice.
+    /// Takes the one that is stored under this name. If there are more, they are closed: they are
+    /// duplicates that were stored twice.
     pub fn take(&mut self, name: &FdName) -> Option<OwnedFd> {
         self.0.remove(name)?.pop()
     }

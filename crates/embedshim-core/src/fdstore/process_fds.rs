@@ -1,10 +1,13 @@
-//! [`ProcessFds`]: the descriptors of one process of a container that outlive this daemon, as one set that changes at once. Owns how
-//! a set is held by the kernel and found again; what a descriptor is for is [`FdRole`]'s.
+//! [`ProcessFds`]: the descriptors of one process of a container that outlive this daemon, as one
+//! set that changes at once. Owns how a set is held by the kernel and found again; what a
+//! descriptor is for is [`FdRole`]'s.
 //!
-//! The set is one message with all descriptors (`SCM_RIGHTS`) in the queue of a socket pair, and the store holds the pair. A change
-//! sends the new set and then drops the old one, so that at any instant the last message in the queue is a whole set: a daemon that
-//! is killed between the two leaves both, and the older is dropped by its successor. A change needs nothing of the store's process,
-//! which may be stopped. What leaves the set is closed right afterwards, in a thread of its own, since that may wait.
+//! The set is one message with all descriptors (`SCM_RIGHTS`) in the queue of a socket pair, and
+//! the store holds the pair. A change sends the new set and then drops the old one, so that at any
+//! instant the last message in the queue is a whole set: a daemon that is killed between the two
+//! leaves both, and the older is dropped by its successor. A change needs nothing of the store's
+//! process, which may be stopped. What leaves the set is closed right afterwards, in a thread of
+//! its own, since that may wait.
 
 use std::ffi::CStr;
 use std::io;
@@ -14,87 +17,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tracing::warn;
 
 use super::queue::{Emptied, Outdated, Queue, Request, Set};
+use super::role::FdRole;
 use super::stream_fd::{StreamFd, off_the_reactor};
 use super::{FdName, FdStore, InheritedFds};
 use crate::failpoint;
 
-/// What a descriptor is to a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum FdRole {
-    /// The client's end of its input, a fifo: open for reading alone, and not yet decided whether it is to outlive its client.
-    StdinNew,
-    /// The same, to outlive its client: open for reading and writing, or about to be.
-    StdinHeld,
-    /// The same, open for reading alone: the input ends with the client's writers.
-    StdinLast,
-    /// The writing end of its input pipe.
-    StdinPipe,
-    /// The client's end of its output: a fifo, a log file, or for a terminal the pipe of a logger.
-    StdoutClient,
-    /// The reading end of its output pipe.
-    StdoutPipe,
-    /// The client's end of its error output.
-    StderrClient,
-    /// The reading end of its error pipe.
-    StderrPipe,
-    /// A pipe of ours between the two ends of its input, open for reading and writing: what is on its way. With it no call has the lock of
-    /// a pipe that a container can hold and that of the client's fifo at once.
-    StdinStage,
-    /// The same of its output.
-    StdoutStage,
-    /// The same of its error output.
-    StderrStage,
-    /// The master of its pseudo-terminal.
-    Terminal,
-    /// The socket over which the OCI runtime hands over its terminal.
-    Console,
-    /// Its pidfd.
-    Pidfd,
-}
-
-impl FdRole {
-    const ALL: [(Self, u8); 14] = [
-        (Self::StdinNew, b'n'),
-        (Self::StdinHeld, b'i'),
-        (Self::StdinLast, b'x'),
-        (Self::StdinPipe, b'I'),
-        (Self::StdoutClient, b'o'),
-        (Self::StdoutPipe, b'O'),
-        (Self::StderrClient, b'e'),
-        (Self::StderrPipe, b'E'),
-        (Self::StdinStage, b'a'),
-        (Self::StdoutStage, b'b'),
-        (Self::StderrStage, b'd'),
-        (Self::Terminal, b't'),
-        (Self::Console, b'c'),
-        (Self::Pidfd, b'p'),
-    ];
-
-    /// Whether it is an end that a client waits at.
-    fn is_of_client(self) -> bool {
-        matches!(
-            self,
-            Self::StdinNew
-                | Self::StdinHeld
-                | Self::StdinLast
-                | Self::StdoutClient
-                | Self::StderrClient
-        )
-    }
-
-    pub(super) fn letter(self) -> u8 {
-        let found = Self::ALL.iter().find(|(role, _)| *role == self);
-        found.map_or(b'?', |(_, letter)| *letter)
-    }
-
-    pub(super) fn of(letter: u8) -> Option<Self> {
-        let found = Self::ALL.iter().find(|(_, known)| *known == letter);
-        found.map(|(role, _)| *role)
-    }
-}
-
-/// The descriptors of one process. Clones are of the same set. Dropping it forgets nothing, since that is also what the end of a
-/// daemon looks like.
+/// The descriptors of one process. Clones are of the same set. Dropping it forgets nothing, since
+/// that is also what the end of a daemon looks like.
 #[derive(Clone, Debug)]
 pub(crate) struct ProcessFds {
     store: Arc<dyn FdStore>,
@@ -163,7 +92,8 @@ impl ProcessFds {
         roles.iter().find_map(found)
     }
 
-    /// Adds descriptors, each in the place of the one that has its role. On failure the set is what it was.
+    /// Adds descriptors, each in the place of the one that has its role. On failure the set is what
+    /// it was.
     pub(crate) fn keep(
         &self,
         descriptors: impl IntoIterator<Item = (FdRole, StreamFd)>,
@@ -171,8 +101,9 @@ impl ProcessFds {
         self.add(descriptors, true)
     }
 
-    /// Opens a file and keeps it, with no instant between the two: that its end is open is noticed by the client that waits for it, and it
-    /// must not be closed again by the death of this daemon. The first error is that of opening. Blocks.
+    /// Opens a file and keeps it, with no instant between the two: that its end is open is noticed
+    /// by the client that waits for it, and it must not be closed again by the death of this
+    /// daemon. The first error is that of opening. Blocks.
     pub(crate) fn open_and_keep(
         &self,
         role: FdRole,
@@ -202,8 +133,9 @@ impl ProcessFds {
         self.state().queue.is_some()
     }
 
-    /// The same for what was opened, or came, this moment, and has been noticed by its other end: a daemon that dies before this
-    /// returns loses it. That takes a few microseconds and cannot be avoided, so no failpoint is there.
+    /// The same for what was opened, or came, this moment, and has been noticed by its other end: a
+    /// daemon that dies before this returns loses it. That takes a few microseconds and cannot be
+    /// avoided, so no failpoint is there.
     pub(crate) fn keep_at_once(&self, role: FdRole, descriptor: OwnedFd) -> io::Result<()> {
         self.add([(role, StreamFd::new(descriptor))], false)
     }
@@ -237,7 +169,8 @@ impl ProcessFds {
         }
     }
 
-    /// The process will not come to be; the request that wanted it finds the set when it comes again.
+    /// The process will not come to be; the request that wanted it finds the set when it comes
+    /// again.
     pub(crate) fn leave_to(&self, request: Option<Request>) {
         self.state().left_to = request;
         if let Err(error) = self.change(|_| {}) {
@@ -252,7 +185,8 @@ impl ProcessFds {
 
     /// Removes and closes everything.
     ///
-    /// The client's ends go first: closing a pipe whose lock a container holds waits, and its client is not to wait with us for the end.
+    /// The client's ends go first: closing a pipe whose lock a container holds waits, and its
+    /// client is not to wait with us for the end.
     pub(crate) fn forget_all(&self) {
         let roles = self.state().set.clone().into_iter().map(|(role, _)| role);
         let of_client: Vec<FdRole> = roles.filter(|role| role.is_of_client()).collect();
@@ -264,7 +198,8 @@ impl ProcessFds {
         }
     }
 
-    /// Takes over what has these roles in another set, which is empty afterwards. There is no instant in which neither has them.
+    /// Takes over what has these roles in another set, which is empty afterwards. There is no
+    /// instant in which neither has them.
     pub(crate) fn adopt(&self, other: &Self, roles: &[FdRole]) -> io::Result<()> {
         let set = other.state().set.clone();
         // Until the process's record is there, this alone says whose they are.

@@ -1,5 +1,6 @@
-//! [`Queue`]: the socket pair in whose queue a process's set of descriptors is, as one message. Owns the form of the message, and that
-//! the newest counts; what a descriptor is for is [`FdRole`]'s.
+//! [`Queue`]: the socket pair in whose queue a process's set of descriptors is, as one message.
+//! Owns the form of the message, and that the newest counts; what a descriptor is for is
+//! [`FdRole`]'s.
 
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -15,12 +16,13 @@ use nix::sys::socket::{
 use nix::sys::stat::fstat;
 use rustix::io::ioctl_fionread;
 
-use super::process_fds::FdRole;
+use super::role::FdRole;
 use super::stream_fd::StreamFd;
 use crate::sys;
 
-/// The version of a message, its first byte; then a byte for each descriptor, its role; then perhaps whom the set is left to:
-/// `@`, a connection's number, a space and the number of a request on it.
+/// The version of a message, its first byte; then a byte for each descriptor, its role; then
+/// perhaps whom the set is left to: `@`, a connection's number, a space and the number of a request
+/// on it.
 const FORMAT: u8 = b'1';
 const LEFT_TO: char = '@';
 /// A role for each descriptor, and two numbers.
@@ -85,7 +87,8 @@ impl Queue {
         self.outdated.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Closes every set that is outdated. Blocks as long as that takes, also where another thread is about it.
+    /// Closes every set that is outdated. Blocks as long as that takes, also where another thread
+    /// is about it.
     pub(super) fn drop_outdated(&self) {
         let _closing = self.closing.lock().unwrap_or_else(PoisonError::into_inner);
         let take = |outdated: usize| outdated.checked_sub(1);

@@ -1,8 +1,9 @@
 //! [`StreamFd`]: a descriptor whose closing may wait. Owns that it never waits on the reactor.
 //!
-//! Closing the last descriptor of a pipe takes the pipe's lock, uninterruptibly, and a container can hold that for as long as it likes:
-//! by `splice(2)` from a socket that is silent, or by writing from a page that a hung file system has to fill. Closing a file on FUSE or
-//! NFS waits for the server.
+//! Closing the last descriptor of a pipe takes the pipe's lock, uninterruptibly, and a container
+//! can hold that for as long as it likes: by `splice(2)` from a socket that is silent, or by
+//! writing from a page that a hung file system has to fill. Closing a file on FUSE or NFS waits for
+//! the server.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

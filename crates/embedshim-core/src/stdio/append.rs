@@ -1,5 +1,5 @@
-//! [`Scratch`]: appending what is in a pipe to a log file, which takes no splice. Owns that nothing is taken out of the pipe before it is
-//! in the file, and the count of what a file did not take.
+//! [`Scratch`]: appending what is in a pipe to a log file, which takes no splice. Owns that nothing
+//! is taken out of the pipe before it is in the file, and the count of what a file did not take.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,10 +16,12 @@ use tracing::warn;
 use crate::failpoint;
 use crate::fdstore::StreamFd;
 
-/// What is moved at once, and repeated if the daemon is killed after it was appended and before it was taken out.
+/// What is moved at once, and repeated if the daemon is killed after it was appended and before it
+/// was taken out.
 pub(super) const CHUNK: usize = 64 * 1024;
-/// The memory for a chunk begins on a page: from other addresses the kernel copies two to three times slower on AMD's processors, whose
-/// `rep movsb` has a slow path for sources that are not aligned as their targets are.
+/// The memory for a chunk begins on a page: from other addresses the kernel copies two to three
+/// times slower on AMD's processors, whose `rep movsb` has a slow path for sources that are not
+/// aligned as their targets are.
 const PAGE: usize = 4096;
 /// Bytes that a file does not take are told of once in this time.
 const TELL: Duration = Duration::from_mins(1);
@@ -51,7 +53,8 @@ impl Dropped {
     }
 }
 
-/// What moving to a file needs beside the two: a pipe for the copy, memory, and a place for what is written.
+/// What moving to a file needs beside the two: a pipe for the copy, memory, and a place for what is
+/// written.
 pub(super) struct Scratch {
     reader: File,
     writer: OwnedFd,
@@ -76,8 +79,8 @@ impl Scratch {
         })
     }
 
-    /// Appends a copy of what is in the pipe, and only then takes it out. What the file does not take is dropped and counted: a full disk
-    /// must not freeze the container.
+    /// Appends a copy of what is in the pipe, and only then takes it out. What the file does not
+    /// take is dropped and counted: a full disk must not freeze the container.
     pub(super) fn append(
         &mut self,
         from: &StreamFd,

@@ -1,5 +1,5 @@
-//! [`ConsoleSocket`]: how an OCI runtime hands over the master of a terminal. Owns the socket and its file; what flows through the
-//! terminal is `flow`'s.
+//! [`ConsoleSocket`]: how an OCI runtime hands over the master of a terminal. Owns the socket and
+//! its file; what flows through the terminal is `flow`'s.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -16,7 +16,8 @@ use super::{StdioError, open};
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 
-/// The directory of the sockets, below the state directory. Short: a socket's path may have 107 bytes.
+/// The directory of the sockets, below the state directory. Short: a socket's path may have 107
+/// bytes.
 const DIRECTORY: &str = "tty";
 
 /// The socket over which an OCI runtime sends the master of a terminal (`--console-socket`).
@@ -28,7 +29,8 @@ pub(crate) struct ConsoleSocket {
 }
 
 impl ConsoleSocket {
-    /// Listens below the state directory. Needs a tokio runtime. Stored, it takes a terminal also while no daemon is there.
+    /// Listens below the state directory. Needs a tokio runtime. Stored, it takes a terminal also
+    /// while no daemon is there.
     pub(crate) fn bind(state_dir: &Path, fds: &ProcessFds) -> Result<Self, StdioError> {
         let failed = |source| StdioError::Console {
             doing: "listen for a terminal",
@@ -141,7 +143,8 @@ async fn receive(stream: &UnixStream) -> io::Result<OwnedFd> {
         .await
 }
 
-/// Removes the sockets that creations of earlier daemons have left. Those of `in_use` stay. Blocks on the file system.
+/// Removes the sockets that creations of earlier daemons have left. Those of `in_use` stay. Blocks
+/// on the file system.
 pub(crate) fn remove_abandoned(state_dir: &Path, in_use: &[ProcessFds]) {
     let names: Vec<String> = in_use.iter().map(file_name).collect();
     let entries = std::fs::read_dir(state_dir.join(DIRECTORY));

@@ -1,5 +1,6 @@
-//! [`Streams`]: what flows between the ends of a process's streams, from its start to its end. Owns which way each stream goes, when
-//! an output is over, and whether the input outlives its client; the ends themselves are [`super::prepare`]'s.
+//! [`Streams`]: what flows between the ends of a process's streams, from its start to its end. Owns
+//! which way each stream goes, when an output is over, and whether the input outlives its client;
+//! the ends themselves are [`super::prepare`]'s.
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -19,13 +20,15 @@ use crate::sys;
 
 const STDOUT: &[FdRole] = &[FdRole::StdoutPipe];
 const STDERR: &[FdRole] = &[FdRole::StderrPipe];
-/// An init's output that somebody outside of its container still has open is over when nothing has come for this long.
+/// An init's output that somebody outside of its container still has open is over when nothing has
+/// come for this long.
 const HOLDERS: Duration = Duration::from_secs(2);
-/// The same for a terminal: long enough for the kernel's own buffering, which goes through a work queue.
+/// The same for a terminal: long enough for the kernel's own buffering, which goes through a work
+/// queue.
 const SILENCE: Duration = Duration::from_millis(200);
 
-/// The streams of a process that runs or has run: what flows between the ends in its set. Dropping them ends the flowing, and closes
-/// nothing.
+/// The streams of a process that runs or has run: what flows between the ends in its set. Dropping
+/// them ends the flowing, and closes nothing.
 #[derive(Debug)]
 pub(crate) struct Streams {
     fds: ProcessFds,
@@ -43,7 +46,8 @@ struct Input {
 }
 
 impl Streams {
-    /// Lets the outputs flow; the input waits for [`begin_input`](Self::begin_input). Needs a tokio runtime. `id` is for the log.
+    /// Lets the outputs flow; the input waits for [`begin_input`](Self::begin_input). Needs a tokio
+    /// runtime. `id` is for the log.
     pub(crate) fn start(fds: &ProcessFds, of: Of, id: &str) -> Self {
         let label: Arc<str> = id.into();
         let mut outputs = Vec::new();
@@ -78,8 +82,8 @@ impl Streams {
             .any(|role| fds.get(*role).is_some())
     }
 
-    /// Lets the input flow. Unless it `is_closed`, it outlives its client from now on. Idempotent. What it takes is done in a thread of
-    /// its own, since opening a fifo again waits for its lock.
+    /// Lets the input flow. Unless it `is_closed`, it outlives its client from now on. Idempotent.
+    /// What it takes is done in a thread of its own, since opening a fifo again waits for its lock.
     pub(crate) fn begin_input(&self, is_closed: bool) {
         if self.fds.first(INPUT).is_none() {
             return;
@@ -102,7 +106,8 @@ impl Streams {
         }));
     }
 
-    /// Gives up our writer of the input: it ends with what is in it once the client's writers are gone too. Idempotent.
+    /// Gives up our writer of the input: it ends with what is in it once the client's writers are
+    /// gone too. Idempotent.
     pub(crate) fn close_stdin(&self) {
         if self.fds.first(INPUT).is_none() {
             return;
@@ -176,7 +181,8 @@ fn lock_if_free(input: &Mutex<Input>) -> Option<MutexGuard<'_, Input>> {
     }
 }
 
-/// The outputs that are to flow: each stream, what it goes through, and how long its end is waited for after its process's.
+/// The outputs that are to flow: each stream, what it goes through, and how long its end is waited
+/// for after its process's.
 fn ways(fds: &ProcessFds, of: Of) -> Vec<(&'static str, Way, Option<Duration>)> {
     let has = |role| fds.get(role).is_some();
     if has(FdRole::Terminal) {
@@ -228,8 +234,8 @@ fn input_course(fds: &ProcessFds, id: Arc<str>) -> Course {
     }
 }
 
-/// Brings the client's end of an input to where it belongs: open for writing too, or for reading alone. The role comes first, since it is
-/// what a successor goes by. Blocks on the fifo's lock.
+/// Brings the client's end of an input to where it belongs: open for writing too, or for reading
+/// alone. The role comes first, since it is what a successor goes by. Blocks on the fifo's lock.
 fn settle_input(fds: &ProcessFds, is_closed: bool, id: &str) {
     decide_input(fds);
     let Some((role, client)) = fds.first(INPUT) else {
@@ -261,12 +267,13 @@ fn settle_input(fds: &ProcessFds, is_closed: bool, id: &str) {
     }
 }
 
-/// Decides, once, whether an input outlives its client, right before its process may read: not if the client has come, written and gone
-/// already. Then the input ends with what is in it.
+/// Decides, once, whether an input outlives its client, right before its process may read: not if
+/// the client has come, written and gone already. Then the input ends with what is in it.
 ///
-/// `ctr run` sends `CloseIO` at the end of its own input, but not if that comes before `NewTask` has returned, as with
-/// `echo hi | ctr run ... cat`; a writer of ours would then keep the container waiting. The writer of a daemon that died right after
-/// opening it looks like a client that has gone: so the decision is in the set before ours is opened.
+/// `ctr run` sends `CloseIO` at the end of its own input, but not if that comes before `NewTask`
+/// has returned, as with `echo hi | ctr run ... cat`; a writer of ours would then keep the
+/// container waiting. The writer of a daemon that died right after opening it looks like a client
+/// that has gone: so the decision is in the set before ours is opened.
 pub(crate) fn decide_input(fds: &ProcessFds) {
     if let Some(client) = fds.get(FdRole::StdinNew) {
         let decided = if has_hung_up(&client) {
@@ -278,7 +285,8 @@ pub(crate) fn decide_input(fds: &ProcessFds) {
     }
 }
 
-/// Whether the fifo had a writer since this reader was opened, and has none now (`pipe_poll` in the kernel).
+/// Whether the fifo had a writer since this reader was opened, and has none now (`pipe_poll` in the
+/// kernel).
 fn has_hung_up(reader: &StreamFd) -> bool {
     let mut fds = [PollFd::new(reader.as_fd(), PollFlags::empty())];
     let polled = poll(&mut fds, PollTimeout::ZERO);

@@ -1,5 +1,6 @@
-//! [`Flow`]: one direction of one stream, from its first byte to its end. Owns when bytes are moved and what follows from the end;
-//! how they are moved is [`super::pump`]'s. An idle flow is one small tokio task and holds no thread and no buffer.
+//! [`Flow`]: one direction of one stream, from its first byte to its end. Owns when bytes are moved
+//! and what follows from the end; how they are moved is [`super::pump`]'s. An idle flow is one
+//! small tokio task and holds no thread and no buffer.
 
 use std::future::pending;
 use std::io;
@@ -24,8 +25,8 @@ use crate::sys;
 const HUNG_UP: Duration = Duration::from_millis(100);
 /// The same for a stream that cannot be moved for a lack of descriptors, memory or threads.
 const TROUBLE: Duration = Duration::from_millis(500);
-/// The output of an exec that has ended, of which nothing is taken for this long, is given up if it has no reader: nothing may ever
-/// delete the exec.
+/// The output of an exec that has ended, of which nothing is taken for this long, is given up if it
+/// has no reader: nothing may ever delete the exec.
 const UNREAD: Duration = Duration::from_mins(1);
 
 /// The output of a terminal.
@@ -35,8 +36,8 @@ pub(super) const TERMINAL: &[FdRole] = &[FdRole::Terminal];
 #[derive(Clone, Debug)]
 pub(super) struct Course {
     pub(super) way: Way,
-    /// When its process has ended: it is over if nothing comes for this long, though the source has other writers. `None`: it is over
-    /// when they are gone.
+    /// When its process has ended: it is over if nothing comes for this long, though the source has
+    /// other writers. `None`: it is over when they are gone.
     pub(super) patience: Option<Duration>,
     /// What becomes of the sink then.
     pub(super) at_end: AtEnd,
@@ -139,7 +140,8 @@ struct Run {
 
 impl Run {
     async fn flow(mut self) {
-        // A terminal that we have open ourselves never hangs up: its program may close it and open it again.
+        // A terminal that we have open ourselves never hangs up: its program may close it and open
+        // it again.
         let mut peer = self.peer();
         let mut dropped = Dropped::default();
         let mut stopped = Stopped::SourceEmpty;
@@ -198,7 +200,8 @@ impl Run {
                 };
                 // An init's client may be a containerd that is down.
                 let limit = (is_last && self.course.at_end == AtEnd::Close).then_some(UNREAD);
-                // A duplicate: of a terminal both flows may wait, and a descriptor can be waited for once.
+                // A duplicate: of a terminal both flows may wait, and a descriptor can be waited
+                // for once.
                 match self.wait(sink.duplicate(), Interest::WRITABLE, limit).await {
                     Next::PumpLast => self.give_up_unless_read(&sink).await,
                     next => next,
@@ -250,7 +253,8 @@ impl Run {
         }
     }
 
-    /// A client that is slow is waited for. One that has gone leaves a fifo without a reader, once ours is not one any more.
+    /// A client that is slow is waited for. One that has gone leaves a fifo without a reader, once
+    /// ours is not one any more.
     async fn give_up_unless_read(&self, sink: &StreamFd) -> Next {
         let (held, role) = (sink.clone(), self.course.way.sink);
         let fds = self.fds.clone();
@@ -298,11 +302,13 @@ impl Run {
         wanted.then(|| rustix::pty::ioctl_tiocgptpeer(&master, flags).ok())?
     }
 
-    /// Closes both ends. What a client has not read is kept by a reader, which is no writer that would hide the end from it. Blocks.
+    /// Closes both ends. What a client has not read is kept by a reader, which is no writer that
+    /// would hide the end from it. Blocks.
     fn finish(&self) {
         let Course { way, at_end, .. } = self.course;
         let mut forgotten: Vec<FdRole> = way.stage.into_iter().collect();
-        // While its process lives, the input of a terminal may still flow, and closing the master would be a hang-up.
+        // While its process lives, the input of a terminal may still flow, and closing the master
+        // would be a hang-up.
         if way.source != TERMINAL || self.news.borrow().is_last {
             forgotten.extend(way.source);
         }

@@ -1,13 +1,18 @@
-//! Standard streams of container processes: pipes or a terminal for the process, its client's fifos and files on the other side, and
-//! the bytes that are moved between the two. Never interprets what flows.
+//! Standard streams of container processes: pipes or a terminal for the process, its client's fifos
+//! and files on the other side, and the bytes that are moved between the two. Never interprets what
+//! flows.
 //!
-//! Both ends of each stream are in the process's [`ProcessFds`](crate::fdstore) from before the first call of the runtime until the
-//! process is over and all is moved, and bytes are moved by the kernel from one to the other: at no instant is there anything in this
-//! daemon's memory alone. So four rules hold whoever is killed:
-//! - the client reads no end before the process's output is over, and then at once: it waits for that before it deletes;
-//! - what a client does not read stays in the pipes, and makes the process wait: never `EPIPE`, nothing lost;
+//! Both ends of each stream are in the process's [`ProcessFds`](crate::fdstore) from before the
+//! first call of the runtime until the process is over and all is moved, and bytes are moved by the
+//! kernel from one to the other: at no instant is there anything in this daemon's memory alone. So
+//! four rules hold whoever is killed:
+//! - the client reads no end before the process's output is over, and then at once: it waits for
+//!   that before it deletes;
+//! - what a client does not read stays in the pipes, and makes the process wait: never `EPIPE`,
+//!   nothing lost;
 //! - input ends when the client says so (`CloseIO`), not when it disconnects;
-//! - nothing is moved before the runtime has succeeded: until then what is in the pipes are its own words.
+//! - nothing is moved before the runtime has succeeded: until then what is in the pipes are its own
+//!   words.
 
 mod append;
 mod console;

@@ -1,8 +1,9 @@
-//! Opening what a client names, and making what a process gets: fifos, log files, pipes. Blocks on the file system, never on a
-//! missing peer.
+//! Opening what a client names, and making what a process gets: fifos, log files, pipes. Blocks on
+//! the file system, never on a missing peer.
 //!
-//! A client end is a fifo that is open for reading and writing: as a writer it keeps the client from reading EOF, as a reader it
-//! keeps what the client has not read while it is away, and spares us EPIPE.
+//! A client end is a fifo that is open for reading and writing: as a writer it keeps the client
+//! from reading EOF, as a reader it keeps what the client has not read while it is away, and spares
+//! us EPIPE.
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
@@ -49,7 +50,8 @@ pub(super) fn output_into(
     }
 }
 
-/// Opens the client's input right into the set: for reading alone, or with `is_held` for writing too.
+/// Opens the client's input right into the set: for reading alone, or with `is_held` for writing
+/// too.
 pub(super) fn input_into(
     fds: &ProcessFds,
     role: FdRole,
@@ -65,7 +67,8 @@ pub(super) fn input_into(
     fifo_into(fds, role, "stdin", path, flags)
 }
 
-/// A client may wait for this end in `open`, and would read the end, or get `EPIPE`, if it were closed again.
+/// A client may wait for this end in `open`, and would read the end, or get `EPIPE`, if it were
+/// closed again.
 fn fifo_into(
     fds: &ProcessFds,
     role: FdRole,
@@ -98,7 +101,8 @@ fn keep(fds: &ProcessFds, role: FdRole, fd: OwnedFd) -> Result<(), StdioError> {
         .map_err(|source| StdioError::NotKept { source })
 }
 
-/// Opens the client's end of an output; `None` if there is nothing to be opened: it is not wanted, or a logger's.
+/// Opens the client's end of an output; `None` if there is nothing to be opened: it is not wanted,
+/// or a logger's.
 pub(super) fn output(stream: &'static str, output: &Output) -> Result<Option<OwnedFd>, StdioError> {
     match output {
         Output::Null | Output::Logger(_) => Ok(None),
@@ -131,8 +135,9 @@ pub(super) fn held_input(path: &Path) -> Result<OwnedFd, StdioError> {
     fifo("stdin", path)
 }
 
-/// A pipe whose writing end the process gets. With `outlives_us` that end can be read as well: the process is a reader of its own
-/// output, which is not lost, and it gets no EPIPE, when this daemon and the store end together.
+/// A pipe whose writing end the process gets. With `outlives_us` that end can be read as well: the
+/// process is a reader of its own output, which is not lost, and it gets no EPIPE, when this daemon
+/// and the store end together.
 pub(super) fn output_pipe(outlives_us: bool) -> io::Result<Pipe> {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     set_non_blocking(&reader)?;
@@ -173,7 +178,8 @@ pub(super) fn reopen(descriptor: &impl AsFd, flags: i32) -> io::Result<OwnedFd> 
     Ok(file.into())
 }
 
-/// Gives a descriptor's file to the owner that a request names, so that a remapped root can open `/dev/stdout`.
+/// Gives a descriptor's file to the owner that a request names, so that a remapped root can open
+/// `/dev/stdout`.
 pub(super) fn give(descriptor: &OwnedFd, owner: Option<(u32, u32)>) -> io::Result<()> {
     match owner {
         Some((uid, gid)) => fchown(descriptor, Some(uid), Some(gid)),
@@ -203,8 +209,9 @@ pub(super) fn is_reader(descriptor: &impl AsFd) -> bool {
         .is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_RDONLY)
 }
 
-/// The pipe of this inode among the descriptors of a process, opened anew. Nothing else is opened or looked into: what the process has
-/// open beside may be a device, or on a file system that does not answer.
+/// The pipe of this inode among the descriptors of a process, opened anew. Nothing else is opened
+/// or looked into: what the process has open beside may be a device, or on a file system that does
+/// not answer.
 pub(super) fn pipe_of(pid: i32, inode: u64, flags: i32) -> Option<OwnedFd> {
     let directory = format!("/proc/{pid}/fd");
     let name = format!("pipe:[{inode}]");
@@ -213,7 +220,8 @@ pub(super) fn pipe_of(pid: i32, inode: u64, flags: i32) -> Option<OwnedFd> {
         .take(MAX_LOOKED_AT)
         .map(|entry| entry.path())
         .find(|path| fs::read_link(path).is_ok_and(|target| target.as_os_str() == name.as_str()))?;
-    // It may be another file by now: O_PATH opens nothing, and what it names does not change any more.
+    // It may be another file by now: O_PATH opens nothing, and what it names does not change any
+    // more.
     let named = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_PATH)

@@ -1,6 +1,6 @@
-//! Making the ends of a process's streams before the runtime is called ([`prepare`]), keeping what another attempt needs of them, and
-//! finding them again when nothing but the process has them ([`find_again`]). Owns which ends there are; what flows is
-//! [`super::ends`]'s.
+//! Making the ends of a process's streams before the runtime is called ([`prepare`]), keeping what
+//! another attempt needs of them, and finding them again when nothing but the process has them
+//! ([`find_again`]). Owns which ends there are; what flows is [`super::ends`]'s.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -34,7 +34,8 @@ pub(super) const PIPES: [FdRole; 8] = [
 /// The client's end of the input, in any of its states.
 pub(super) const INPUT: &[FdRole] = &[FdRole::StdinNew, FdRole::StdinHeld, FdRole::StdinLast];
 
-/// The streams for the process. Its starter lets go of them right after: a writer of ours would hide the end.
+/// The streams for the process. Its starter lets go of them right after: a writer of ours would
+/// hide the end.
 #[derive(Debug)]
 pub(crate) struct ChildStdio {
     /// Its input.
@@ -45,7 +46,8 @@ pub(crate) struct ChildStdio {
     pub(crate) stderr: OwnedFd,
 }
 
-/// Which pipes a process has, by inode: how they are found again if nothing but the process has them any more.
+/// Which pipes a process has, by inode: how they are found again if nothing but the process has
+/// them any more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PipeInodes {
     stdin: Option<u64>,
@@ -69,11 +71,12 @@ pub(crate) enum Of {
     Exec,
 }
 
-/// Makes new pipes and opens the client's ends, but for those that an earlier attempt has left in the set, and stores all of it. Blocks on
-/// the file system, never on a missing peer. `owner` is the owner of the pipes. `logger` are the pipes of the logger, if there is one.
+/// Makes new pipes and opens the client's ends, but for those that an earlier attempt has left in
+/// the set, and stores all of it. Blocks on the file system, never on a missing peer. `owner` is
+/// the owner of the pipes. `logger` are the pipes of the logger, if there is one.
 ///
-/// The client's ends come last, each stored as soon as it is open: a client whose opening has waited for ours would read the end if this
-/// daemon died in between.
+/// The client's ends come last, each stored as soon as it is open: a client whose opening has
+/// waited for ours would read the end if this daemon died in between.
 pub(crate) fn prepare(
     plan: &Plan,
     of: Of,
@@ -185,8 +188,8 @@ pub(crate) fn prepare_terminal(
     Ok(())
 }
 
-/// The call of the runtime has failed, or was cut short: what is in the pipes are the runtime's own words. The client's ends stay, for
-/// another attempt.
+/// The call of the runtime has failed, or was cut short: what is in the pipes are the runtime's own
+/// words. The client's ends stay, for another attempt.
 pub(crate) fn discard_pipes(fds: &ProcessFds) {
     fds.forget(&PIPES);
 }
@@ -209,9 +212,10 @@ pub(crate) fn pipe_inodes(fds: &ProcessFds) -> PipeInodes {
     }
 }
 
-/// Nothing is stored any more, since store and daemon ended together: finds the pipes of a living process among its descriptors, opens
-/// the client's ends again by their paths, and stores all of it. What is not there of one stream costs the others nothing. Blocks on
-/// procfs and on the file system.
+/// Nothing is stored any more, since store and daemon ended together: finds the pipes of a living
+/// process among its descriptors, opens the client's ends again by their paths, and stores all of
+/// it. What is not there of one stream costs the others nothing. Blocks on procfs and on the file
+/// system.
 pub(crate) fn find_again(
     plan: &Plan,
     pipes: PipeInodes,

@@ -1,5 +1,5 @@
-//! [`pump`]: moves the bytes of one stream until nothing flows for a moment. Owns how they are moved so that a kill at any instant
-//! loses none; when to do it is [`super::flow`]'s.
+//! [`pump`]: moves the bytes of one stream until nothing flows for a moment. Owns how they are
+//! moved so that a kill at any instant loses none; when to do it is [`super::flow`]'s.
 //!
 //! | from, to | how | a kill -9 of the daemon |
 //! | --- | --- | --- |
@@ -9,11 +9,13 @@
 //! | terminal to file | spliced to the stage, and from there as above | the same |
 //! | terminal where it cannot be spliced | read and write | loses at most what is between the two, 4 KiB |
 //!
-//! Each pump has a thread to itself. That is needed although no descriptor blocks: a process in a container can hold the lock of a pipe
-//! that it has open for as long as it likes. So no call has the locks of both ends of a stream either: what is taken from one end is
-//! spliced to a pipe of ours, the stage, and from there to the other end. Otherwise a client that reads would wait with us. Nothing is
-//! taken before the other end has room, and where that was too little it is made: the stage is empty but for the moment between the two
-//! calls, in which only a kill of daemon and store together would lose what is in it.
+//! Each pump has a thread to itself. That is needed although no descriptor blocks: a process in a
+//! container can hold the lock of a pipe that it has open for as long as it likes. So no call has
+//! the locks of both ends of a stream either: what is taken from one end is spliced to a pipe of
+//! ours, the stage, and from there to the other end. Otherwise a client that reads would wait with
+//! us. Nothing is taken before the other end has room, and where that was too little it is made:
+//! the stage is empty but for the moment between the two calls, in which only a kill of daemon and
+//! store together would lose what is in it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,12 +30,14 @@ use super::append::{CHUNK, Dropped, Label, Scratch};
 use super::open;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 
-/// The size of the pipes of a stream that flows without pause, since most of its cost are changes between processes. One that nobody
-/// reads does not flow, and stays as small as every pipe: its process waits after 64 KiB.
+/// The size of the pipes of a stream that flows without pause, since most of its cost are changes
+/// between processes. One that nobody reads does not flow, and stays as small as every pipe: its
+/// process waits after 64 KiB.
 const LARGE: usize = 1024 * 1024;
 /// So much without pause makes pipes large.
 const MUCH: usize = 1024 * 1024;
-/// What is taken from a terminal at once, all that its buffer holds. It is `PIPE_BUF`, too: a pipe with room takes it at once.
+/// What is taken from a terminal at once, all that its buffer holds. It is `PIPE_BUF`, too: a pipe
+/// with room takes it at once.
 const SMALL: usize = 4096;
 /// A stream that is silent for so many milliseconds gives its thread back.
 const LINGER: u8 = 10;
@@ -58,13 +62,14 @@ pub(super) enum Stopped {
     Asked,
 }
 
-/// What a stream goes through: roles of its process's descriptors. They are looked up for each step, so that what is removed from the set
-/// is not held any longer than the step takes.
+/// What a stream goes through: roles of its process's descriptors. They are looked up for each
+/// step, so that what is removed from the set is not held any longer than the step takes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Way {
     /// The first of these that there is.
     pub(super) source: &'static [FdRole],
-    /// A pipe of ours between the two, unless a file takes what comes out of a pipe, or it is dropped.
+    /// A pipe of ours between the two, unless a file takes what comes out of a pipe, or it is
+    /// dropped.
     pub(super) stage: Option<FdRole>,
     /// Nothing: what comes is dropped.
     pub(super) sink: Option<FdRole>,
@@ -82,7 +87,8 @@ struct Pump<'a> {
     flowed: usize,
 }
 
-/// Moves bytes until nothing flows for a moment, or `stop` is set; `true` if any were moved. Blocks; to be called in a thread of its own.
+/// Moves bytes until nothing flows for a moment, or `stop` is set; `true` if any were moved.
+/// Blocks; to be called in a thread of its own.
 pub(super) fn pump(
     way: Way,
     fds: &ProcessFds,
@@ -241,7 +247,8 @@ impl Pump<'_> {
         }
     }
 
-    /// Makes large pipes small again, those of an earlier run as well. One that holds more than that stays as it is for now.
+    /// Makes large pipes small again, those of an earlier run as well. One that holds more than
+    /// that stays as it is for now.
     fn shrink(&self) {
         let source = self.fds.first(self.way.source).map(|(_, source)| source);
         for fd in [source, self.stage(), self.sink()].into_iter().flatten() {

@@ -1,5 +1,6 @@
-//! [`Outgoing`]: datagrams to the service manager, in order, without ever waiting for it. Owns those that it does not take yet, since its
-//! queue is short (`net.unix.max_dgram_qlen`) and it may be stopped: they are sent as soon as it reads again, each with its descriptors.
+//! [`Outgoing`]: datagrams to the service manager, in order, without ever waiting for it. Owns
+//! those that it does not take yet, since its queue is short (`net.unix.max_dgram_qlen`) and it may
+//! be stopped: they are sent as soon as it reads again, each with its descriptors.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -93,7 +94,8 @@ fn added(text: &str) -> Option<&str> {
     rest.strip_suffix("FDPOLL=0\n")
 }
 
-/// Drops what waits to be stored under this name. True if the manager has never heard of it, so that nothing is to be removed.
+/// Drops what waits to be stored under this name. True if the manager has never heard of it, so
+/// that nothing is to be removed.
 fn drop_unsent(waiting: &mut VecDeque<Datagram>, name: &str) -> bool {
     let before = waiting.len();
     waiting.retain(|datagram| added(&datagram.text) != Some(name));
