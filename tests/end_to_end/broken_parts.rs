@@ -243,12 +243,15 @@ fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
         let waiting = Shim::connect(&sandbox)?;
         let wait = scope.spawn(move || waiting.wait("c"));
         // The request is noted when it is in its connection's journal.
-        until("the wait is noted", || {
-            let journals = fs::read_dir(sandbox.state_dir().join("connections"))?;
-            let lengths = journals.map(|entry| Ok(entry?.metadata()?.len()));
-            let lengths: std::io::Result<Vec<_>> = lengths.collect();
-            Ok(lengths?.iter().any(|&length| length > 200))
-        })?;
+        let is_noted = || {
+            let journals = fs::read_dir(sandbox.state_dir().join("connections"));
+            let mut lengths = journals
+                .into_iter()
+                .flatten()
+                .filter_map(|entry| Some(entry.ok()?.metadata().ok()?.len()));
+            lengths.any(|length| length > 200)
+        };
+        until("the wait is noted", || Ok(is_noted()))?;
         for entry in fs::read_dir(sandbox.state_dir())? {
             let path = entry?.path();
             if path.is_dir() {
@@ -258,7 +261,7 @@ fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
             }
         }
         until("everything is back", || {
-            Ok(sandbox.state_dir().join("shim.sock").exists())
+            Ok(sandbox.state_dir().join("shim.sock").exists() && is_noted())
         })?;
         let old = sandbox.daemon_pid().context("the daemon is not there")?;
         kill(Pid::from_raw(old), Signal::SIGKILL)?;

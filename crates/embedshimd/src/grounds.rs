@@ -20,6 +20,9 @@ use crate::{daemon, lock};
 /// How often to look whether the socket is still where containerd looks for it.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// How long the connections have to write their journals again, before the socket says that all is there.
+const NOTING: Duration = Duration::from_millis(200);
+
 /// What the daemon stands on.
 pub(crate) struct Grounds<'a> {
     pub(crate) state_dir: &'a Path,
@@ -77,10 +80,8 @@ impl Grounds<'_> {
         self.server
             .note_again()
             .context("the connections' journals")?;
-        // Each connection does it in its own task, all of which have their turn before this one has another.
-        for _ in 0..3 {
-            tokio::task::yield_now().await;
-        }
+        // Each connection does it in its own task.
+        tokio::time::sleep(NOTING).await;
         // Last: who finds the socket finds the rest.
         let listener = shim_api::socket::listen(self.socket).context("the socket")?;
         let kept = self
