@@ -20,6 +20,7 @@ mod half_done;
 mod hostile;
 mod hung;
 mod kubernetes;
+mod last_words;
 mod log_files;
 mod model;
 mod mounts;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         &events::TESTS,
         &events::OURS,
         &hung::TESTS,
+        &last_words::TESTS,
         &log_files::TESTS,
         &log_files::OURS,
         &store::TESTS,

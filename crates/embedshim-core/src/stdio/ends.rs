@@ -11,10 +11,11 @@ use tracing::warn;
 
 use super::StdioError;
 use super::append::Label;
-use super::flow::{AtEnd, Course, Flow, TERMINAL};
+use super::flow::{AtEnd, Course, Flow, Meter, TERMINAL};
 use super::open;
 use super::prepare::{CLIENT_ENDS, INPUT, Of, PIPES};
 use super::pump::Way;
+use super::taken::wait_until_taken;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 
@@ -57,7 +58,7 @@ impl Streams {
                 patience,
                 at_end: match of {
                     Of::Init => AtEnd::KeepUnread,
-                    Of::Exec => AtEnd::Close,
+                    Of::Exec => AtEnd::KeepUntilTold,
                 },
                 label: Label {
                     id: Arc::clone(&label),
@@ -145,6 +146,27 @@ impl Streams {
         self.fds.forget(INPUT);
         self.fds.forget(&[FdRole::StdinPipe, FdRole::StdinStage]);
         self.outputs.iter().for_each(Flow::process_ended);
+    }
+
+    /// Waits until the client has read what the process has written, or does not read. To be called
+    /// between its end and the telling of it.
+    pub(crate) async fn taken(&self) {
+        if self.outputs.is_empty() {
+            return;
+        }
+        let fds = self.fds.clone();
+        let outputs: Vec<Meter> = self.outputs.iter().map(Flow::meter).collect();
+        let wait = move || wait_until_taken(&fds, &outputs);
+        if let Err(error) = tokio::task::spawn_blocking(wait).await {
+            warn!(id = %self.label, %error, "an exit does not wait for the client to read");
+        }
+    }
+
+    /// The exit is told: what is unread of an exec's outputs is not kept.
+    pub(crate) fn exit_is_told(&self) {
+        for output in &self.outputs {
+            output.exit_is_told(&self.fds);
+        }
     }
 
     /// Waits until all output is with the client, for at most `limit`.

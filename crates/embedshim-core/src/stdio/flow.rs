@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use nix::poll::PollFlags;
 use tokio::io::Interest;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tracing::{debug, warn};
 
 use super::append::{Dropped, Label};
 use super::open;
-use super::pump::{Stopped, Way, is_ready, pump};
+use super::pump::{Progress, Stopped, Way, is_ready, pump};
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 
@@ -49,19 +49,33 @@ pub(super) struct Course {
 pub(super) enum AtEnd {
     /// It is closed.
     Close,
-    /// The same, but what is unread of it is kept for a client that comes back.
+    /// It is closed, and what is unread of it is kept until the exit is told: see [`super::taken`].
+    KeepUntilTold,
+    /// It is closed, and what is unread of it is kept for a client that comes back.
     KeepUnread,
     /// It stays open: it is another flow's too.
     Leave,
 }
 
-/// What a flow has to know.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct News {
+/// What a flow shares with its owner.
+#[derive(Debug, Default)]
+struct Shared {
     /// Its process has ended.
-    is_last: bool,
-    /// Counts changes of its descriptors.
-    kicks: u32,
+    is_last: AtomicBool,
+    /// Its process's exit is told.
+    is_told: AtomicBool,
+    /// Everything is moved and the sink is closed, or it was given up.
+    is_done: AtomicBool,
+    progress: Progress,
+    /// Its process has ended, or its descriptors have changed. The flow alone waits for it.
+    changed: Notify,
+    done: Notify,
+}
+
+impl Shared {
+    fn is_last(&self) -> bool {
+        self.is_last.load(Ordering::Acquire)
+    }
 }
 
 /// What to do after a wait.
@@ -76,57 +90,93 @@ enum Next {
 /// One direction of one stream. Dropping it ends it.
 #[derive(Debug)]
 pub(super) struct Flow {
-    news: watch::Sender<News>,
-    is_done: watch::Receiver<bool>,
-    stop: Arc<AtomicBool>,
+    way: Way,
+    at_end: AtEnd,
+    shared: Arc<Shared>,
     task: AbortHandle,
 }
 
 impl Flow {
     /// Begins to move bytes. Needs a tokio runtime.
     pub(super) fn start(course: Course, fds: ProcessFds) -> Self {
-        let (news, heard) = watch::channel(News::default());
-        let (done, is_done) = watch::channel(false);
-        let stop = Arc::new(AtomicBool::new(false));
+        let (way, at_end) = (course.way, course.at_end);
+        let shared = Arc::<Shared>::default();
         let run = Run {
             course,
             fds,
-            news: heard,
-            stop: Arc::clone(&stop),
+            shared: Arc::clone(&shared),
         };
-        let task = tokio::spawn(async move {
-            run.flow().await;
-            done.send_replace(true);
-        });
         Self {
-            news,
-            is_done,
-            stop,
-            task: task.abort_handle(),
+            way,
+            at_end,
+            shared,
+            task: tokio::spawn(run.flow()).abort_handle(),
         }
     }
 
     /// Its process has ended.
     pub(super) fn process_ended(&self) {
-        self.news.send_modify(|news| news.is_last = true);
+        self.shared.is_last.store(true, Ordering::Release);
+        self.kick();
+    }
+
+    /// Its process's exit is told: what its client has not read now, it may never read.
+    pub(super) fn exit_is_told(&self, fds: &ProcessFds) {
+        self.shared.is_told.store(true, Ordering::SeqCst);
+        if self.at_end == AtEnd::KeepUntilTold {
+            forget_unread(fds, self.way);
+        }
     }
 
     /// Its descriptors have changed.
     pub(super) fn kick(&self) {
-        self.news.send_modify(|news| news.kicks += 1);
+        self.shared.changed.notify_one();
     }
 
     /// Waits until everything is moved and the sink is closed.
     pub(super) async fn done(&self) {
-        let mut is_done = self.is_done.clone();
-        let _ = is_done.wait_for(|done| *done).await;
+        let done = self.shared.done.notified();
+        if !self.shared.is_done.load(Ordering::Acquire) {
+            done.await;
+        }
+    }
+
+    /// What it goes through, and how much it has moved.
+    pub(super) fn meter(&self) -> Meter {
+        Meter {
+            way: self.way,
+            shared: Arc::clone(&self.shared),
+        }
     }
 }
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.shared.progress.stop.store(true, Ordering::Relaxed);
         self.task.abort();
+    }
+}
+
+/// Closes what keeps the unread rest of an output.
+fn forget_unread(fds: &ProcessFds, way: Way) {
+    if let Some(role) = way.sink
+        && fds.get(role).is_some_and(|fd| open::is_reader(&fd))
+    {
+        fds.forget(&[role]);
+    }
+}
+
+/// How far a flow has come. It outlives the flow.
+#[derive(Clone, Debug)]
+pub(super) struct Meter {
+    pub(super) way: Way,
+    shared: Arc<Shared>,
+}
+
+impl Meter {
+    /// Bytes that this daemon has moved to the sink.
+    pub(super) fn moved(&self) -> u64 {
+        self.shared.progress.moved.load(Ordering::Acquire)
     }
 }
 
@@ -134,12 +184,18 @@ impl Drop for Flow {
 struct Run {
     course: Course,
     fds: ProcessFds,
-    news: watch::Receiver<News>,
-    stop: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.shared.is_done.store(true, Ordering::Release);
+        self.shared.done.notify_waiters();
+    }
 }
 
 impl Run {
-    async fn flow(mut self) {
+    async fn flow(self) {
         // A terminal that we have open ourselves never hangs up: its program may close it and open
         // it again.
         let mut peer = self.peer();
@@ -147,7 +203,7 @@ impl Run {
         let mut stopped = Stopped::SourceEmpty;
         let mut is_in_trouble = false;
         loop {
-            if self.news.borrow().is_last {
+            if self.shared.is_last() {
                 peer = None;
             }
             let next = self.next(stopped).await;
@@ -180,8 +236,8 @@ impl Run {
     }
 
     /// Waits until there is something to do.
-    async fn next(&mut self, stopped: Stopped) -> Next {
-        let is_last = self.news.borrow_and_update().is_last;
+    async fn next(&self, stopped: Stopped) -> Next {
+        let is_last = self.shared.is_last();
         match stopped {
             Stopped::SourceEmpty => {
                 if self.has_more_on_its_way() {
@@ -199,7 +255,8 @@ impl Run {
                     return Next::End;
                 };
                 // An init's client may be a containerd that is down.
-                let limit = (is_last && self.course.at_end == AtEnd::Close).then_some(UNREAD);
+                let limit =
+                    (is_last && self.course.at_end == AtEnd::KeepUntilTold).then_some(UNREAD);
                 // A duplicate: of a terminal both flows may wait, and a descriptor can be waited
                 // for once.
                 match self.wait(sink.duplicate(), Interest::WRITABLE, limit).await {
@@ -209,7 +266,7 @@ impl Run {
             }
             Stopped::HungUp if is_last => Next::End,
             Stopped::HungUp => {
-                let _ = tokio::time::timeout(HUNG_UP, self.news.changed()).await;
+                let _ = tokio::time::timeout(HUNG_UP, self.shared.changed.notified()).await;
                 Next::Pump
             }
             Stopped::End | Stopped::Asked => Next::End,
@@ -222,7 +279,7 @@ impl Run {
     }
 
     async fn wait(
-        &mut self,
+        &self,
         fd: io::Result<StreamFd>,
         interest: Interest,
         limit: Option<Duration>,
@@ -245,10 +302,7 @@ impl Run {
                 }
                 Next::Pump
             }
-            changed = self.news.changed() => match changed {
-                Ok(()) => Next::Pump,
-                Err(_given_up) => Next::End,
-            },
+            () = self.shared.changed.notified() => Next::Pump,
             () = expired => Next::PumpLast,
         }
     }
@@ -279,10 +333,10 @@ impl Run {
 
     async fn pump(&self, dropped: &mut Dropped) -> io::Result<(Stopped, bool)> {
         let (way, fds) = (self.course.way, self.fds.clone());
-        let (stop, label) = (Arc::clone(&self.stop), self.course.label.clone());
+        let (shared, label) = (Arc::clone(&self.shared), self.course.label.clone());
         let mut own = std::mem::take(dropped);
         let work = move || {
-            let pumped = pump(way, &fds, &mut own, &stop, &label);
+            let pumped = pump(way, &fds, &mut own, &shared.progress, &label);
             (pumped, own)
         };
         let (pumped, own) = tokio::task::spawn_blocking(work)
@@ -306,10 +360,17 @@ impl Run {
     /// would hide the end from it. Blocks.
     fn finish(&self) {
         let Course { way, at_end, .. } = self.course;
+        let is_last = self.shared.is_last();
+        let is_told = || self.shared.is_told.load(Ordering::SeqCst);
+        let keeps_unread = match at_end {
+            AtEnd::KeepUnread => true,
+            AtEnd::KeepUntilTold => !is_told(),
+            AtEnd::Close | AtEnd::Leave => false,
+        };
         let mut forgotten: Vec<FdRole> = way.stage.into_iter().collect();
         // While its process lives, the input of a terminal may still flow, and closing the master
         // would be a hang-up.
-        if way.source != TERMINAL || self.news.borrow().is_last {
+        if way.source != TERMINAL || is_last {
             forgotten.extend(way.source);
         }
         let mut reader = None;
@@ -317,11 +378,14 @@ impl Run {
             reader = self
                 .fds
                 .get(role)
-                .filter(|fd| at_end == AtEnd::KeepUnread && open::is_held(fd))
+                .filter(|fd| keeps_unread && open::is_held(fd))
                 .and_then(|fd| open::reopen(&fd, libc::O_RDONLY | libc::O_NONBLOCK).ok())
                 .map(|reader| (role, StreamFd::new(reader)));
             forgotten.push(role);
         }
         self.fds.exchange(reader, &forgotten);
+        if at_end == AtEnd::KeepUntilTold && is_told() {
+            forget_unread(&self.fds, way);
+        }
     }
 }

@@ -23,6 +23,7 @@ mod open;
 mod plan;
 mod prepare;
 mod pump;
+mod taken;
 
 use std::io;
 use std::path::PathBuf;

@@ -19,7 +19,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -33,7 +33,7 @@ use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 /// The size of the pipes of a stream that flows without pause, since most of its cost are changes
 /// between processes. One that nobody reads does not flow, and stays as small as every pipe: its
 /// process waits after 64 KiB.
-const LARGE: usize = 1024 * 1024;
+pub(super) const LARGE: usize = 1024 * 1024;
 /// So much without pause makes pipes large.
 const MUCH: usize = 1024 * 1024;
 /// What is taken from a terminal at once, all that its buffer holds. It is `PIPE_BUF`, too: a pipe
@@ -75,10 +75,30 @@ pub(super) struct Way {
     pub(super) sink: Option<FdRole>,
 }
 
+/// What a pump and those who wait for it share.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// It is to stop.
+    pub(super) stop: AtomicBool,
+    /// Bytes that have reached the sink.
+    pub(super) moved: AtomicU64,
+}
+
+impl Progress {
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        self.moved.fetch_add(bytes as u64, Ordering::Release);
+    }
+}
+
 /// One stream's machine for one run of [`pump`].
 struct Pump<'a> {
     way: Way,
     fds: &'a ProcessFds,
+    progress: &'a Progress,
     label: &'a Label,
     dropped: &'a mut Dropped,
     scratch: Option<Scratch>,
@@ -87,40 +107,41 @@ struct Pump<'a> {
     flowed: usize,
 }
 
-/// Moves bytes until nothing flows for a moment, or `stop` is set; `true` if any were moved.
+/// Moves bytes until nothing flows for a moment, or it is to stop; `true` if any were moved.
 /// Blocks; to be called in a thread of its own.
 pub(super) fn pump(
     way: Way,
     fds: &ProcessFds,
     dropped: &mut Dropped,
-    stop: &AtomicBool,
+    progress: &Progress,
     label: &Label,
 ) -> io::Result<(Stopped, bool)> {
     let mut pump = Pump {
         way,
         fds,
+        progress,
         label,
         dropped,
         scratch: None,
         size: CHUNK,
         flowed: 0,
     };
-    let stopped = pump.run(stop);
+    let stopped = pump.run();
     pump.shrink();
     Ok((stopped?, pump.flowed > 0))
 }
 
 impl Pump<'_> {
-    fn run(&mut self, stop: &AtomicBool) -> io::Result<Stopped> {
+    fn run(&mut self) -> io::Result<Stopped> {
         let mut in_vain = 0;
         // What a predecessor has left there.
         let is_left = self
             .stage()
             .is_some_and(|stage| is_ready(&stage, PollFlags::POLLIN, 0));
         let mut on_its_way = if is_left { usize::MAX } else { 0 };
-        while !stop.load(Ordering::Relaxed) {
+        while !self.progress.is_stopped() {
             if on_its_way > 0
-                && let Some(stopped) = self.deliver(on_its_way, stop)?
+                && let Some(stopped) = self.deliver(on_its_way)?
             {
                 return Ok(stopped);
             }
@@ -188,9 +209,9 @@ impl Pump<'_> {
     }
 
     /// Moves what is in the stage to the sink, at most so many bytes. `None` when it is empty.
-    fn deliver(&mut self, most: usize, stop: &AtomicBool) -> io::Result<Option<Stopped>> {
+    fn deliver(&mut self, most: usize) -> io::Result<Option<Stopped>> {
         let mut left = most;
-        while !stop.load(Ordering::Relaxed) {
+        while !self.progress.is_stopped() {
             let (Some(stage), Some(sink)) = (self.stage(), self.sink()) else {
                 return Ok(Some(Stopped::End));
             };
@@ -201,6 +222,7 @@ impl Pump<'_> {
             };
             match moved {
                 Ok(count) => {
+                    self.progress.add(count);
                     left = left.saturating_sub(count);
                     if left == 0 {
                         return Ok(None);
@@ -277,6 +299,17 @@ pub(super) fn is_ready(fd: &impl AsFd, what: PollFlags, limit: u8) -> bool {
     poll(&mut fds, PollTimeout::from(limit)).map_or(true, |count| count > 0)
 }
 
+/// Whether there is something to read: an end alone is nothing.
+pub(super) fn has_bytes(fd: &StreamFd) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    let polled = poll(&mut fds, PollTimeout::ZERO);
+    let [fd] = fds;
+    polled.is_ok()
+        && fd
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLIN))
+}
+
 fn splice_or_copy(from: &StreamFd, to: &StreamFd, size: usize) -> rustix::io::Result<usize> {
     let has_terminal = || !(open::is_pipe(from) && open::is_pipe(to));
     if TERMINALS_CANNOT_BE_SPLICED.load(Ordering::Relaxed) && has_terminal() {
@@ -348,8 +381,8 @@ mod tests {
             id: "c".into(),
             stream: "stdout",
         };
-        let (go, mut dropped) = (AtomicBool::new(false), Dropped::default());
-        pump(way, fds, &mut dropped, &go, &label).unwrap().0
+        let (progress, mut dropped) = (Progress::default(), Dropped::default());
+        pump(way, fds, &mut dropped, &progress, &label).unwrap().0
     }
 
     fn pipe() -> (OwnedFd, File) {

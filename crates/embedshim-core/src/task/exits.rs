@@ -82,11 +82,20 @@ pub(super) async fn settle(
     if !process.end(exit) {
         return;
     }
-    if let Some(streams) = process.streams() {
+    let streams = process.streams();
+    if let Some(streams) = &streams {
         streams.end_of_process();
     }
     flush_oom(&shared, &task).await;
+    // A client that hears of the exit reads no more. Before it is saved: a successor tells at once
+    // what is.
+    if let Some(streams) = &streams {
+        streams.taken().await;
+    }
     let durable = task.save(&shared).await;
+    if let Some(streams) = streams {
+        streams.exit_is_told();
+    }
     process.publish_end();
     log(&task, &process, &record);
     let told = EventKind::Exited {

@@ -242,6 +242,9 @@ impl TaskProcess {
         if live.ended.is_some() {
             streams.end_of_process();
         }
+        if self.now().exit.is_some() {
+            streams.exit_is_told();
+        }
         live.streams = Some(Arc::new(streams));
     }
 
