@@ -67,7 +67,7 @@ fn read_slowly(path: &Path, is_closed: &AtomicBool) -> std::io::Result<usize> {
     let mut file = File::open(path)?;
     // Closing interrupts a read in Go.
     fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    let mut piece = vec![0; 32 << 10];
+    let mut piece = vec![0; 64 << 10];
     let mut lines = 0;
     while !is_closed.load(Ordering::SeqCst) {
         match file.read(&mut piece) {
@@ -110,10 +110,15 @@ fn a_client_that_closes_its_ends_at_the_exit_has_everything(stage: &Stage) -> an
         let pid = i32::try_from(shim.start(name)?)?;
         // And though the daemon is killed while the exit waits for the client.
         until("it has ended", || Ok(has_ended(pid)))?;
+        let ended = Instant::now();
         sandbox.kill_daemon()?;
         shim.wait(name)?;
+        let took = ended.elapsed();
         let lines = client.close()?;
-        ensure!(lines == LINES, "{name} of an init: {lines} lines");
+        ensure!(
+            lines == LINES,
+            "{name} of an init: {lines} lines, told {took:?} after the end"
+        );
         shim.delete(name)?;
 
         let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;

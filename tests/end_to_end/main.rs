@@ -29,6 +29,7 @@ mod regressions;
 mod replacement;
 mod smoke;
 mod store;
+mod strangers;
 mod streams;
 mod survival;
 mod terminals;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         &log_files::TESTS,
         &log_files::OURS,
         &store::TESTS,
+        &strangers::TESTS,
         &pipes::TESTS,
         &pipes::OURS,
         &terminals::TESTS,

@@ -110,6 +110,39 @@ static int hold_output(char **argv)
 	return splice(pair[0], NULL, 1, NULL, 1, 0) < 0 ? 124 : 0;
 }
 
+// Declares so many megabytes to be its arguments, in which any root's process that reads them drowns.
+static int long_arguments(char **arg)
+{
+	size_t size = strtoul(arg[0], NULL, 10) << 20;
+	char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	unsigned long fields[64] = { 0 };
+	char stat[4096];
+	FILE *file = fopen("/proc/self/stat", "r");
+	size_t length = file ? fread(stat, 1, sizeof(stat) - 1, file) : 0;
+	char *field;
+
+	if (memory == MAP_FAILED || !length)
+		return 125;
+	stat[length] = 0;
+	field = strtok(strrchr(stat, ')') + 2, " ");
+	for (int i = 3; field && i < 64; i++, field = strtok(NULL, " "))
+		fields[i] = strtoul(field, NULL, 10);
+	struct prctl_mm_map map = {
+		.start_code = fields[26], .end_code = fields[27], .start_data = fields[45], .end_data = fields[46],
+		.start_brk = fields[47], .brk = (unsigned long)sbrk(0), .start_stack = fields[28],
+		.arg_start = (unsigned long)memory, .arg_end = (unsigned long)memory + size,
+		.env_start = fields[50], .env_end = fields[51], .exe_fd = -1,
+	};
+
+	if (prctl(PR_SET_MM, PR_SET_MM_MAP, &map, sizeof(map), 0))
+		return 124;
+	puts("declared");
+	fflush(stdout);
+	while (pause())
+		;
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -119,12 +152,12 @@ int main(int argc, char **argv)
 	} commands[] = {
 		{ "leader-first", 2, leader_first }, { "allocate", 1, allocate },     { "fault", 0, fault },
 		{ "flood", 1, flood },               { "until-term", 1, until_term }, { "orphan", 1, orphan },
-		{ "hold-output", 0, hold_output },
+		{ "hold-output", 0, hold_output },   { "long-arguments", 1, long_arguments },
 	};
 
 	for (size_t i = 0; argc > 1 && i < sizeof(commands) / sizeof(*commands); i++)
 		if (!strcmp(argv[1], commands[i].name) && argc == commands[i].arguments + 2)
 			return commands[i].run(argv + 2);
-	fputs("usage: guest leader-first CODE MS | allocate MB | fault | flood LINES | until-term CODE | orphan MS | hold-output\n", stderr);
+	fputs("usage: guest leader-first CODE MS | allocate MB | fault | flood LINES | until-term CODE | orphan MS | hold-output | long-arguments MB\n", stderr);
 	return 126;
 }

@@ -2,9 +2,9 @@
 //! Owns how the binary is called; never decides when, and keeps no state about containers.
 
 mod arguments;
+mod inflight;
 mod log;
 mod program;
-mod under_way;
 
 use std::ffi::OsString;
 use std::io;
@@ -22,8 +22,8 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
+pub(crate) use inflight::{InFlightCalls, wait_for};
 pub(crate) use program::touch;
-pub(crate) use under_way::{UnderWay, wait_for};
 
 use crate::error::Error;
 use crate::failpoint;

@@ -19,7 +19,7 @@ const STALLED: Duration = Duration::from_millis(500);
 /// do: a container can hold its pipe's lock.
 const STUCK: Duration = Duration::from_secs(2);
 /// One that reads slowly is waited for no longer than this.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 /// When so many bytes were taken, all that was under way at the exit is among them: a stream goes
 /// through three pipes. The rest comes from other processes that have the output open.
 const UNDER_WAY: usize = 3 * LARGE;

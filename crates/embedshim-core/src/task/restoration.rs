@@ -22,7 +22,7 @@ use crate::event::EventKind;
 use crate::exit::{Adopted, Evidence, ExitRecord, ExitStatus, Known, UnknownReason};
 use crate::fdstore::{FdName, FdRole, InheritedFds};
 use crate::process::{Process, ProcessIdentity};
-use crate::runtime::{Runtime, UnderWay};
+use crate::runtime::{InFlightCalls, Runtime};
 use crate::spec::Spec;
 use crate::stdio;
 use crate::store::{Bundle, TaskRecord};
@@ -83,9 +83,9 @@ pub(super) async fn restore(
         let remains: Vec<Remains> = store.load()?.into_iter().map(Remains::of).collect();
         // Nothing was under way where there is no record.
         let calls = if remains.is_empty() {
-            UnderWay::default()
+            InFlightCalls::default()
         } else {
-            UnderWay::find()
+            InFlightCalls::find()
         };
         Ok::<_, Error>((remains, calls))
     })

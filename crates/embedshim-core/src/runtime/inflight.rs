@@ -1,0 +1,181 @@
+//! [`InFlightCalls`]: calls of the OCI runtime that a predecessor has left running. It was killed,
+//! they were not. Owns how they are found: by their command lines, of processes that root alone can
+//! make. A record of ours could miss one, since the predecessor can die right after it has started
+//! it.
+//!
+//! Everything that a process says of itself can be a lie, and reading it can take any time and
+//! memory: an unprivileged process can declare gigabytes to be its arguments (`PR_SET_MM_MAP`), or
+//! pages of a file system that does not answer. So what the kernel says comes first: a call has our
+//! pid, user and mount namespaces and runs as root. What is left could do as it likes anyway.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tracing::warn;
+
+use crate::process::Process;
+
+/// The time between two looks at whether one has ended.
+const PAUSE: Duration = Duration::from_millis(2);
+/// The arguments of a call are a few paths and an id: no more of a command line is read.
+const MAX_ARGUMENTS: u64 = 32 * 1024;
+/// What a container's process cannot have in common with us, whatever it may do inside.
+const NAMESPACES: [&str; 3] = ["ns/pid", "ns/user", "ns/mnt"];
+
+/// The calls in flight, by the bundle that each has its log in. A predecessor's child that has not
+/// become the runtime yet is none of them, and cannot be: until then it has the daemon's lock.
+#[derive(Debug, Default)]
+pub(crate) struct InFlightCalls(HashMap<PathBuf, Vec<Process>>);
+
+impl InFlightCalls {
+    /// All calls in flight. Blocks on procfs: some 10 µs for each process there is.
+    pub(crate) fn find() -> Self {
+        let mut found: HashMap<PathBuf, Vec<Process>> = HashMap::new();
+        let Some(ours) = namespaces(Path::new("/proc/self")) else {
+            return Self::default();
+        };
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let directory = entry.path();
+            let call = || {
+                let is_ours = is_ours(&directory, &ours);
+                is_ours.then(|| bundle_of(&directory)).flatten()
+            };
+            let Some(bundle) = call() else {
+                continue;
+            };
+            // Its number could have got another process meanwhile.
+            if let Ok(process) = Process::open(pid)
+                && call().as_ref() == Some(&bundle)
+            {
+                found.entry(bundle).or_default().push(process);
+            }
+        }
+        Self(found)
+    }
+
+    /// Those of one bundle.
+    pub(crate) fn take(&mut self, bundle: &Path) -> Vec<Process> {
+        self.0.remove(bundle).unwrap_or_default()
+    }
+}
+
+/// Whether root alone can have made this process: nothing of what is read here is its own word.
+fn is_ours(process: &Path, ours: &[PathBuf]) -> bool {
+    namespaces(process).is_some_and(|its| its == ours) && is_root(process)
+}
+
+fn namespaces(process: &Path) -> Option<Vec<PathBuf>> {
+    let link = |namespace| fs::read_link(process.join(namespace)).ok();
+    NAMESPACES.into_iter().map(link).collect()
+}
+
+/// All four of its user ids are 0.
+fn is_root(process: &Path) -> bool {
+    let status = fs::read_to_string(process.join("status")).unwrap_or_default();
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    uids.is_some_and(|uids| uids.split_whitespace().all(|uid| uid == "0"))
+}
+
+/// Waits until these calls have ended; at the limit they are killed, with the hooks they run.
+pub(crate) async fn wait_for(calls: &[Process], limit: Duration) {
+    let ended = async {
+        for call in calls {
+            while !call.has_ended().unwrap_or(true) {
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    };
+    if tokio::time::timeout(limit, ended).await.is_ok() {
+        return;
+    }
+    for call in calls {
+        let pid = call.identity().pid;
+        if !call.has_ended().unwrap_or(true) {
+            warn!(
+                pid,
+                "a predecessor's call of the OCI runtime does not end: killing it"
+            );
+            let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// The directory of the file after `--log` in a process's command line.
+fn bundle_of(process: &Path) -> Option<PathBuf> {
+    let mut line = Vec::new();
+    let file = File::open(process.join("cmdline")).ok()?;
+    file.take(MAX_ARGUMENTS).read_to_end(&mut line).ok()?;
+    let mut words = line.split(|&byte| byte == 0);
+    words.find(|word| *word == b"--log")?;
+    let bundle = Path::new(OsStr::from_bytes(words.next()?)).parent()?;
+    bundle.is_absolute().then(|| bundle.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_call_is_found_by_its_bundle_and_waited_for() {
+        let bundle = tempfile::tempdir().unwrap();
+        let log = bundle.path().join("log.json");
+        // A shell that says it is the runtime, and stays one: with two commands it does not become the first.
+        let mut call = Command::new("sh")
+            .args(["-c", "sleep 0.2; true", "--log"])
+            .arg(&log)
+            .spawn()
+            .unwrap();
+        let mut found = Vec::new();
+        // Between fork and exec it is still us.
+        while found.is_empty() {
+            found = InFlightCalls::find().take(bundle.path());
+        }
+        let pids: Vec<u32> = found
+            .iter()
+            .map(|found| found.identity().pid.unsigned_abs())
+            .collect();
+        assert_eq!(pids, [call.id()]);
+        wait_for(&found, Duration::from_secs(30)).await;
+        assert!(found[0].has_ended().unwrap());
+        call.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_of_another_user_is_no_call_whatever_it_says() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped, because only root can be another user");
+            return;
+        }
+        let bundle = tempfile::tempdir().unwrap();
+        let mut stranger = Command::new("sh")
+            .args(["-c", "sleep 100; true", "--log"])
+            .arg(bundle.path().join("log.json"))
+            .uid(65534)
+            .spawn()
+            .unwrap();
+        let proc = PathBuf::from(format!("/proc/{}", stranger.id()));
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        // Between fork and exec it is still us.
+        while bundle_of(&proc).is_none() {
+            assert!(std::time::Instant::now() < deadline, "it does not run");
+        }
+        let found = InFlightCalls::find().take(bundle.path());
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+        assert!(found.is_empty());
+    }
+}
