@@ -3,7 +3,7 @@
 //! not read.
 
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read};
+use std::io::{BufRead, ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -68,20 +68,17 @@ fn read_slowly(path: &Path, is_closed: &AtomicBool) -> std::io::Result<usize> {
     // Closing interrupts a read in Go.
     fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     let mut piece = vec![0; 64 << 10];
-    let mut lines = 0;
+    let mut text = Vec::new();
     while !is_closed.load(Ordering::SeqCst) {
         match file.read(&mut piece) {
             Ok(0) => break,
-            Ok(count) => {
-                let read = piece.get(..count).unwrap_or_default();
-                lines += read.iter().filter(|byte| **byte == b'\n').count();
-            }
+            Ok(count) => text.extend_from_slice(piece.get(..count).unwrap_or_default()),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    Ok(lines)
+    Ok(text.lines().count())
 }
 
 /// Gone, or a zombie.
@@ -195,17 +192,16 @@ fn ctr_prints_everything_into_a_slow_pipe(stage: &Stage) -> anyhow::Result<()> {
         let mut command = sandbox.run(&["--rm"], &format!("c{round}"), &flood);
         let mut client = command.stdout(Stdio::piped()).spawn()?;
         let mut stdout = client.stdout.take().context("no pipe")?;
-        let (mut piece, mut lines) = (vec![0; 32 << 10], 0);
+        let (mut piece, mut text) = (vec![0; 32 << 10], Vec::new());
         loop {
             let count = stdout.read(&mut piece)?;
             if count == 0 {
                 break;
             }
-            let read = piece.get(..count).unwrap_or_default();
-            lines += read.iter().filter(|byte| **byte == b'\n').count();
+            text.extend_from_slice(piece.get(..count).unwrap_or_default());
             std::thread::sleep(Duration::from_millis(1));
         }
-        let status = client.wait()?;
+        let (status, lines) = (client.wait()?, text.lines().count());
         ensure!(
             status.code() == Some(0) && lines == 50_000,
             "{lines} lines, {status}"

@@ -26,6 +26,7 @@ mod model;
 mod mounts;
 mod pipes;
 mod regressions;
+mod removed_state;
 mod replacement;
 mod smoke;
 mod store;
@@ -91,6 +92,7 @@ fn main() -> ExitCode {
         &model::TESTS,
         &mounts::TESTS,
         &regressions::TESTS,
+        &removed_state::TESTS,
         &replacement::TESTS,
         &smoke::TESTS,
         &smoke::UNIFIED,

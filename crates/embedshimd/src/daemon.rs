@@ -20,12 +20,13 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
+use crate::claim::{Claim, Role};
 use crate::cli::Serve;
 use crate::config::Config;
-use crate::grounds::Grounds;
 use crate::inherited::Start;
 use crate::notify::Manager;
 use crate::outcome::{Code, Failure};
+use crate::state_dir::StateDir;
 use crate::{backend, lock, logging, sys};
 
 /// Each stream and each operation that waits for the kernel has a thread to itself while it does, so that a file system, a logger or a
@@ -49,7 +50,7 @@ pub(crate) fn run(options: &Serve, start: Start) -> Result<Code, Failure> {
     let config = Config::load(options.locations.config.as_deref())?;
     logging::start(&config.log, options.log_level.as_deref())?;
     let state_dir = &options.locations.state_dir;
-    let _lock = lock(state_dir)?;
+    let _guards = lock(state_dir)?;
     #[cfg(feature = "failpoints")]
     embedshim_core::failpoint::arm(state_dir);
     raise_descriptor_limit();
@@ -103,14 +104,16 @@ async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, 
         .context("cannot note what is read from connections")?;
     server.resume(inherited.take_connections());
     settle(inherited, start.unknown, store.as_ref(), manager.as_deref());
-    let grounds = Grounds {
-        state_dir,
+    let directory = StateDir {
+        path: state_dir,
         socket: &socket,
         server: &server,
         node: &node,
+        outboxes: &outboxes,
         store: store.as_ref(),
+        manager: manager.as_deref(),
     };
-    grounds.serve(listener).await;
+    directory.serve(listener).await;
     if tokio::time::timeout(LEAVE, node.quiet()).await.is_err() {
         info!("what is still under way is left to the next daemon");
     }
@@ -167,16 +170,17 @@ pub(crate) async fn stop() {
 }
 
 /// Makes the state directory and takes it for this process alone.
-fn lock(state_dir: &Path) -> Result<Flock<File>, Failure> {
-    lock::take(state_dir, &lock::of_daemon(state_dir))?.ok_or_else(|| {
-        Failure::new(
-            Code::AlreadyRunning,
-            anyhow!(
-                "another embedshimd works on {}; stop it first, or use another --state-dir",
-                state_dir.display()
-            ),
-        )
-    })
+fn lock(state_dir: &Path) -> Result<(Flock<File>, Claim), Failure> {
+    let taken = || {
+        let text = format!(
+            "another embedshimd works on {}; stop it first, or use another --state-dir",
+            state_dir.display()
+        );
+        Failure::new(Code::AlreadyRunning, anyhow!(text))
+    };
+    let lock = lock::take(state_dir, &lock::of_daemon(state_dir))?.ok_or_else(taken)?;
+    let claim = Claim::take(state_dir, Role::Daemon).ok_or_else(taken)?;
+    Ok((lock, claim))
 }
 
 /// A predecessor's listener if we can use it, or a new one; kept for our successors either way.

@@ -4,7 +4,7 @@
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -49,6 +49,14 @@ pub(crate) fn take(state_dir: &Path, path: &Path) -> anyhow::Result<Option<Flock
     };
     write(&lock, "").with_context(|| format!("cannot write {}", path.display()))?;
     Ok(Some(lock))
+}
+
+/// Whether this lock's file is the one at this path, and not removed or replaced.
+pub(crate) fn is_at(lock: &File, path: &Path) -> bool {
+    let (Ok(ours), Ok(there)) = (lock.metadata(), path.symlink_metadata()) else {
+        return false;
+    };
+    (ours.dev(), ours.ino()) == (there.dev(), there.ino())
 }
 
 /// Takes a lock that came with a descriptor which has it: it belongs to that, whoever holds it.

@@ -2,10 +2,10 @@
 //! What it composes lives in the library crates.
 
 mod backend;
+mod claim;
 mod cli;
 mod config;
 mod daemon;
-mod grounds;
 mod inherited;
 mod keep;
 mod lock;
@@ -13,6 +13,7 @@ mod logging;
 mod notify;
 mod outcome;
 mod probe;
+mod state_dir;
 mod sys;
 mod upgrade;
 

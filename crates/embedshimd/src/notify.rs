@@ -20,7 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use crate::keep::{MAX_NAMES, REAP};
+use crate::keep::{MAX_NAMES, REAP, RESTORE};
 use outgoing::Outgoing;
 
 /// How long the manager may take to have handled everything.
@@ -144,6 +144,12 @@ impl Manager {
     /// We serve: units that waited for us can go on.
     pub(crate) fn ready(&self) -> io::Result<()> {
         self.outgoing.send("READY=1\n".into(), &[])
+    }
+
+    /// What was in the state directory has been removed: the keeper makes its files again. systemd, which has
+    /// none there, ignores it.
+    pub(crate) fn restore(&self) -> io::Result<()> {
+        self.outgoing.send(format!("{RESTORE}=1\n"), &[])
     }
 
     /// We are about to leave. Returns when everything that was ever sent is handled, or after a

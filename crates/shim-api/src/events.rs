@@ -14,7 +14,7 @@ mod tests;
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::shim::event::Envelope;
@@ -83,10 +83,7 @@ impl Desk {
 impl Outboxes {
     /// Takes over what predecessors left in `directory`, which is made if it is missing. Nothing is sent yet.
     pub fn open(directory: PathBuf) -> io::Result<Arc<Self>> {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&directory)?;
+        make(&directory)?;
         let left = Ledger::all(&directory)?.into_iter().map(|(ledger, left)| {
             let outbox = Outbox::resume(ledger, left);
             (outbox.address().to_owned(), Desk::new(outbox, None))
@@ -114,6 +111,15 @@ impl Outboxes {
         desks.runtime = Some(runtime);
     }
 
+    /// Writes down again what is not acknowledged, after the directory was removed.
+    pub fn recreate(&self) -> io::Result<()> {
+        make(&self.directory)?;
+        for desk in self.desks().open.values() {
+            desk.outbox.recreate();
+        }
+        Ok(())
+    }
+
     fn desks(&self) -> MutexGuard<'_, Desks> {
         self.desks.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -129,6 +135,13 @@ impl Outboxes {
         desks.open.insert(address.to_owned(), desk);
         outbox
     }
+}
+
+fn make(directory: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
 }
 
 impl EventSink for Outboxes {

@@ -20,6 +20,7 @@ use super::kept::{Kept, most};
 use super::message::Message;
 use super::program::{self, Program};
 use super::zombies::Zombies;
+use crate::claim::Claim;
 use crate::outcome::Code;
 use crate::{lock, sys};
 
@@ -45,6 +46,7 @@ pub(super) struct Parts {
 pub(super) struct Keeper {
     parts: Parts,
     lock: Flock<File>,
+    _claim: Claim,
     inbox: Inbox,
     kept: Kept,
     daemon: Daemon,
@@ -75,10 +77,16 @@ struct Running {
 }
 
 impl Keeper {
-    pub(super) fn new(parts: Parts, lock: Flock<File>, inbox: Inbox, kept: Kept) -> Self {
+    pub(super) fn new(
+        parts: Parts,
+        (lock, claim): (Flock<File>, Claim),
+        inbox: Inbox,
+        kept: Kept,
+    ) -> Self {
         Self {
             parts,
             lock,
+            _claim: claim,
             inbox,
             kept,
             daemon: Daemon::Due(Instant::now()),
@@ -222,21 +230,32 @@ impl Keeper {
         None
     }
 
-    /// Makes our files again, should somebody have removed them with the state directory: the next daemon looks for them.
+    /// Makes our files again, should they have been removed with the state directory: the next daemon and
+    /// `embedshimd upgrade` look for them.
     fn be_found(&mut self) {
+        self.restore_lock();
         if self.parts.inbox_path.symlink_metadata().is_ok() {
             return;
-        }
-        let state_dir = self.parts.inbox_path.parent().unwrap_or(Path::new("/"));
-        match lock::take(state_dir, &lock::of_keeper(state_dir)) {
-            Ok(Some(lock)) => self.lock = lock,
-            Ok(None) => return error!("another keeper has taken the state directory"),
-            Err(failure) => return error!("the keeper's lock cannot be made again: {failure:#}"),
         }
         match Inbox::open(&self.parts.inbox_path) {
             Ok(inbox) => self.inbox = inbox,
             Err(error) => error!(%error, "the keeper's socket cannot be made again"),
         }
+    }
+
+    /// A daemon that runs needs no more: its socket is connected to ours, wherever that was.
+    fn restore_lock(&mut self) {
+        let state_dir = self.parts.inbox_path.parent().unwrap_or(Path::new("/"));
+        let path = lock::of_keeper(state_dir);
+        if lock::is_at(&self.lock, &path) {
+            return;
+        }
+        match lock::take(state_dir, &path) {
+            Ok(Some(lock)) => self.lock = lock,
+            Ok(None) => return error!("another keeper has taken the state directory"),
+            Err(failure) => return error!("the keeper's lock cannot be made again: {failure:#}"),
+        }
+        self.tell();
     }
 
     fn ended(&mut self, status: &WaitIdStatus) -> Option<Code> {
@@ -435,6 +454,7 @@ impl Keeper {
                 self.zombies.leave_alone();
                 self.tell();
             }
+            Message::Restore => self.restore_lock(),
             // What came with it is closed right here, after all before it.
             Message::Barrier | Message::Other => {}
         }

@@ -8,6 +8,9 @@ const NAMELESS: &str = "stored";
 /// Ours alone: systemd reaps its zombies by itself.
 pub(crate) const REAP: &str = "X_EMBEDSHIM_REAP";
 
+/// Ours alone: what was in the state directory has been removed, and is made again.
+pub(crate) const RESTORE: &str = "X_EMBEDSHIM_RESTORE";
+
 /// What a datagram asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Message<'a> {
@@ -17,6 +20,8 @@ pub(super) enum Message<'a> {
     Remove(&'a str),
     /// Close what came with it, now that all before it is done.
     Barrier,
+    /// Make your files in the state directory again.
+    Restore,
     /// The daemon serves.
     Ready,
     /// The daemon leaves.
@@ -42,6 +47,7 @@ impl<'a> Message<'a> {
                 ("BARRIER", "1") => message = Self::Barrier,
                 ("READY", "1") => message = Self::Ready,
                 ("STOPPING", "1") => message = Self::Stopping,
+                (RESTORE, "1") => message = Self::Restore,
                 (REAP, value) => {
                     let (pid, start_ticks) = value.split_once(' ')?;
                     message = Self::Reap {
@@ -92,6 +98,7 @@ mod tests {
                     start_ticks: 4711,
                 },
             ),
+            ("X_EMBEDSHIM_RESTORE=1\n", Message::Restore),
             ("STATUS=a=b", Message::Other),
             ("READY=0", Message::Other),
             ("", Message::Other),

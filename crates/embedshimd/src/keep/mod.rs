@@ -18,6 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use crate::claim::{Claim, Role};
 use crate::cli::Keep;
 use crate::outcome::{Code, Failure};
 use crate::{lock, logging, sys};
@@ -29,7 +30,7 @@ use kept::Kept;
 use program::Program;
 
 pub(crate) use kept::MAX_NAMES;
-pub(crate) use message::REAP;
+pub(crate) use message::{REAP, RESTORE};
 
 /// Keeps until SIGTERM or SIGINT.
 pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
@@ -58,7 +59,7 @@ pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
         limit,
     };
     let mut keeper = match options.resume {
-        Some(number) => resume(parts, number)?,
+        Some(number) => resume(parts, state_dir, number)?,
         None => begin(parts, state_dir)?,
     };
     sys::trim_heap();
@@ -67,28 +68,31 @@ pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
 
 fn begin(parts: Parts, state_dir: &Path) -> Result<Keeper, Failure> {
     let path = lock::of_keeper(state_dir);
-    let Some(lock) = lock::take(state_dir, &path)? else {
-        return Err(Failure::new(
-            Code::AlreadyRunning,
-            anyhow!("another keeper works on {}", state_dir.display()),
-        ));
+    let taken = || {
+        let text = format!("another keeper works on {}", state_dir.display());
+        Failure::new(Code::AlreadyRunning, anyhow!(text))
     };
+    let lock = lock::take(state_dir, &path)?.ok_or_else(taken)?;
+    let claim = Claim::take(state_dir, Role::Keeper).ok_or_else(taken)?;
     let inbox = Inbox::open(&parts.inbox_path)
         .with_context(|| format!("cannot listen on {}", parts.inbox_path.display()))?;
-    Ok(Keeper::new(parts, lock, inbox, Kept::default()))
+    Ok(Keeper::new(parts, (lock, claim), inbox, Kept::default()))
 }
 
 /// Goes on where the keeper was that this process has been.
-fn resume(parts: Parts, number: RawFd) -> Result<Keeper, Failure> {
+fn resume(parts: Parts, state_dir: &Path, number: RawFd) -> Result<Keeper, Failure> {
     let told = Handover::take(number).context("cannot go on with what another keeper kept")?;
     let lock = lock::again(told.lock).context("cannot go on with the lock of another keeper")?;
+    // The claim did not come through the execution: nothing else has taken it since, the lock is ours.
+    let claim = Claim::take(state_dir, Role::Keeper)
+        .context("another keeper has taken the state directory")?;
     let mut kept = Kept::default();
     for (name, descriptor) in told.kept {
         // What one keeper could hold another can.
         let _ = kept.insert(&name, descriptor, u64::MAX);
     }
     let inbox = Inbox::resume(told.inbox);
-    let mut keeper = Keeper::new(parts, lock, inbox, kept);
+    let mut keeper = Keeper::new(parts, (lock, claim), inbox, kept);
     keeper.replace(told.daemon);
     Ok(keeper)
 }

@@ -17,6 +17,9 @@ use super::{Failure, location};
 
 /// How often to look whether the daemon listens by now; it takes about 30 ms to start.
 const PAUSE: Duration = Duration::from_millis(5);
+/// What `embedshimd` ends with when another one works on the state directory. That one makes its socket again
+/// when it notices that it was removed.
+const ALREADY_RUNNING: i32 = 6;
 /// How much of the log's end is worth showing.
 const LOG_TAIL: u64 = 4096;
 
@@ -55,7 +58,9 @@ impl Place {
         let before = log.seek(SeekFrom::End(0)).unwrap_or(0);
         let mut child = self.spawn(&log)?;
         while !self.is_served() {
-            if let Ok(Some(status)) = child.try_wait() {
+            if let Ok(Some(status)) = child.try_wait()
+                && status.code() != Some(ALREADY_RUNNING)
+            {
                 return Err(Failure::Daemon(
                     last_line(&mut log, before).unwrap_or_else(|| status.to_string()),
                 ));

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use embedshim_core::failpoint;
@@ -156,6 +156,19 @@ impl Ledger {
         let span = entry.len() as u64;
         self.end = self.end.saturating_add(span);
         Ok(span)
+    }
+
+    /// Forgets its file if that is not at its path any more: what is appended from now on begins another one.
+    /// True if it has.
+    pub(super) fn begin_again_if_removed(&mut self) -> bool {
+        let ours = self.file.as_ref().and_then(|file| file.metadata().ok());
+        let there = self.path.symlink_metadata().ok();
+        let id = |file: &fs::Metadata| (file.dev(), file.ino());
+        if ours.is_none() || ours.as_ref().map(id) == there.as_ref().map(id) {
+            return false;
+        }
+        self.file = None;
+        true
     }
 
     /// Notes that the first event needs not be sent any more.

@@ -109,6 +109,19 @@ impl Outbox {
         }
     }
 
+    /// Writes down again what waits, if its file was removed.
+    pub(super) fn recreate(&self) {
+        let mut contents = self.contents();
+        let Contents {
+            ledger, waiting, ..
+        } = &mut *contents;
+        if ledger.begin_again_if_removed() {
+            for event in waiting {
+                event.span = ledger.append(&event.envelope);
+            }
+        }
+    }
+
     /// Completes when an event was put in since the last time.
     pub(super) async fn arrived(&self) {
         self.arrived.notified().await;

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use embedshim_core::failpoint;
@@ -134,13 +135,15 @@ impl Connection {
         })
     }
 
-    /// Serves until the peer leaves. A connection that has come to its end leaves no journal.
+    /// Serves until the peer leaves. A connection that has come to its end leaves no journal. `noted` is the last
+    /// loss of the journals after which its own is written again.
     pub(super) async fn run<H: Handler>(
         mut self,
         handler: Arc<H>,
         mut course: watch::Receiver<Course>,
+        noted: Option<&AtomicU32>,
     ) -> io::Result<()> {
-        let result = self.converse(&handler, &mut course).await;
+        let result = self.converse(&handler, &mut course, noted).await;
         if !course.borrow().is_stopping {
             self.journal.remove();
         }
@@ -151,6 +154,7 @@ impl Connection {
         &mut self,
         handler: &Arc<H>,
         course: &mut watch::Receiver<Course>,
+        noted: Option<&AtomicU32>,
     ) -> io::Result<()> {
         let mut losses = course.borrow().losses;
         self.pay(handler).await?;
@@ -159,6 +163,9 @@ impl Connection {
             if now.losses > losses {
                 losses = now.losses;
                 self.journal.write_again();
+                if let Some(noted) = noted {
+                    noted.store(losses, Ordering::Release);
+                }
             }
             tokio::select! {
                 Some(ended) = self.calls.tasks.join_next_with_id() => {

@@ -16,7 +16,8 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -36,6 +37,9 @@ use journal::{Journal, Journals};
 
 /// After a failed accept: descriptors or memory are short, and the next attempt would fail at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often to look whether all connections have written their journals again.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// One call, as it came off the wire.
 #[derive(Clone, Debug)]
@@ -109,6 +113,34 @@ struct Kept {
     journals: Journals,
     /// Of connections.
     numbers: Numbers,
+    noted: Arc<Noted>,
+}
+
+/// Up to which loss of the journals each connection has written its own again.
+#[derive(Debug, Default)]
+struct Noted(Mutex<HashMap<u64, Arc<AtomicU32>>>);
+
+impl Noted {
+    fn enter(&self, connection: u64, losses: u32) -> Arc<AtomicU32> {
+        let entry = Arc::new(AtomicU32::new(losses));
+        self.all().insert(connection, Arc::clone(&entry));
+        entry
+    }
+
+    fn leave(&self, connection: u64) {
+        self.all().remove(&connection);
+    }
+
+    fn least(&self) -> Option<u32> {
+        let all = self.all();
+        all.values()
+            .map(|noted| noted.load(Ordering::Acquire))
+            .min()
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<u64, Arc<AtomicU32>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl<H: Handler> Server<H> {
@@ -127,6 +159,7 @@ impl<H: Handler> Server<H> {
             store: keeping.store,
             journals: Journals::open(keeping.directory)?,
             numbers: Numbers::default(),
+            noted: Arc::default(),
         };
         Ok(Self {
             kept: Some(kept),
@@ -178,11 +211,24 @@ impl<H: Handler> Server<H> {
         self.course.send_modify(|course| course.is_stopping = true);
     }
 
-    /// Somebody has removed the journals: every connection writes down again what it owes.
-    pub fn note_again(&self) -> io::Result<()> {
-        if let Some(kept) = &self.kept {
-            kept.journals.make()?;
-            self.course.send_modify(|course| course.losses += 1);
+    /// The journals have been removed: every connection writes down again what it owes. Returns when all
+    /// have, which takes as long as a connection waits for its client to read, or at the limit.
+    pub async fn note_again(&self, limit: Duration) -> io::Result<()> {
+        let Some(kept) = &self.kept else {
+            return Ok(());
+        };
+        kept.journals.make()?;
+        let mut losses = 0;
+        self.course.send_modify(|course| {
+            course.losses += 1;
+            losses = course.losses;
+        });
+        let deadline = tokio::time::Instant::now() + limit;
+        while kept.noted.least().is_some_and(|noted| noted < losses) {
+            if tokio::time::Instant::now() >= deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            tokio::time::sleep(LOOK).await;
         }
         Ok(())
     }
@@ -209,12 +255,23 @@ impl<H: Handler> Server<H> {
 
     fn spawn(&self, connection: Connection, number: Option<u64>) {
         let (handler, course) = (Arc::clone(&self.handler), self.course.subscribe());
-        let store = self.kept.as_ref().map(|kept| Arc::clone(&kept.store));
+        let kept = self.kept.as_ref().zip(number).map(|(kept, number)| {
+            let losses = course.borrow().losses;
+            let noted = kept.noted.enter(number, losses);
+            (
+                number,
+                Arc::clone(&kept.store),
+                Arc::clone(&kept.noted),
+                noted,
+            )
+        });
         tokio::spawn(async move {
-            if let Err(error) = connection.run(handler, course).await {
+            let noted = kept.as_ref().map(|(.., noted)| Arc::clone(noted));
+            if let Err(error) = connection.run(handler, course, noted.as_deref()).await {
                 debug!(%error, "connection ended");
             }
-            if let (Some(number), Some(store)) = (number, store) {
+            if let Some((number, store, all, _)) = kept {
+                all.leave(number);
                 forget(store.as_ref(), number);
             }
         });
@@ -250,7 +307,7 @@ fn take_over(descriptor: OwnedFd) -> io::Result<UnixStream> {
 pub(crate) async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> io::Result<()> {
     let (_running, course) = watch::channel(Course::default());
     Connection::new(stream, None, Journal::none(), Session::default())
-        .run(handler, course)
+        .run(handler, course, None)
         .await
 }
 

@@ -123,7 +123,7 @@ async fn who_leaves_is_not_waited_for() {
 
 /// A store that is this test: what is kept outlives the server.
 #[derive(Debug, Default)]
-struct Shelf(std::sync::Mutex<Vec<(FdName, OwnedFd)>>);
+struct Shelf(Mutex<Vec<(FdName, OwnedFd)>>);
 
 impl FdStore for Shelf {
     fn keep(&self, name: &FdName, descriptors: &[std::os::fd::BorrowedFd<'_>]) -> io::Result<()> {
