@@ -251,28 +251,34 @@ fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
                 .filter_map(|entry| Some(entry.ok()?.metadata().ok()?.len()));
             lengths.any(|length| length > 200)
         };
-        until("the wait is noted", || Ok(is_noted()))?;
-        for entry in fs::read_dir(sandbox.state_dir())? {
-            let path = entry?.path();
-            if path.is_dir() {
-                fs::remove_dir_all(path)?;
-            } else {
-                fs::remove_file(path)?;
+        let gone_on = || {
+            until("the wait is noted", || Ok(is_noted()))?;
+            for entry in fs::read_dir(sandbox.state_dir())? {
+                let path = entry?.path();
+                if path.is_dir() {
+                    fs::remove_dir_all(path)?;
+                } else {
+                    fs::remove_file(path)?;
+                }
             }
-        }
-        until("everything is back", || {
-            Ok(sandbox.state_dir().join("shim.sock").exists() && is_noted())
-        })?;
-        let old = sandbox.daemon_pid().context("the daemon is not there")?;
-        kill(Pid::from_raw(old), Signal::SIGKILL)?;
-        ensure!(shim.state("c")?.pid == pid, "another pid");
-        ensure!(
-            Shim::connect(&sandbox)?.state("c")?.pid == pid,
-            "another pid"
-        );
+            until("everything is back", || {
+                Ok(sandbox.state_dir().join("shim.sock").exists() && is_noted())
+            })?;
+            let old = sandbox.daemon_pid().context("the daemon is not there")?;
+            kill(Pid::from_raw(old), Signal::SIGKILL)?;
+            ensure!(shim.state("c")?.pid == pid, "another pid");
+            ensure!(
+                Shim::connect(&sandbox)?.state("c")?.pid == pid,
+                "another pid"
+            );
+            Ok(old)
+        };
+        let old = gone_on();
+        // Also when it has failed, or the wait would not end.
         shim.kill("c", Signal::SIGKILL)?;
         let code = wait.join().map_err(|_| anyhow::anyhow!("it panicked"))??;
         ensure!(code == 137 && shim.delete("c")? == 137, "{code}");
+        let old = old?;
         ensure!(sandbox.successor_of(old)? != old, "it was not killed");
         Ok(())
     })

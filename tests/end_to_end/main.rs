@@ -28,6 +28,7 @@ mod pipes;
 mod regressions;
 mod removed_state;
 mod replacement;
+mod runtimes;
 mod smoke;
 mod store;
 mod strangers;
@@ -93,6 +94,7 @@ fn main() -> ExitCode {
         &mounts::TESTS,
         &regressions::TESTS,
         &removed_state::TESTS,
+        &runtimes::TESTS,
         &replacement::TESTS,
         &smoke::TESTS,
         &smoke::UNIFIED,

@@ -14,23 +14,35 @@ const MAX_SPEC: u64 = 16 * 1024 * 1024;
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct Spec {
+    #[serde(deserialize_with = "nullable")]
     linux: Linux,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct Linux {
-    #[serde(rename = "cgroupsPath")]
+    #[serde(rename = "cgroupsPath", deserialize_with = "nullable")]
     cgroups_path: String,
+    #[serde(deserialize_with = "nullable")]
     namespaces: Vec<LinuxNamespace>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct LinuxNamespace {
-    #[serde(rename = "type")]
+    #[serde(rename = "type", deserialize_with = "nullable")]
     kind: String,
+    #[serde(deserialize_with = "nullable")]
     path: String,
+}
+
+/// Reads `null` as what is missing, as Go does.
+pub(crate) fn nullable<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 impl Spec {
@@ -78,6 +90,21 @@ mod tests {
 
     fn spec(json: &str) -> Spec {
         serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn every_field_may_be_null() {
+        for json in [
+            r#"{"linux":null}"#,
+            r#"{"linux":{"cgroupsPath":null,"namespaces":null}}"#,
+            r#"{"linux":{"namespaces":[{"type":"pid","path":null},{"type":null}]}}"#,
+        ] {
+            assert!(!spec(json).wants_systemd_cgroup(), "{json}");
+        }
+        assert!(
+            spec(r#"{"linux":{"namespaces":[{"type":"pid","path":null}]}}"#)
+                .has_own_pid_namespace()
+        );
     }
 
     #[test]

@@ -2,8 +2,9 @@
 
 use std::io::{IsTerminal, stderr};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::{Log, LogFormat};
 use crate::outcome::{Code, Failure};
@@ -21,7 +22,7 @@ pub(crate) fn start_plain() {
 /// Starts logging; `level` overrides the configuration.
 pub(crate) fn start(config: &Log, level: Option<&str>) -> Result<(), Failure> {
     let level = level.unwrap_or(&config.level);
-    let filter = EnvFilter::try_new(level)
+    let filter = filter(level)
         .with_context(|| {
             format!("log level {level:?} is not valid; say error, warn, info, debug or trace")
         })
@@ -36,4 +37,28 @@ pub(crate) fn start(config: &Log, level: Option<&str>) -> Result<(), Failure> {
         LogFormat::Json => builder.json().init(),
     }
     Ok(())
+}
+
+/// A word that is no level would be taken for a module whose lines alone are wanted: nothing would be logged.
+fn filter(level: &str) -> anyhow::Result<EnvFilter> {
+    for part in level.split(',').filter(|part| !part.contains('=')) {
+        ensure!(!part.trim().is_empty(), "it is empty");
+        part.trim().parse::<LevelFilter>()?;
+    }
+    Ok(EnvFilter::try_new(level)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_that_is_no_level_is_refused() {
+        for level in ["info", "warn,shim_api=debug", "off"] {
+            assert!(filter(level).is_ok(), "{level}");
+        }
+        for level in ["inof", "info,debgu", "shim_api=loud", ""] {
+            assert!(filter(level).is_err(), "{level}");
+        }
+    }
 }

@@ -1,6 +1,9 @@
 //! Exit codes: what a script can tell from the end of `embedshimd`. Documented in `--help`, tested there.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
+
+use anyhow::Context;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,5 +64,15 @@ impl Failure {
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         Self::new(Code::Failed, error)
+    }
+}
+
+/// Prints a text and a line's end. A reader that has gone, as with `| head`, has what it wanted.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    let printed = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+    match printed {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => Ok(printed.context("cannot write to stdout")?),
     }
 }

@@ -5,7 +5,7 @@ use embedshim_core::exit::Promise;
 use crate::backend;
 use crate::cli::Probe;
 use crate::config::Config;
-use crate::outcome::{Code, Failure};
+use crate::outcome::{Code, Failure, print};
 
 /// Probes and prints.
 pub(crate) fn run(options: &Probe) -> Result<Code, Failure> {
@@ -16,7 +16,7 @@ pub(crate) fn run(options: &Probe) -> Result<Code, Failure> {
     } else {
         report.to_string()
     };
-    println!("{}", text.trim_end());
+    print(text.trim_end())?;
     Ok(match report.promise {
         Promise::Kept => Code::Ok,
         Promise::Partly => Code::Partly,

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 
 use crate::cli::Upgrade;
 use crate::lock::{self, Owner};
-use crate::outcome::{Code, Failure};
+use crate::outcome::{Code, Failure, print};
 
 /// Longer than the keeper waits for a daemon to leave.
 const LIMIT: Duration = Duration::from_secs(45);
@@ -27,12 +27,13 @@ pub(crate) fn run(options: &Upgrade) -> Result<Code, Failure> {
         .with_context(|| format!("cannot signal the keeper (pid {})", keeper.pid))?;
     let (keeper, daemon) = wait(state_dir, &keeper, before.as_ref())?;
     let of = |owner: &Owner| format!("{} (pid {})", owner.version, owner.pid);
-    println!(
+    let text = format!(
         "embedshimd {} is replaced by {}; its keeper is {}",
         before.as_ref().map_or_else(|| "that was down".into(), of),
         of(&daemon),
         of(&keeper)
     );
+    print(&text)?;
     Ok(Code::Ok)
 }
 

@@ -59,8 +59,7 @@ fn of_runc(options: Options) -> RuntimeOptions {
     RuntimeOptions {
         binary: options.binary_name,
         root: options.root,
-        // False is also what an unset field reads as: then the form of cgroupsPath decides.
-        systemd_cgroup: options.systemd_cgroup.then_some(true),
+        systemd_cgroup: Some(options.systemd_cgroup),
         no_pivot_root: options.no_pivot_root,
         no_new_keyring: options.no_new_keyring,
         io_uid: options.io_uid,

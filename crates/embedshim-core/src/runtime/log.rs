@@ -1,17 +1,20 @@
-//! The OCI runtime's `log.json`: one JSON object a line, of which the last error is the reason of a failure.
+//! The OCI runtime's `log.json`: JSON objects one after the other, of which the last error is the reason
+//! of a failure. runc and youki write one a line, crun (1.28) each over several lines.
 
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-/// A runtime that logs more than this in one call has its last message cut off, nothing worse.
+use crate::spec::nullable;
+
+/// Of a longer log the end is read: the last message is the one that counts.
 const MAX_LOG: u64 = 1024 * 1024;
 
 #[derive(Deserialize)]
 struct Line {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     level: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     msg: String,
 }
 
@@ -24,25 +27,34 @@ pub(super) async fn discard(log: &Path) {
 pub(super) async fn last_error(log: &Path) -> Option<String> {
     let log = PathBuf::from(log);
     tokio::task::spawn_blocking(move || {
-        use std::io::Read;
-        let mut text = String::new();
-        std::fs::File::open(log)
-            .ok()?
-            .take(MAX_LOG)
-            .read_to_string(&mut text)
+        use std::io::{Read, Seek, SeekFrom};
+        let mut file = std::fs::File::open(log).ok()?;
+        let length = file.metadata().ok()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(MAX_LOG)))
             .ok()?;
-        last_error_in(&text)
+        let mut bytes = Vec::new();
+        file.take(MAX_LOG).read_to_end(&mut bytes).ok()?;
+        last_error_in(&String::from_utf8_lossy(&bytes))
     })
     .await
     .ok()?
 }
 
 fn last_error_in(text: &str) -> Option<String> {
-    text.lines()
-        .rev()
-        .filter_map(|line| serde_json::from_str::<Line>(line).ok())
-        .find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"))
-        .map(|line| line.msg.trim().to_owned())
+    let mut last = None;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Line>();
+        for line in values.by_ref().map_while(Result::ok) {
+            if matches!(line.level.as_str(), "error" | "fatal" | "panic") {
+                last = Some(line.msg);
+            }
+        }
+        // What is no such object is skipped, to the end of its line.
+        let read = rest.get(values.byte_offset()..).unwrap_or_default();
+        rest = read.split_once('\n').map_or("", |(_, rest)| rest);
+    }
+    last.map(|message| message.trim().to_owned())
         .filter(|message| !message.is_empty())
 }
 
@@ -61,6 +73,12 @@ mod tests {
             message,
             r#"unable to start container process: exec: "nope": executable file not found in $PATH"#
         );
+        let crun = "{\n  \"msg\": \"executable file `/nope` not found\",\n  \"level\": \"error\",\n  \"time\": \"t\"\n}\n";
+        let message = "executable file `/nope` not found";
+        assert_eq!(last_error_in(crun).unwrap(), message);
+        let amid_noise = format!("end of a line\"}}\nnoise\n{crun}[1, 2]\n{{\"level\": null}}\n");
+        assert_eq!(last_error_in(&amid_noise).unwrap(), message);
+        assert_eq!(last_error_in(&format!("{crun}{crun}")).unwrap(), message);
         assert_eq!(last_error_in(""), None);
         assert_eq!(last_error_in("{\"level\":\"info\",\"msg\":\"x\"}"), None);
     }

@@ -34,7 +34,7 @@ use crate::stdio::ChildStdio;
 use crate::task::RuntimeOptions;
 
 /// Enough for any message, little enough for a runtime gone mad.
-const MAX_OUTPUT: u64 = 1024 * 1024;
+const MAX_OUTPUT: usize = 1024 * 1024;
 /// How long to wait for the end of the output of a runtime that has ended.
 const LEFT_OPEN: Duration = Duration::from_secs(1);
 
@@ -84,7 +84,7 @@ impl Runtime {
             root: options.root_of(namespace),
             systemd_cgroup: options
                 .systemd_cgroup
-                .unwrap_or_else(|| spec.wants_systemd_cgroup()),
+                .unwrap_or_else(|| spec.wants_systemd_cgroup() && has_systemd()),
             no_pivot_root: options.no_pivot_root,
             no_new_keyring: options.no_new_keyring,
             deadline,
@@ -312,8 +312,14 @@ impl Runtime {
     async fn message(&self, failure: Failure, log: &Path) -> String {
         match failure {
             Failure::NotRun(source) => {
+                let advice = match source.kind() {
+                    io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {
+                        "; install it or correct BinaryName"
+                    }
+                    _ => "",
+                };
                 format!(
-                    "cannot run the OCI runtime {:?}: {source}; install it or correct BinaryName",
+                    "cannot run the OCI runtime {:?}: {source}{advice}",
                     self.binary
                 )
             }
@@ -335,6 +341,11 @@ impl Runtime {
             },
         }
     }
+}
+
+/// Whether systemd is the init system, as `sd_booted(3)` finds out: without it no cgroup can be asked of it.
+fn has_systemd() -> bool {
+    Path::new("/run/systemd/system").is_dir()
 }
 
 /// Kills the runtime, and as it has a process group of its own, hooks and `runc init` with it.
@@ -374,12 +385,23 @@ async fn spawn(mut command: Command, limit: Duration) -> Result<Child, Failure> 
 /// What a runtime writes, read while it runs.
 struct Collected(Option<JoinHandle<Vec<u8>>>);
 
+/// Of more than `limit` bytes the last [`MAX_OUTPUT`] stay.
+fn keep_end(output: &mut Vec<u8>, limit: usize) {
+    if output.len() > limit {
+        output.drain(..output.len() - MAX_OUTPUT);
+    }
+}
+
+/// Reads to the end, or the runtime would be killed by SIGPIPE, and keeps the end of it.
 fn collect(pipe: Option<impl AsyncRead + Send + Unpin + 'static>) -> Collected {
-    Collected(pipe.map(|pipe| {
+    Collected(pipe.map(|mut pipe| {
         tokio::spawn(async move {
             let mut output = Vec::new();
             // What was read before an error is all there is.
-            let _ = pipe.take(MAX_OUTPUT).read_to_end(&mut output).await;
+            while matches!(pipe.read_buf(&mut output).await, Ok(count) if count > 0) {
+                keep_end(&mut output, 2 * MAX_OUTPUT);
+            }
+            keep_end(&mut output, MAX_OUTPUT);
             output
         })
     }))

@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::event::EventKind;
 use crate::id::{ExecId, ProcessKey};
 use crate::runtime::Exec;
+use crate::spec::nullable;
 use crate::stdio::Plan;
 
 /// Starts the init or an exec.
@@ -250,7 +251,7 @@ impl ExecFiles {
 /// The OCI `Process` field that must agree with the request.
 #[derive(Deserialize)]
 struct ProcessTerminal {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     terminal: bool,
 }
 

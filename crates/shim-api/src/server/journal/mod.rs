@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use embedshim_core::failpoint;
 use embedshim_core::id::Namespace;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::warn;
 
 use self::entry::{HEADER, HEADER_SIZE, Kind, PREFIX, entry, header};
@@ -50,8 +51,11 @@ impl Journals {
     /// A new connection's.
     pub(super) fn begin(&self, connection: u64) -> Journal {
         let path = self.path(connection);
-        let file = new_file(&path)
-            .inspect_err(|error| warn!(path = %path.display(), %error, "requests of a connection will not survive us"));
+        let file = new_file(&path).or_else(|error| {
+            warn!(path = %path.display(), %error, "connection: requests are not durable: cannot make its journal");
+            // In memory, so that nothing is missing when the directory is there again.
+            memory()
+        });
         Journal::new(path, file.ok(), HEADER)
     }
 
@@ -82,6 +86,13 @@ impl Journals {
     fn path(&self, connection: u64) -> PathBuf {
         self.0.join(connection.to_string())
     }
+}
+
+/// What stands in for a journal whose directory was removed, until that is made again.
+fn memory() -> io::Result<File> {
+    let memory = File::from(memfd_create(c"journal", MFdFlags::MFD_CLOEXEC)?);
+    memory.write_all_at(&header(None), 0)?;
+    Ok(memory)
 }
 
 /// One connection's journal. Ends with the connection, but not with the daemon.
@@ -333,6 +344,21 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let journals = Journals::open(directory.path().join("connections")).unwrap();
         (directory, journals)
+    }
+
+    #[test]
+    fn a_connection_that_comes_while_the_directory_is_gone_is_noted_when_it_is_back() {
+        let (directory, journals) = journals();
+        fs::remove_dir_all(directory.path()).unwrap();
+        let mut journal = journals.begin(7);
+        journal.request(1, b"asked meanwhile");
+        journals.make().unwrap();
+        journal.write_again();
+        journal.request(3, b"asked afterwards");
+        drop(journal);
+        let (_, recovered) = journals.resume(7);
+        let streams: Vec<u32> = recovered.pending.keys().copied().collect();
+        assert_eq!(streams, [1, 3]);
     }
 
     #[test]
