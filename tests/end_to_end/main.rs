@@ -19,6 +19,7 @@ mod failures;
 mod half_done;
 mod hostile;
 mod hung;
+mod inheritance;
 mod kubernetes;
 mod last_words;
 mod log_files;
@@ -73,6 +74,8 @@ fn main() -> ExitCode {
         &events::TESTS,
         &events::OURS,
         &hung::TESTS,
+        &inheritance::TESTS,
+        &inheritance::OURS,
         &last_words::TESTS,
         &log_files::TESTS,
         &log_files::OURS,

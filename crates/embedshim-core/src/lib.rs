@@ -87,6 +87,7 @@ pub mod rootfs;
 pub mod stdio;
 pub mod task;
 
+mod child_context;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
@@ -96,4 +97,5 @@ mod spec;
 mod store;
 mod sys;
 
+pub use child_context::{ChildContext, Inherited};
 pub use error::{Error, ErrorKind};

@@ -4,8 +4,13 @@ use std::ffi::CStr;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::Arc;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::Mode;
+use rustix::fs::OFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -15,6 +20,82 @@ use crate::fdstore::StreamFd;
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller got the number from a control message this moment; it is open and has no other owner.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// What a child sets between `fork` and `execve`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BeforeExec {
+    pub(crate) open_files: Option<(u64, u64)>,
+    pub(crate) oom_score_adj: Option<i32>,
+    pub(crate) umask: Option<u32>,
+}
+
+/// Lets the child do this. What it may not do stays as it is. A command with such a step is started by
+/// `fork`, not by `posix_spawn(3)`: children of glibc's ignore signal 32 for all their lives, and so do
+/// theirs, as this daemon does that its keeper has started. Here it gets its default again.
+pub(crate) fn before_exec(command: &mut Command, what: &BeforeExec) {
+    let BeforeExec {
+        open_files,
+        oom_score_adj,
+        umask,
+    } = *what;
+    let score = oom_score_adj.map(|score| score.to_string());
+    let step = move || {
+        default_signal(SIGCANCEL);
+        if let Some((soft, hard)) = open_files {
+            set_open_files(soft, hard);
+        }
+        if let Some(score) = &score {
+            set_oom_score(score);
+        }
+        if let Some(mask) = umask {
+            nix::sys::stat::umask(Mode::from_bits_truncate(mask));
+        }
+        Ok(())
+    };
+    // SAFETY: the step makes system calls alone, which are safe after `fork` of a process with threads; what it
+    // needs was allocated before.
+    unsafe { command.pre_exec(step) };
+}
+
+/// glibc's own, for `pthread_cancel(3)`; its `sigaction` refuses it.
+const SIGCANCEL: libc::c_long = 32;
+
+/// Gives a signal its default action. Allocates nothing.
+fn default_signal(signal: libc::c_long) {
+    // The kernel's `struct sigaction`: handler, flags, restorer and an 8 byte mask; all zero is SIG_DFL.
+    let action = [0_u64; 4];
+    // SAFETY: the kernel reads one structure of 32 bytes, which `action` is, and writes nothing.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            action.as_ptr(),
+            std::ptr::null::<u64>(),
+            size_of::<u64>(),
+        )
+    };
+}
+
+/// Where a child may not have so high a hard limit, it has its parent's. Allocates nothing.
+fn set_open_files(soft: u64, hard: u64) {
+    if setrlimit(Resource::RLIMIT_NOFILE, soft, hard).is_err()
+        && let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard), hard);
+    }
+}
+
+/// Lowering it takes `CAP_SYS_RESOURCE`. Allocates nothing.
+fn set_oom_score(score: &str) {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    if let Ok(file) = rustix::fs::open(
+        c"/proc/self/oom_score_adj",
+        flags,
+        rustix::fs::Mode::empty(),
+    ) {
+        let _ = rustix::io::write(file, score.as_bytes());
+    }
 }
 
 /// Makes a non-blocking descriptor fit for waiting on it. Needs a tokio runtime.

@@ -6,12 +6,13 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use embedshim_core::ChildContext;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 const FILE: &str = "embedshim.json";
 /// More than we ever write; the file is not ours alone once it lies in a bundle.
-const MAX_BYTES: u64 = 64 * 1024;
+const MAX_BYTES: u64 = 1024 * 1024;
 
 /// What the launcher and the daemon tell each other. Fields of later versions are ignored, missing ones are empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,8 @@ pub struct BundleNote {
     pub runtime: String,
     /// `--root` of the OCI runtime, with the namespace; empty for the default.
     pub runtime_root: String,
+    /// What containerd would pass on to a shim of the container's own.
+    pub context: ChildContext,
 }
 
 impl BundleNote {

@@ -64,6 +64,7 @@ fn of_runc(options: Options) -> RuntimeOptions {
         no_new_keyring: options.no_new_keyring,
         io_uid: options.io_uid,
         io_gid: options.io_gid,
+        ..RuntimeOptions::default()
     }
 }
 
@@ -120,6 +121,7 @@ fn of_toml(body: &str) -> Result<RuntimeOptions, Status> {
         no_new_keyring: body.no_new_keyring,
         io_uid: body.io_uid,
         io_gid: body.io_gid,
+        ..RuntimeOptions::default()
     })
 }
 

@@ -116,7 +116,10 @@ impl TaskService {
             call.session.namespace.get_or_init(|| namespace);
         }
         let key = Scope::of(call)?.task(&request.id)?;
-        let runtime = options::decode(request.options.as_ref())?;
+        let mut runtime = options::decode(request.options.as_ref())?;
+        if let Some(note) = &note {
+            runtime.context.clone_from(&note.context);
+        }
         let owner = note
             .as_ref()
             .map_or_else(String::new, |note| note.events.clone());

@@ -25,6 +25,7 @@ pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
 pub(crate) use inflight::{InFlightCalls, wait_for};
 pub(crate) use program::touch;
 
+use crate::child_context::ChildContext;
 use crate::error::Error;
 use crate::failpoint;
 use crate::id::Namespace;
@@ -46,6 +47,7 @@ pub(crate) struct Runtime {
     systemd_cgroup: bool,
     no_pivot_root: bool,
     no_new_keyring: bool,
+    context: ChildContext,
     deadline: Duration,
     orphans: Orphans,
 }
@@ -87,9 +89,15 @@ impl Runtime {
                 .unwrap_or_else(|| spec.wants_systemd_cgroup() && has_systemd()),
             no_pivot_root: options.no_pivot_root,
             no_new_keyring: options.no_new_keyring,
+            context: options.context.clone(),
             deadline,
             orphans,
         }
+    }
+
+    /// What it and all others that are started for the container inherit.
+    pub(crate) fn context(&self) -> &ChildContext {
+        &self.context
     }
 
     /// `create`: the container exists and its init waits on the exec fifo.
@@ -252,9 +260,7 @@ impl Runtime {
         if self.systemd_cgroup {
             command.arg("--systemd-cgroup");
         }
-        command.args(arguments).current_dir("/").process_group(0);
-        // containerd's own socket must not leak into containers by way of runc hooks.
-        command.env_remove("NOTIFY_SOCKET");
+        command.args(arguments).process_group(0);
         let mut input = None;
         match streams {
             Input::Null => {
@@ -281,7 +287,9 @@ impl Runtime {
             }
         }
         let begun = Instant::now();
-        let mut child = spawn(command, self.deadline).await?;
+        // Where a shim of the container's own would be: wrappers read `config.json` there.
+        let directory = log.parent().unwrap_or(Path::new("/")).to_owned();
+        let mut child = self.spawn(command, directory).await?;
         if let (Some(document), Some(mut stdin)) = (input, child.stdin.take()) {
             // A runtime that does not read its input says why by its status.
             let _ = stdin.write_all(&document).await;
@@ -306,6 +314,35 @@ impl Runtime {
             code: status.code(),
             stderr,
         })
+    }
+
+    /// Starts the runtime in a thread of its own: that waits for `execve`, and the file system that the program is on may not answer. The
+    /// command holds our copies of the container's streams, and a writer we kept would hide their end, so it ends here.
+    async fn spawn(&self, mut command: Command, directory: PathBuf) -> Result<Child, Failure> {
+        let (limit, context) = (self.deadline, self.context.clone());
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let given_up = Arc::clone(&is_given_up);
+        let spawned = tokio::task::spawn_blocking(move || {
+            context.give(command.as_std_mut(), &directory);
+            touch(command.as_std().get_program(), context.variable("PATH"));
+            failpoint::step("before the runtime is called");
+            let child = command.spawn();
+            failpoint::step("after the runtime was called");
+            if given_up.load(Ordering::Acquire)
+                && let Ok(child) = &child
+            {
+                kill_group(child);
+            }
+            child
+        });
+        match tokio::time::timeout(limit, spawned).await {
+            Err(_late) => {
+                is_given_up.store(true, Ordering::Release);
+                Err(Failure::Late)
+            }
+            Ok(Err(panic)) => Err(Failure::NotRun(io::Error::other(panic))),
+            Ok(Ok(child)) => child.map_err(Failure::NotRun),
+        }
     }
 
     /// The runtime's own last word: log.json first, then stderr, then its status.
@@ -352,33 +389,6 @@ fn has_systemd() -> bool {
 fn kill_group(child: &Child) {
     if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
         let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
-    }
-}
-
-/// Starts the runtime in a thread of its own: that waits for `execve`, and the file system that the program is on may not answer. The
-/// command holds our copies of the container's streams, and a writer we kept would hide their end, so it ends here.
-async fn spawn(mut command: Command, limit: Duration) -> Result<Child, Failure> {
-    let is_given_up = Arc::new(AtomicBool::new(false));
-    let given_up = Arc::clone(&is_given_up);
-    let spawned = tokio::task::spawn_blocking(move || {
-        touch(command.as_std().get_program());
-        failpoint::step("before the runtime is called");
-        let child = command.spawn();
-        failpoint::step("after the runtime was called");
-        if given_up.load(Ordering::Acquire)
-            && let Ok(child) = &child
-        {
-            kill_group(child);
-        }
-        child
-    });
-    match tokio::time::timeout(limit, spawned).await {
-        Err(_late) => {
-            is_given_up.store(true, Ordering::Release);
-            Err(Failure::Late)
-        }
-        Ok(Err(panic)) => Err(Failure::NotRun(io::Error::other(panic))),
-        Ok(Ok(child)) => child.map_err(Failure::NotRun),
     }
 }
 

@@ -8,9 +8,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// Reads the beginning of the program, found as `execvp(3)` finds it. Blocks as long as its file
+/// Reads the beginning of the program, found as `execvp(3)` finds it, by this `PATH` or by ours. Blocks as long as its file
 /// system does. What is wrong with it, the execution tells.
-pub(crate) fn touch(program: &OsStr) {
+pub(crate) fn touch(program: &OsStr, path: Option<&str>) {
     let read = |path: &Path| {
         let file = File::open(path);
         file.and_then(|mut file| file.read(&mut [0; 4096])).is_ok()
@@ -19,6 +19,6 @@ pub(crate) fn touch(program: &OsStr) {
         read(Path::new(program));
         return;
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = path.map_or_else(|| std::env::var_os("PATH").unwrap_or_default(), Into::into);
     let _ = std::env::split_paths(&path).any(|directory| read(&directory.join(program)));
 }

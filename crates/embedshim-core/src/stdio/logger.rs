@@ -19,6 +19,7 @@ use tokio::io::Interest;
 use tracing::warn;
 
 use super::{StdioError, open};
+use crate::child_context::ChildContext;
 use crate::process::{Process, ProcessIdentity};
 use crate::sys;
 
@@ -46,13 +47,17 @@ enum Ready {
     Byte,
 }
 
-/// For whom a logger works: its whole environment.
+/// For whom a logger works. Its environment is the first two, as runc-v2 gives it.
 #[derive(Clone, Debug)]
 pub(crate) struct LoggedProcess {
     /// The container, or for an exec the exec.
     pub(crate) id: String,
     /// The namespace.
     pub(crate) namespace: String,
+    /// Its limits.
+    pub(crate) context: ChildContext,
+    /// Where it works.
+    pub(crate) bundle: PathBuf,
 }
 
 /// The ends for the process's output.
@@ -101,12 +106,12 @@ impl Logger {
         let (stderr_read, stderr) = pipe()?;
         let (ready, ready_write) = pipe()?;
         let mut command = Command::new(&self.program);
+        process.context.give(&mut command, &process.bundle);
         command
             .args(&self.arguments)
             .env_clear()
             .env("CONTAINER_ID", &process.id)
             .env("CONTAINER_NAMESPACE", &process.namespace)
-            .current_dir("/")
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -121,7 +126,7 @@ impl Logger {
             .map_err(|collision| {
                 self.failed("cannot be given its pipes", io::Error::other(collision))
             })?;
-        crate::runtime::touch(self.program.as_os_str());
+        crate::runtime::touch(self.program.as_os_str(), None);
         let child = command.spawn().map_err(failed("cannot be started"))?;
         // Our copies of its ends: with them it would never see that it is alone, nor we that it is ready.
         drop(command);
@@ -253,6 +258,8 @@ mod tests {
         let process = LoggedProcess {
             id: "c".into(),
             namespace: "n".into(),
+            context: ChildContext::default(),
+            bundle: "/".into(),
         };
         let error = logger.spawn(&process).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/logger"), "{error}");

@@ -278,6 +278,8 @@ async fn start_logger(
     let whose = LoggedProcess {
         id: exec.unwrap_or_else(|| task.id().to_owned()),
         namespace: task.key.namespace.to_string(),
+        context: task.runtime.context().clone(),
+        bundle: task.bundle.path.clone(),
     };
     let late = logger.late();
     let is_given_up = Arc::new(AtomicBool::new(false));

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use crate::child_context::ChildContext;
 use serde::{Deserialize, Serialize};
 
 use crate::exit::ExitStatus;
@@ -47,6 +48,8 @@ pub struct RuntimeOptions {
     pub io_uid: u32,
     /// Their group.
     pub io_gid: u32,
+    /// What the runtime and loggers inherit.
+    pub context: ChildContext,
 }
 
 impl RuntimeOptions {

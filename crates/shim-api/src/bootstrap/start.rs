@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use embedshim_core::ChildContext;
 use embedshim_core::id::{ContainerId, Namespace};
 use protobuf::Message;
 
@@ -33,6 +34,7 @@ pub(super) fn run(flags: &Flags, stdin: &[u8]) -> Result<String, Failure> {
     BundleNote {
         namespace: flags.namespace.clone(),
         events: events_address(flags, stdin),
+        context: ChildContext::of_launcher(),
         ..BundleNote::default()
     }
     .write(bundle)
