@@ -14,7 +14,8 @@ pub(crate) const TESTS: [Test; 2] = tests!(AnyRuntime:
     a_program_that_is_not_in_the_image_is_named,
     an_exec_of_a_program_that_is_not_in_the_image_is_named,
 );
-pub(crate) const OURS: [Test; 10] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 11] = tests!(EmbedshimOnly:
+    a_daemon_that_cannot_listen_attaches_nothing,
     a_missing_runc_is_named,
     a_mount_that_fails_is_named,
     a_bad_bundle_is_named,
@@ -194,6 +195,16 @@ fn an_unknown_runtime_option_is_named(stage: &Stage) -> anyhow::Result<()> {
         .to_string();
     ensure!(error.contains("containerd.runc.v1.Options"), "{error}");
     before.wait_for_return(&sandbox)?;
+    // A file that ctr --runtime-config-path names is read.
+    let config = sandbox.directory().join("runtime.toml");
+    fs::write(&config, "BinaryName = \"/no/such/runtime\"\n")?;
+    let path = config.to_string_lossy().into_owned();
+    let message = [&[0x12, u8::try_from(path.len())?], path.as_bytes()].concat();
+    let error = create("runtimeoptions.v1.Options", &message)
+        .unwrap_err()
+        .to_string();
+    ensure!(error.contains("/no/such/runtime"), "{error}");
+    before.wait_for_return(&sandbox)?;
     // An option that is unknown within a known kind is logged by its name, and the container runs.
     let body = b"Unheard = 1\n";
     let mut message = vec![0x1a, u8::try_from(body.len())?];
@@ -344,6 +355,24 @@ fn without_bpf_permission_containers_run_and_probe_says_so(stage: &Stage) -> any
     );
     ensure!(probed.stdout.contains("bpf: cannot run"), "{probed:?}");
     // runc needs CAP_SYS_ADMIN for a container, so there is nothing to serve here.
+    Ok(())
+}
+
+fn a_daemon_that_cannot_listen_attaches_nothing(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    let state_dir = sandbox.directory().join("long".repeat(25));
+    let pinned = || {
+        let all = fs::read_dir("/sys/fs/bpf/embedshim").into_iter().flatten();
+        let names = all.flatten().map(|entry| entry.file_name());
+        names
+            .filter(|name| name.to_string_lossy().contains("longlong"))
+            .count()
+    };
+    let mut command = Command::new(stage.binary("embedshimd"));
+    command.args(["serve", "--state-dir"]).arg(&state_dir);
+    let finished = Running::capture(&mut command)?.finish(PATIENCE)?;
+    ensure!(finished.code == Some(1), "{finished:?}");
+    ensure!(pinned() == 0, "programs are pinned");
     Ok(())
 }
 

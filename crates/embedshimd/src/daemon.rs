@@ -71,9 +71,10 @@ pub(crate) fn run(options: &Serve, start: Start) -> Result<Code, Failure> {
 }
 
 async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, Failure> {
+    // Before anything is attached to the kernel, which outlives this process.
+    let socket = location::socket(state_dir).context("cannot listen")?;
     let monitor = backend::open(config, state_dir)?;
     let backend = monitor.backend();
-    let socket = location::socket(state_dir).context("cannot listen")?;
     let manager = manager(&start);
     let store: Arc<dyn FdStore> = match &manager {
         Some(manager) => Arc::clone(manager) as Arc<dyn FdStore>,

@@ -1,7 +1,13 @@
 //! `CreateTaskRequest.options`: runc's own message, the generic one with a TOML body, or none (`containerd.md` 4.3, 4.4).
 
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
 use containerd_shim_protos::shim::oci::{CheckpointOptions, Options};
 use embedshim_core::task::RuntimeOptions;
+use nix::fcntl::OFlag;
 use protobuf::rt::WireType;
 use protobuf::well_known_types::any::Any;
 use protobuf::{CodedInputStream, Message};
@@ -17,7 +23,13 @@ const GENERIC: &str = "runtimeoptions.v1.Options";
 /// containerd 1.6 and older sends it under the name of its CRI plugin's package.
 const GENERIC_OLD: &str = "cri.runtimeoptions.v1.Options";
 
-/// Reads the options of a request.
+/// Those of containerd's first runtime, which ctr 1.x sends for every name that is not runc-v2's.
+const LINUX: &str = "containerd.linux.runc.CreateOptions";
+const LINUX_CHECKPOINT: &str = "containerd.linux.runc.CheckpointOptions";
+/// No configuration of a runtime is longer.
+const MAX_CONFIG: u64 = 1024 * 1024;
+
+/// Reads the options of a request, and the file that they name. Blocks on that file.
 pub(crate) fn decode(options: Option<&Any>) -> Result<RuntimeOptions, Status> {
     let Some(options) = options.filter(|any| !any.type_url.is_empty()) else {
         return Ok(RuntimeOptions::default());
@@ -29,9 +41,16 @@ pub(crate) fn decode(options: Option<&Any>) -> Result<RuntimeOptions, Status> {
         RUNC => Options::parse_from_bytes(&options.value)
             .map(of_runc)
             .map_err(garbled),
-        GENERIC | GENERIC_OLD => of_toml(&config_body(&options.value).map_err(garbled)?),
+        GENERIC | GENERIC_OLD => {
+            let generic = Generic::read(&options.value).map_err(garbled)?;
+            if generic.body.is_empty() && !generic.path.is_empty() {
+                return of_file(Path::new(&generic.path));
+            }
+            of_toml("ConfigBody", &generic.body)
+        }
+        LINUX => of_linux(&options.value).map_err(garbled),
         _ => Err(status::invalid(format!(
-            "unsupported runtime options {:?}: {RUNC}, {GENERIC} or none are understood",
+            "unsupported runtime options {:?}: {RUNC}, {GENERIC}, {LINUX} or none are understood",
             options.type_url
         ))),
     }
@@ -42,14 +61,20 @@ pub(crate) fn decode_checkpoint(options: Option<&Any>) -> Result<CheckpointOptio
     let Some(options) = options.filter(|any| !any.type_url.is_empty()) else {
         return Ok(CheckpointOptions::default());
     };
-    if any::name(options) != CHECKPOINT {
+    let name = any::name(options);
+    if ![CHECKPOINT, LINUX_CHECKPOINT].contains(&name) {
         return Err(status::invalid(format!(
-            "unsupported checkpoint options {:?}: {CHECKPOINT} or none are understood",
+            "unsupported checkpoint options {:?}: {CHECKPOINT}, {LINUX_CHECKPOINT} or none are understood",
             options.type_url
         )));
     }
-    CheckpointOptions::parse_from_bytes(&options.value)
-        .map_err(|error| status::invalid(format!("checkpoint options: {error}")))
+    let mut read = CheckpointOptions::parse_from_bytes(&options.value)
+        .map_err(|error| status::invalid(format!("checkpoint options {name}: {error}")))?;
+    if name == LINUX_CHECKPOINT {
+        // Fields 8 and 9 have changed places since.
+        std::mem::swap(&mut read.image_path, &mut read.work_path);
+    }
+    Ok(read)
 }
 
 fn of_runc(options: Options) -> RuntimeOptions {
@@ -68,20 +93,79 @@ fn of_runc(options: Options) -> RuntimeOptions {
     }
 }
 
-/// Field 3 of `runtimeoptions.v1.Options`; fields 1 and 2 are a type and a path that runc-v2 does not read either.
-fn config_body(message: &[u8]) -> Result<String, protobuf::Error> {
-    const CONFIG_BODY: u32 = 3 << 3 | 2;
+/// The fields of `containerd.linux.runc.CreateOptions` that are not CRIU's.
+fn of_linux(message: &[u8]) -> Result<RuntimeOptions, protobuf::Error> {
+    let mut options = RuntimeOptions::default();
     let mut input = CodedInputStream::from_bytes(message);
-    let mut body = Vec::new();
     while let Some(tag) = input.read_raw_tag_or_eof()? {
-        if tag == CONFIG_BODY {
-            body = input.read_bytes()?;
-        } else {
-            let wire_type = WireType::new(tag & 7);
-            input.skip_field(wire_type.ok_or_else(|| std::io::Error::other("wire type"))?)?;
+        match (tag >> 3, tag & 7) {
+            (1, 0) => options.no_pivot_root = input.read_bool()?,
+            (8, 0) => options.no_new_keyring = input.read_bool()?,
+            (10, 0) => options.io_uid = input.read_uint32()?,
+            (11, 0) => options.io_gid = input.read_uint32()?,
+            _ => skip(&mut input, tag)?,
         }
     }
-    String::from_utf8(body).map_err(|error| std::io::Error::other(error).into())
+    Ok(options)
+}
+
+fn skip(input: &mut CodedInputStream<'_>, tag: u32) -> Result<(), protobuf::Error> {
+    let wire_type = WireType::new(tag & 7);
+    input.skip_field(wire_type.ok_or_else(|| io::Error::other("wire type"))?)
+}
+
+/// `runtimeoptions.v1.Options`, without the type of what is in it.
+#[derive(Default)]
+struct Generic {
+    /// `ConfigPath`: a file of the same form as the body.
+    path: String,
+    /// `ConfigBody`, which counts if there are both.
+    body: String,
+}
+
+impl Generic {
+    fn read(message: &[u8]) -> Result<Self, protobuf::Error> {
+        let mut read = Self::default();
+        let mut input = CodedInputStream::from_bytes(message);
+        while let Some(tag) = input.read_raw_tag_or_eof()? {
+            let text = |bytes: Vec<u8>| String::from_utf8(bytes).map_err(io::Error::other);
+            match (tag >> 3, tag & 7) {
+                (2, 2) => read.path = text(input.read_bytes()?)?,
+                (3, 2) => read.body = text(input.read_bytes()?)?,
+                _ => skip(&mut input, tag)?,
+            }
+        }
+        Ok(read)
+    }
+}
+
+/// The file that `ctr --runtime-config-path` and dockerd's `options` name.
+fn of_file(path: &Path) -> Result<RuntimeOptions, Status> {
+    let failed = |what: &dyn std::fmt::Display| {
+        status::invalid(format!(
+            "runtime options (ConfigPath {}): {what}",
+            path.display()
+        ))
+    };
+    if !path.is_absolute() {
+        return Err(failed(&"it is not an absolute path"));
+    }
+    let read = || -> io::Result<String> {
+        let mut options = OpenOptions::new();
+        let file = options
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.len() > MAX_CONFIG {
+            return Err(io::Error::other("it is no file of at most 1 MiB"));
+        }
+        let mut text = String::new();
+        file.take(MAX_CONFIG).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    let text = read().map_err(|error| failed(&error))?;
+    of_toml(&format!("ConfigPath {}", path.display()), &text)
 }
 
 /// The names of containerd's configuration file.
@@ -99,10 +183,10 @@ struct Body {
     unknown: toml::Table,
 }
 
-fn of_toml(body: &str) -> Result<RuntimeOptions, Status> {
+fn of_toml(of: &str, body: &str) -> Result<RuntimeOptions, Status> {
     let body: Body = toml::from_str(body).map_err(|error| {
         status::invalid(format!(
-            "runtime options (ConfigBody): {}",
+            "runtime options ({of}): {}",
             error.to_string().trim_end()
         ))
     })?;
@@ -179,6 +263,53 @@ mod tests {
         assert_eq!(
             (read.binary.as_str(), read.systemd_cgroup),
             ("/usr/bin/crun", Some(false))
+        );
+    }
+
+    #[test]
+    fn a_file_is_read_where_there_is_no_body() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("runtime.toml");
+        let message = |path: &Path| {
+            let path = path.to_str().unwrap().as_bytes();
+            [&[0x12, u8::try_from(path.len()).unwrap()], path].concat()
+        };
+        std::fs::write(&path, "BinaryName = \"/usr/bin/crun\"\n").unwrap();
+        let read = decode(Some(&any(GENERIC, message(&path)))).unwrap();
+        assert_eq!(read.binary, "/usr/bin/crun");
+        let with_body = [&message(&path)[..], b"\x1a\x0bRoot = \"/r\""].concat();
+        let read = decode(Some(&any(GENERIC, with_body))).unwrap();
+        assert_eq!((read.binary.as_str(), read.root.as_str()), ("", "/r"));
+        for bad in [
+            directory.path(),
+            Path::new("/nosuch"),
+            Path::new("relative"),
+            Path::new("/dev/zero"),
+        ] {
+            let refused = decode(Some(&any(GENERIC, message(bad))))
+                .unwrap_err()
+                .message;
+            assert!(refused.contains(bad.to_str().unwrap()), "{refused}");
+        }
+    }
+
+    #[test]
+    fn the_first_runtimes_options_are_understood() {
+        // NoPivotRoot, ShimCgroup, NoNewKeyring, IoUid.
+        let message = b"\x08\x01\x4a\x02/x\x40\x01\x50\x07".to_vec();
+        let read = decode(Some(&any(LINUX, message))).unwrap();
+        assert!(read.no_pivot_root && read.no_new_keyring);
+        assert_eq!((read.io_uid, read.systemd_cgroup), (7, None));
+        let paths = b"\x42\x02/w\x4a\x02/i".to_vec();
+        let read = decode_checkpoint(Some(&any(LINUX_CHECKPOINT, paths.clone()))).unwrap();
+        assert_eq!(
+            (read.work_path.as_str(), read.image_path.as_str()),
+            ("/w", "/i")
+        );
+        let read = decode_checkpoint(Some(&any(CHECKPOINT, paths))).unwrap();
+        assert_eq!(
+            (read.work_path.as_str(), read.image_path.as_str()),
+            ("/i", "/w")
         );
     }
 

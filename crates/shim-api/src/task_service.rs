@@ -116,7 +116,11 @@ impl TaskService {
             call.session.namespace.get_or_init(|| namespace);
         }
         let key = Scope::of(call)?.task(&request.id)?;
-        let mut runtime = options::decode(request.options.as_ref())?;
+        let asked = request.options.as_ref().cloned();
+        let decoded = tokio::task::spawn_blocking(move || options::decode(asked.as_ref()));
+        let mut runtime = decoded
+            .await
+            .map_err(|error| status::internal(error.to_string()))??;
         if let Some(note) = &note {
             runtime.context.clone_from(&note.context);
         }

@@ -17,7 +17,8 @@ use tracing::{debug, warn};
 
 use super::append::{Dropped, Label};
 use super::open;
-use super::pump::{Progress, Stopped, Way, is_ready, pump};
+use super::pump::{Progress, Stopped, Way, pump};
+use super::ready::is_ready;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 

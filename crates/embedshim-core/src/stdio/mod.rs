@@ -23,6 +23,7 @@ mod open;
 mod plan;
 mod prepare;
 mod pump;
+mod ready;
 mod taken;
 
 use std::io;

@@ -22,12 +22,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 
 use super::append::{CHUNK, Dropped, Label, Scratch};
 use super::open;
+use super::ready::is_ready;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 
 /// The size of the pipes of a stream that flows without pause, since most of its cost are changes
@@ -290,24 +291,6 @@ fn make_room(pipe: &StreamFd) -> bool {
 /// Sets the size of a pipe; of what is no pipe, or may not be larger, nothing.
 fn resize(pipe: &StreamFd, size: usize) -> bool {
     rustix::pipe::fcntl_setpipe_size(pipe, size).is_ok()
-}
-
-/// Whether it is ready within so many milliseconds; one whose other end has gone is, too.
-pub(super) fn is_ready(fd: &impl AsFd, what: PollFlags, limit: u8) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), what)];
-    // It fails for a lack of memory only, or is interrupted: then the next step tells.
-    poll(&mut fds, PollTimeout::from(limit)).map_or(true, |count| count > 0)
-}
-
-/// Whether there is something to read: an end alone is nothing.
-pub(super) fn has_bytes(fd: &StreamFd) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    let polled = poll(&mut fds, PollTimeout::ZERO);
-    let [fd] = fds;
-    polled.is_ok()
-        && fd
-            .revents()
-            .is_some_and(|events| events.contains(PollFlags::POLLIN))
 }
 
 fn splice_or_copy(from: &StreamFd, to: &StreamFd, size: usize) -> rustix::io::Result<usize> {

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::flow::Meter;
 use super::open;
-use super::pump::{LARGE, has_bytes};
+use super::pump::LARGE;
+use super::ready::has_bytes;
 use crate::fdstore::ProcessFds;
 
 /// A client that has read nothing for this long, though there was something to read, does not read.
