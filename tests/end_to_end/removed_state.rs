@@ -63,6 +63,10 @@ fn goes_on(stage: &Stage, sandbox: &Sandbox) -> anyhow::Result<()> {
     })?;
     sandbox.kill_daemon()?;
     sandbox.wait_for_status("first", "RUNNING")?;
+    // The daemon has said so there.
+    until("there is a log", || {
+        Ok(sandbox.state_dir().join("embedshimd.log").exists())
+    })?;
     crate::terminals::upgrade(stage, sandbox)?;
     sandbox.ctr_ok(&["task", "kill", "--signal", "SIGKILL", "first"])?;
     sandbox.wait_for_status("first", "STOPPED")?;

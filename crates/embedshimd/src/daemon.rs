@@ -48,8 +48,8 @@ pub(crate) fn run(options: &Serve, start: Start) -> Result<Code, Failure> {
         .context("cannot unblock signals")
         .map_err(Failure::from)?;
     let config = Config::load(options.locations.config.as_deref())?;
-    logging::start(&config.log, options.log_level.as_deref())?;
     let state_dir = &options.locations.state_dir;
+    logging::start(&config.log, options.log_level.as_deref(), state_dir)?;
     let _guards = lock(state_dir)?;
     #[cfg(feature = "failpoints")]
     embedshim_core::failpoint::arm(state_dir);

@@ -1,26 +1,28 @@
 //! Where log lines go: stderr, as text or JSON. journald or the launcher's log file reads it from there.
 
 use std::io::{IsTerminal, stderr};
+use std::path::Path;
 
 use anyhow::{Context, ensure};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::{Log, LogFormat};
+use crate::log_file::LogFile;
 use crate::outcome::{Code, Failure};
 
 /// Starts logging as text, what is `info` and above: for the keeper, which reads no configuration.
-pub(crate) fn start_plain() {
+pub(crate) fn start_plain(state_dir: &Path) {
     tracing_subscriber::fmt()
         .with_max_level(tracing::Level::INFO)
         .with_target(false)
         .with_ansi(stderr().is_terminal())
-        .with_writer(stderr)
+        .with_writer(LogFile::of(state_dir))
         .init();
 }
 
 /// Starts logging; `level` overrides the configuration.
-pub(crate) fn start(config: &Log, level: Option<&str>) -> Result<(), Failure> {
+pub(crate) fn start(config: &Log, level: Option<&str>, state_dir: &Path) -> Result<(), Failure> {
     let level = level.unwrap_or(&config.level);
     let filter = filter(level)
         .with_context(|| {
@@ -31,7 +33,7 @@ pub(crate) fn start(config: &Log, level: Option<&str>) -> Result<(), Failure> {
         .with_env_filter(filter)
         .with_target(false)
         .with_ansi(stderr().is_terminal())
-        .with_writer(stderr);
+        .with_writer(LogFile::of(state_dir));
     match config.format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().init(),

@@ -9,6 +9,7 @@ mod daemon;
 mod inherited;
 mod keep;
 mod lock;
+mod log_file;
 mod logging;
 mod notify;
 mod outcome;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::container::Task;
 use super::creation::{end_logger, launch, opened, read_pid, with_streams};
@@ -156,7 +156,7 @@ pub(super) async fn exec_started(
     process.advance(Phase::Created, Phase::Running);
     process.forget_spec();
     let (exec, pid) = (exec.clone(), process.now().pid);
-    info!(namespace = %task.key.namespace, id = %task.id(), exec_id = %exec, pid, "exec started");
+    debug!(namespace = %task.key.namespace, id = %task.id(), exec_id = %exec, pid, "exec started");
     shared.emit(task, EventKind::ExecStarted { exec, pid });
     let saved = task.save(shared).await;
     exits::release_early(shared, task, process);

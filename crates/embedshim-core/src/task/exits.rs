@@ -142,8 +142,11 @@ fn log(task: &Task, process: &TaskProcess, record: &ExitRecord) {
     let evidence = record.evidence;
     if let ExitStatus::Unknown { reason } = record.status {
         warn!(%namespace, id, exec_id, pid, %reason, "ended, and nobody knows how: 255 is reported");
+    } else if exec_id.is_some() {
+        // A node has as many of them as it has probes.
+        debug!(%namespace, id, exec_id, pid, status = %record.status, ?evidence, "ended");
     } else {
-        info!(%namespace, id, exec_id, pid, status = %record.status, ?evidence, "ended");
+        info!(%namespace, id, pid, status = %record.status, ?evidence, "ended");
     }
 }
 

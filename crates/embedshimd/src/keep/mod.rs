@@ -44,7 +44,7 @@ pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
     if options.detached && options.resume.is_none() {
         detach()?;
     }
-    logging::start_plain();
+    logging::start_plain(&options.locations.state_dir);
     // Before anything can end: what comes before the descriptor is there waits for it.
     let signals = signals().context("cannot wait for signals")?;
     // The containers of a daemon that has ended become ours, and no status is lost while they are zombies.
