@@ -151,6 +151,10 @@ fn of_file(path: &Path) -> Result<RuntimeOptions, Status> {
         return Err(failed(&"it is not an absolute path"));
     }
     let read = || -> io::Result<String> {
+        // Opening a device could do something already.
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(io::Error::other("it is no file"));
+        }
         let mut options = OpenOptions::new();
         let file = options
             .read(true)
