@@ -29,6 +29,11 @@ const LINUX_CHECKPOINT: &str = "containerd.linux.runc.CheckpointOptions";
 /// No configuration of a runtime is longer.
 const MAX_CONFIG: u64 = 1024 * 1024;
 
+/// Whether reading these options may be reading a file that they name.
+pub(crate) fn may_name_a_file(options: Option<&Any>) -> bool {
+    options.is_some_and(|options| [GENERIC, GENERIC_OLD].contains(&any::name(options)))
+}
+
 /// Reads the options of a request, and the file that they name. Blocks on that file.
 pub(crate) fn decode(options: Option<&Any>) -> Result<RuntimeOptions, Status> {
     let Some(options) = options.filter(|any| !any.type_url.is_empty()) else {

@@ -14,6 +14,7 @@ use embedshim_core::task::{
     CheckpointTask, CreateTask, Deleted, Errand, ExecProcess, Node, ProcessEntry, ProcessStatus,
     RuntimeOptions, Witness,
 };
+use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use tracing::warn;
 use ttrpc::{Code, Status};
@@ -116,11 +117,7 @@ impl TaskService {
             call.session.namespace.get_or_init(|| namespace);
         }
         let key = Scope::of(call)?.task(&request.id)?;
-        let asked = request.options.as_ref().cloned();
-        let decoded = tokio::task::spawn_blocking(move || options::decode(asked.as_ref()));
-        let mut runtime = decoded
-            .await
-            .map_err(|error| status::internal(error.to_string()))??;
+        let mut runtime = decode_options(request.options.as_ref()).await?;
         if let Some(note) = &note {
             runtime.context.clone_from(&note.context);
         }
@@ -460,6 +457,16 @@ async fn complete_note(
     if let Err(error) = blocking(move || note.write(&path)).await {
         warn!(bundle = %bundle.display(), %error, "the launcher's note is not writable");
     }
+}
+
+async fn decode_options(asked: Option<&Any>) -> Answer<RuntimeOptions> {
+    if !options::may_name_a_file(asked) {
+        return options::decode(asked);
+    }
+    let asked = asked.cloned();
+    tokio::task::spawn_blocking(move || options::decode(asked.as_ref()))
+        .await
+        .map_err(|error| status::internal(error.to_string()))?
 }
 
 async fn blocking<T: Send + 'static>(

@@ -15,7 +15,7 @@ use super::flow::{AtEnd, Course, Flow, Meter, TERMINAL};
 use super::open;
 use super::prepare::{CLIENT_ENDS, INPUT, Of, PIPES};
 use super::pump::Way;
-use super::taken::wait_until_taken;
+use super::taken::{is_taken, wait_until_taken};
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 
@@ -151,11 +151,11 @@ impl Streams {
     /// Waits until the client has read what the process has written, or does not read. To be called
     /// between its end and the telling of it.
     pub(crate) async fn taken(&self) {
-        if self.outputs.is_empty() {
+        let outputs: Vec<Meter> = self.outputs.iter().map(Flow::meter).collect();
+        if is_taken(&self.fds, &outputs) {
             return;
         }
         let fds = self.fds.clone();
-        let outputs: Vec<Meter> = self.outputs.iter().map(Flow::meter).collect();
         let wait = move || wait_until_taken(&fds, &outputs);
         if let Err(error) = tokio::task::spawn_blocking(wait).await {
             warn!(id = %self.label, %error, "an exit does not wait for the client to read");

@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::flow::Meter;
+use super::flow::{Meter, TERMINAL};
 use super::open;
 use super::pump::LARGE;
 use super::ready::has_bytes;
@@ -26,6 +26,23 @@ const LIMIT: Duration = Duration::from_secs(30);
 const UNDER_WAY: usize = 3 * LARGE;
 /// The longest pause between two looks.
 const PAUSE: Duration = Duration::from_millis(5);
+
+/// Whether the client has already read everything, as far as that can be known without a lock or a wait:
+/// then nothing has to be waited for in a thread.
+pub(super) fn is_taken(fds: &ProcessFds, outputs: &[Meter]) -> bool {
+    outputs.iter().all(|output| {
+        let way = output.way;
+        // A terminal's bytes can be on their way within the kernel.
+        let is_terminal = way.source == TERMINAL;
+        let source = fds.first(way.source).map(|(_, source)| source);
+        let stage = way.stage.and_then(|stage| fds.get(stage));
+        let sink = way
+            .sink
+            .and_then(|sink| fds.get(sink))
+            .filter(open::is_pipe);
+        !is_terminal && ![source, stage, sink].iter().flatten().any(has_bytes)
+    })
+}
 
 /// Waits until the client has read what these outputs of a process that has ended contain. Blocks.
 pub(super) fn wait_until_taken(fds: &ProcessFds, outputs: &[Meter]) {
