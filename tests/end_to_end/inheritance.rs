@@ -17,8 +17,8 @@ pub(crate) const OURS: [Test; 1] = tests!(EmbedshimOnly:
     a_container_does_not_ignore_signal_32,
 );
 
-/// A first container, whose launcher starts the daemon; then containerd is started again with another
-/// environment, in which runc is a program that notes its surroundings.
+/// A first container, whose launcher starts the daemon; then containerd is started again with
+/// another environment, in which runc is a program that notes its surroundings.
 fn a_runtime_inherits_from_the_containerd_that_creates(stage: &Stage) -> anyhow::Result<()> {
     let mut sandbox = stage.sandbox()?;
     let finished =

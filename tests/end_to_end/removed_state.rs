@@ -1,5 +1,5 @@
-//! A state directory that is removed or mounted over under a living daemon: one daemon and one keeper
-//! go on, the next container finds them, and everything that is durable is there again.
+//! A state directory that is removed or mounted over under a living daemon: one daemon and one
+//! keeper go on, the next container finds them, and everything that is durable is there again.
 
 use std::fs;
 use std::path::Path;
@@ -37,8 +37,8 @@ fn count(sandbox: &Sandbox, command: &str) -> anyhow::Result<usize> {
     Ok(lines.map(words).filter(|words| is_one(words)).count())
 }
 
-/// After whatever was done: a second container runs, one daemon and one keeper are there, the first container
-/// is known to the next daemon, and the keeper can be upgraded.
+/// After whatever was done: a second container runs, one daemon and one keeper are there, the first
+/// container is known to the next daemon, and the keeper can be upgraded.
 fn goes_on(stage: &Stage, sandbox: &Sandbox) -> anyhow::Result<()> {
     let mut second = sandbox.run(&["--rm"], "second", &["sh", "-c", "echo here; exit 4"]);
     let finished = Running::capture(&mut second)?.finish(PATIENCE)?;

@@ -1,6 +1,6 @@
-//! [`ChildContext`]: what a program that is started for a task inherits, as a shim of the task's own
-//! would pass it on: containerd's environment and limits, and nothing of the daemon's. Owns how it
-//! is noted and how it is given to a child.
+//! [`ChildContext`]: what a program that is started for a task inherits, as a shim of the task's
+//! own would pass it on: containerd's environment and limits, and nothing of the daemon's. Owns how
+//! it is noted and how it is given to a child.
 
 use std::path::Path;
 use std::process::Command;
@@ -66,9 +66,9 @@ impl From<ChildContext> for Inherited {
 }
 
 impl ChildContext {
-    /// What a shim that this process started would pass on: for a launcher that containerd has started.
-    /// Its score for the OOM killer is one more than ours, as containerd's shims have it. Changes the
-    /// umask for a moment, so only a process of one thread may call it.
+    /// What a shim that this process started would pass on: for a launcher that containerd has
+    /// started. Its score for the OOM killer is one more than ours, as containerd's shims have it.
+    /// Changes the umask for a moment, so only a process of one thread may call it.
     pub fn of_launcher() -> Self {
         let mask = umask(Mode::empty());
         umask(mask);
@@ -91,8 +91,8 @@ impl ChildContext {
         variables.find_map(|variable| variable.strip_prefix(name)?.strip_prefix('='))
     }
 
-    /// Gives it to a child that is to be started in this directory, or in `/` if that is not there any
-    /// more. Blocks on the directory.
+    /// Gives it to a child that is to be started in this directory, or in `/` if that is not there
+    /// any more. Blocks on the directory.
     pub(crate) fn give(&self, command: &mut Command, directory: &Path) {
         let is_there = directory.is_dir();
         command.current_dir(if is_there { directory } else { Path::new("/") });

@@ -16,9 +16,11 @@ use tokio::io::unix::AsyncFd;
 
 use crate::fdstore::StreamFd;
 
-/// Owns a descriptor that the kernel has just installed for us (`SCM_RIGHTS`) and that nobody else knows.
+/// Owns a descriptor that the kernel has just installed for us (`SCM_RIGHTS`) and that nobody else
+/// knows.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
-    // SAFETY: the caller got the number from a control message this moment; it is open and has no other owner.
+    // SAFETY: the caller got the number from a control message this moment; it is open and has no
+    // other owner.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -30,9 +32,10 @@ pub(crate) struct BeforeExec {
     pub(crate) umask: Option<u32>,
 }
 
-/// Lets the child do this. What it may not do stays as it is. A command with such a step is started by
-/// `fork`, not by `posix_spawn(3)`: children of glibc's ignore signal 32 for all their lives, and so do
-/// theirs, as this daemon does that its keeper has started. Here it gets its default again.
+/// Lets the child do this. What it may not do stays as it is. A command with such a step is started
+/// by `fork`, not by `posix_spawn(3)`: children of glibc's ignore signal 32 for all their lives,
+/// and so do theirs, as this daemon does that its keeper has started. Here it gets its default
+/// again.
 pub(crate) fn before_exec(command: &mut Command, what: &BeforeExec) {
     let BeforeExec {
         open_files,
@@ -53,8 +56,8 @@ pub(crate) fn before_exec(command: &mut Command, what: &BeforeExec) {
         }
         Ok(())
     };
-    // SAFETY: the step makes system calls alone, which are safe after `fork` of a process with threads; what it
-    // needs was allocated before.
+    // SAFETY: the step makes system calls alone, which are safe after `fork` of a process with
+    // threads; what it needs was allocated before.
     unsafe { command.pre_exec(step) };
 }
 
@@ -63,7 +66,8 @@ const SIGCANCEL: libc::c_long = 32;
 
 /// Gives a signal its default action. Allocates nothing.
 fn default_signal(signal: libc::c_long) {
-    // The kernel's `struct sigaction`: handler, flags, restorer and an 8 byte mask; all zero is SIG_DFL.
+    // The kernel's `struct sigaction`: handler, flags, restorer and an 8 byte mask; all zero is
+    // SIG_DFL.
     let action = [0_u64; 4];
     // SAFETY: the kernel reads one structure of 32 bytes, which `action` is, and writes nothing.
     unsafe {
@@ -106,7 +110,8 @@ pub(crate) fn register(fd: Arc<OwnedFd>, interest: Interest) -> io::Result<Async
 
 /// The same for an end of a stream.
 pub(crate) fn register_stream(fd: StreamFd, interest: Interest) -> io::Result<AsyncFd<StreamFd>> {
-    // SAFETY: a `StreamFd` keeps its descriptor open while there is a clone of it, under the same number.
+    // SAFETY: a `StreamFd` keeps its descriptor open while there is a clone of it, under the same
+    // number.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(|error| error.into_parts().1)
 }
 
@@ -118,7 +123,8 @@ pub(crate) fn set_window_size(terminal: BorrowedFd<'_>, width: u16, height: u16)
         ws_xpixel: 0,
         ws_ypixel: 0,
     };
-    // SAFETY: TIOCSWINSZ reads one winsize, which lives through the call; the descriptor is borrowed and so open.
+    // SAFETY: TIOCSWINSZ reads one winsize, which lives through the call; the descriptor is
+    // borrowed and so open.
     let result = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
     if result < 0 {
         Err(io::Error::last_os_error())
@@ -127,8 +133,9 @@ pub(crate) fn set_window_size(terminal: BorrowedFd<'_>, width: u16, height: u16)
     }
 }
 
-/// Opens a file and sends its descriptor, after `others`, with a text, in a process of its own: a SIGKILL for this one does not come
-/// between the two. Errors are `open`'s or `sendmsg`'s; the outer one is that of starting the process.
+/// Opens a file and sends its descriptor, after `others`, with a text, in a process of its own: a
+/// SIGKILL for this one does not come between the two. Errors are `open`'s or `sendmsg`'s; the
+/// outer one is that of starting the process.
 pub(crate) fn open_and_send(
     path: &CStr,
     flags: libc::c_int,
@@ -171,7 +178,8 @@ pub(crate) fn open_and_send(
     // SAFETY: as above, the last of `count`.
     let last = unsafe { data.add(count - 1) };
     let socket = socket.as_raw_fd();
-    // SAFETY: the child makes system calls only, with memory that was prepared before, and ends without running anything of ours.
+    // SAFETY: the child makes system calls only, with memory that was prepared before, and ends
+    // without running anything of ours.
     let child = unsafe { libc::fork() };
     if child == 0 {
         open_send_and_exit(path, flags, socket, &message, last);
@@ -240,7 +248,8 @@ pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// The first of our zombies, not reaped. nix's `waitid` fails on one that a real-time signal has killed.
+/// The first of our zombies, not reaped. nix's `waitid` fails on one that a real-time signal has
+/// killed.
 pub(crate) fn peek_zombie() -> io::Result<Option<i32>> {
     wait(libc::P_ALL, 0, libc::WNOWAIT)
 }
@@ -269,7 +278,8 @@ fn wait(which: libc::idtype_t, id: libc::id_t, flags: libc::c_int) -> io::Result
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: waitid succeeded, so the union holds a child's fields; pid 0, from our zeros, means there was none.
+    // SAFETY: waitid succeeded, so the union holds a child's fields; pid 0, from our zeros, means
+    // there was none.
     let pid = unsafe { info.si_pid() };
     Ok((pid > 0).then_some(pid))
 }
@@ -328,7 +338,8 @@ pub(crate) fn configure_loop_device(
         },
         reserved: [0; 8],
     };
-    // SAFETY: LOOP_CONFIGURE reads one loop_config, which lives through the call; both descriptors are borrowed and so open.
+    // SAFETY: LOOP_CONFIGURE reads one loop_config, which lives through the call; both descriptors
+    // are borrowed and so open.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
     if result < 0 {
         Err(io::Error::last_os_error())
@@ -337,7 +348,8 @@ pub(crate) fn configure_loop_device(
     }
 }
 
-/// Maps the owners of a detached mount's files as `user_namespace` maps ids (`MOUNT_ATTR_IDMAP`, Linux 5.12).
+/// Maps the owners of a detached mount's files as `user_namespace` maps ids (`MOUNT_ATTR_IDMAP`,
+/// Linux 5.12).
 pub(crate) fn map_owners(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
     const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
     /// `struct mount_attr` of linux/mount.h, its first version.
@@ -354,7 +366,8 @@ pub(crate) fn map_owners(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) 
         propagation: 0,
         user_namespace: u64::try_from(user_namespace.as_raw_fd()).map_err(io::Error::other)?,
     };
-    // SAFETY: mount_setattr reads a C string and one mount_attr of the size given, which live through the call.
+    // SAFETY: mount_setattr reads a C string and one mount_attr of the size given, which live
+    // through the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -376,7 +389,8 @@ pub(crate) fn map_owners(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) 
 pub(crate) struct NamespaceHolder(libc::pid_t);
 
 impl NamespaceHolder {
-    /// Starts it. A namespace without mappings: whoever needs them writes them to `/proc/PID/uid_map` and `gid_map`.
+    /// Starts it. A namespace without mappings: whoever needs them writes them to
+    /// `/proc/PID/uid_map` and `gid_map`.
     pub(crate) fn start() -> io::Result<Self> {
         /// `struct clone_args` of linux/sched.h, its first version.
         #[repr(C)]
@@ -387,15 +401,16 @@ impl NamespaceHolder {
             exit_signal: u64,
             stack: [u64; 3],
         }
-        // With our table of descriptors, not a copy: no pipe stays open for the moment it lives. No exit signal: nobody
-        // but `drop` sees it end.
+        // With our table of descriptors, not a copy: no pipe stays open for the moment it lives. No
+        // exit signal: nobody but `drop` sees it end.
         let flags = libc::CLONE_NEWUSER | libc::CLONE_FILES;
         let arguments = CloneArguments {
             flags: u64::try_from(flags).map_err(io::Error::other)?,
             ..CloneArguments::default()
         };
         let parent = std::process::id();
-        // SAFETY: clone3 reads one clone_args of the size given; without CLONE_VM and a stack it returns twice, as fork does.
+        // SAFETY: clone3 reads one clone_args of the size given; without CLONE_VM and a stack it
+        // returns twice, as fork does.
         let pid = unsafe {
             libc::syscall(
                 libc::SYS_clone3,

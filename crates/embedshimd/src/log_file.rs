@@ -1,7 +1,7 @@
-//! [`LogFile`]: stderr, when that is the log file which a launcher has made in the state directory. Owns
-//! that it is bounded, since it is on tmpfs, which is memory: at [`MAX`] it becomes the one predecessor,
-//! `embedshimd.log.1`, and another is begun. Owns too that lines go to the file that is at the path,
-//! when that was removed or the keeper has begun another.
+//! [`LogFile`]: stderr, when that is the log file which a launcher has made in the state directory.
+//! Owns that it is bounded, since it is on tmpfs, which is memory: at [`MAX`] it becomes the one
+//! predecessor, `embedshimd.log.1`, and another is begun. Owns too that lines go to the file that
+//! is at the path, when that was removed or the keeper has begun another.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Write, stderr};

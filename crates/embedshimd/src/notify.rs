@@ -146,8 +146,8 @@ impl Manager {
         self.outgoing.send("READY=1\n".into(), &[])
     }
 
-    /// What was in the state directory has been removed: the keeper makes its files again. systemd, which has
-    /// none there, ignores it.
+    /// What was in the state directory has been removed: the keeper makes its files again. systemd,
+    /// which has none there, ignores it.
     pub(crate) fn restore(&self) -> io::Result<()> {
         self.outgoing.send(format!("{RESTORE}=1\n"), &[])
     }

@@ -1,6 +1,6 @@
 //! [`StateDir`]: the daemon's state directory, which can be removed, emptied or mounted over while
-//! the daemon runs, by a clean-up of `/run` say. Owns noticing that, and making everything again that
-//! only this process still knows: one list, [`Durable`], of all that is durable there.
+//! the daemon runs, by a clean-up of `/run` say. Owns noticing that, and making everything again
+//! that only this process still knows: one list, [`Durable`], of all that is durable there.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -38,8 +38,8 @@ pub(crate) struct StateDir<'a> {
     pub(crate) manager: Option<&'a Manager>,
 }
 
-/// A thing in the state directory that a successor or a client needs. In the order in which they are
-/// made again: a client that finds the socket finds the rest.
+/// A thing in the state directory that a successor or a client needs. In the order in which they
+/// are made again: a client that finds the socket finds the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Durable {
     Lock,

@@ -1,5 +1,5 @@
-//! The OCI runtime's `log.json`: JSON objects one after the other, of which the last error is the reason
-//! of a failure. runc and youki write one a line, crun (1.28) each over several lines.
+//! The OCI runtime's `log.json`: JSON objects one after the other, of which the last error is the
+//! reason of a failure. runc and youki write one a line, crun (1.28) each over several lines.
 
 use std::path::{Path, PathBuf};
 

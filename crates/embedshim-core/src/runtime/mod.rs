@@ -1,5 +1,6 @@
-//! The OCI runtime driver: calls runc, or what is compatible with it, and tells its errors in runc-v2's words.
-//! Owns how the binary is called; never decides when, and keeps no state about containers.
+//! The OCI runtime driver: calls runc, or what is compatible with it, and tells its errors in
+//! runc-v2's words. Owns how the binary is called; never decides when, and keeps no state about
+//! containers.
 
 mod arguments;
 mod inflight;
@@ -71,7 +72,8 @@ enum Failure {
 }
 
 impl Runtime {
-    /// The runtime for containers of `namespace`, by the request's options and the container's spec.
+    /// The runtime for containers of `namespace`, by the request's options and the container's
+    /// spec.
     ///
     /// `deadline` bounds each call; a runtime that takes longer is killed.
     pub(crate) fn new(
@@ -239,8 +241,8 @@ impl Runtime {
         }
     }
 
-    /// One invocation. The ticket keeps its orphans unreaped until the caller knows their pids, so callers
-    /// that read a pid file hold their own ticket around the whole.
+    /// One invocation. The ticket keeps its orphans unreaped until the caller knows their pids, so
+    /// callers that read a pid file hold their own ticket around the whole.
     async fn invoke(
         &self,
         arguments: Vec<OsString>,
@@ -316,8 +318,9 @@ impl Runtime {
         })
     }
 
-    /// Starts the runtime in a thread of its own: that waits for `execve`, and the file system that the program is on may not answer. The
-    /// command holds our copies of the container's streams, and a writer we kept would hide their end, so it ends here.
+    /// Starts the runtime in a thread of its own: that waits for `execve`, and the file system that
+    /// the program is on may not answer. The command holds our copies of the container's streams,
+    /// and a writer we kept would hide their end, so it ends here.
     async fn spawn(&self, mut command: Command, directory: PathBuf) -> Result<Child, Failure> {
         let (limit, context) = (self.deadline, self.context.clone());
         let is_given_up = Arc::new(AtomicBool::new(false));
@@ -380,7 +383,8 @@ impl Runtime {
     }
 }
 
-/// Whether systemd is the init system, as `sd_booted(3)` finds out: without it no cgroup can be asked of it.
+/// Whether systemd is the init system, as `sd_booted(3)` finds out: without it no cgroup can be
+/// asked of it.
 fn has_systemd() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
@@ -418,7 +422,8 @@ fn collect(pipe: Option<impl AsyncRead + Send + Unpin + 'static>) -> Collected {
 }
 
 impl Collected {
-    /// The runtime has ended, but a hook that went to the background may keep its pipe open for ever.
+    /// The runtime has ended, but a hook that went to the background may keep its pipe open for
+    /// ever.
     async fn take(self) -> Vec<u8> {
         let Some(reader) = self.0 else {
             return Vec::new();

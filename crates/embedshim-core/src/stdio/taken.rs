@@ -1,5 +1,5 @@
-//! [`wait_until_taken`]: how long an exit waits for the client to read what its process has written.
-//! Owns the limits of that; moves nothing itself.
+//! [`wait_until_taken`]: how long an exit waits for the client to read what its process has
+//! written. Owns the limits of that; moves nothing itself.
 //!
 //! containerd's Go client, and with it ctr, nerdctl and every program that uses `cio`, closes its
 //! ends of the streams when it deletes a task or an exec, which it does as soon as it hears of the
@@ -16,8 +16,8 @@ use crate::fdstore::ProcessFds;
 
 /// A client that has read nothing for this long, though there was something to read, does not read.
 const STALLED: Duration = Duration::from_millis(500);
-/// The same for bytes that do not come from the process's pipe to the client's fifo, which is ours to
-/// do: a container can hold its pipe's lock.
+/// The same for bytes that do not come from the process's pipe to the client's fifo, which is ours
+/// to do: a container can hold its pipe's lock.
 const STUCK: Duration = Duration::from_secs(2);
 /// One that reads slowly is waited for no longer than this.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -27,8 +27,8 @@ const UNDER_WAY: usize = 3 * LARGE;
 /// The longest pause between two looks.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Whether the client has already read everything, as far as that can be known without a lock or a wait:
-/// then nothing has to be waited for in a thread.
+/// Whether the client has already read everything, as far as that can be known without a lock or a
+/// wait: then nothing has to be waited for in a thread.
 pub(super) fn is_taken(fds: &ProcessFds, outputs: &[Meter]) -> bool {
     outputs.iter().all(|output| {
         let way = output.way;

@@ -1,5 +1,5 @@
-//! [`Keeper`]: the loop, and what happens when a datagram or a signal comes or the daemon ends. Never gives up a descriptor before the
-//! daemon says so.
+//! [`Keeper`]: the loop, and what happens when a datagram or a signal comes or the daemon ends.
+//! Never gives up a descriptor before the daemon says so.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,7 +28,8 @@ use crate::{lock, sys};
 const LEAVE_LIMIT: Duration = Duration::from_secs(30);
 /// After something that cannot fail has failed: memory is short, perhaps.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Datagrams handled before we look at anything else: nobody's flood keeps us from the daemon's end.
+/// Datagrams handled before we look at anything else: nobody's flood keeps us from the daemon's
+/// end.
 const AT_ONCE: usize = 10_000;
 
 /// What does not change.
@@ -200,7 +201,8 @@ impl Keeper {
         None
     }
 
-    /// Starts it, or notes when to try again. A code ends the keeper, whose first daemon this would have been.
+    /// Starts it, or notes when to try again. A code ends the keeper, whose first daemon this would
+    /// have been.
     fn start_daemon(&mut self) -> Option<Code> {
         self.zombies.leave_alone();
         self.be_found();
@@ -230,8 +232,8 @@ impl Keeper {
         None
     }
 
-    /// Makes our files again, should they have been removed with the state directory: the next daemon and
-    /// `embedshimd upgrade` look for them.
+    /// Makes our files again, should they have been removed with the state directory: the next
+    /// daemon and `embedshimd upgrade` look for them.
     fn be_found(&mut self) {
         self.restore_lock();
         if self.parts.inbox_path.symlink_metadata().is_ok() {
@@ -331,7 +333,8 @@ impl Keeper {
         }
     }
 
-    /// Becomes the keeper of the binary that is on disk now; the daemon follows. Goes on as before if that cannot be.
+    /// Becomes the keeper of the binary that is on disk now; the daemon follows. Goes on as before
+    /// if that cannot be.
     fn upgrade(&mut self) {
         let path = self.parts.program.path().to_owned();
         let refused = match program::check(&path, || self.drain()) {
@@ -355,7 +358,8 @@ impl Keeper {
         }
     }
 
-    /// Writes down who we are and whether the daemon serves, for `embedshimd upgrade` and for who looks.
+    /// Writes down who we are and whether the daemon serves, for `embedshimd upgrade` and for who
+    /// looks.
     fn tell(&self) {
         let mut more = String::new();
         if let Daemon::Running(running) = &self.daemon

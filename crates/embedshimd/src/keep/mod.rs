@@ -1,5 +1,6 @@
-//! `embedshimd keep`: the manager's side of `sd_notify(3)` where systemd is not pid 1. Starts the daemon, starts it again whenever it
-//! ends, and holds its descriptors meanwhile. Knows nothing of containers: one thread, no async runtime, asleep most of the time.
+//! `embedshimd keep`: the manager's side of `sd_notify(3)` where systemd is not pid 1. Starts the
+//! daemon, starts it again whenever it ends, and holds its descriptors meanwhile. Knows nothing of
+//! containers: one thread, no async runtime, asleep most of the time.
 
 mod backoff;
 mod handover;
@@ -47,7 +48,8 @@ pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
     logging::start_plain(&options.locations.state_dir);
     // Before anything can end: what comes before the descriptor is there waits for it.
     let signals = signals().context("cannot wait for signals")?;
-    // The containers of a daemon that has ended become ours, and no status is lost while they are zombies.
+    // The containers of a daemon that has ended become ours, and no status is lost while they are
+    // zombies.
     nix::sys::prctl::set_child_subreaper(true).context("cannot become a child subreaper")?;
     let limit = raise_descriptor_limit();
     let program = Program::own(options).context("cannot find our own program")?;
@@ -83,7 +85,8 @@ fn begin(parts: Parts, state_dir: &Path) -> Result<Keeper, Failure> {
 fn resume(parts: Parts, state_dir: &Path, number: RawFd) -> Result<Keeper, Failure> {
     let told = Handover::take(number).context("cannot go on with what another keeper kept")?;
     let lock = lock::again(told.lock).context("cannot go on with the lock of another keeper")?;
-    // The claim did not come through the execution: nothing else has taken it since, the lock is ours.
+    // The claim did not come through the execution: nothing else has taken it since, the lock is
+    // ours.
     let claim = Claim::take(state_dir, Role::Keeper)
         .context("another keeper has taken the state directory")?;
     let mut kept = Kept::default();

@@ -1,5 +1,6 @@
-//! Makes sure that a daemon listens: starts `embedshimd keep` when nobody does, which starts the daemon and keeps it running, detached
-//! from containerd's session, process group and environment (but in its cgroup). Owns the lock that lets one of many launchers do it.
+//! Makes sure that a daemon listens: starts `embedshimd keep` when nobody does, which starts the
+//! daemon and keeps it running, detached from containerd's session, process group and environment
+//! (but in its cgroup). Owns the lock that lets one of many launchers do it.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -17,8 +18,8 @@ use super::{Failure, location};
 
 /// How often to look whether the daemon listens by now; it takes about 30 ms to start.
 const PAUSE: Duration = Duration::from_millis(5);
-/// What `embedshimd` ends with when another one works on the state directory. That one makes its socket again
-/// when it notices that it was removed.
+/// What `embedshimd` ends with when another one works on the state directory. That one makes its
+/// socket again when it notices that it was removed.
 const ALREADY_RUNNING: i32 = 6;
 /// How much of the log's end is worth showing.
 const LOG_TAIL: u64 = 4096;
@@ -109,8 +110,8 @@ fn program() -> PathBuf {
         .unwrap_or_else(|| NAME.into())
 }
 
-/// Nothing of containerd's environment is the daemon's business (`NOTIFY_SOCKET` least of all) but what finds runc, what a
-/// user set for us, and proxies of nobody.
+/// Nothing of containerd's environment is the daemon's business (`NOTIFY_SOCKET` least of all) but
+/// what finds runc, what a user set for us, and proxies of nobody.
 fn kept_environment() -> impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)> {
     std::env::vars_os().filter(|(name, _)| {
         let name = name.to_string_lossy();

@@ -1,8 +1,9 @@
-//! [`Ledger`]: the unacknowledged events for one containerd on disk, so that another daemon can send them.
-//! Owns the file and its length; never sends, and never looks into an event.
+//! [`Ledger`]: the unacknowledged events for one containerd on disk, so that another daemon can
+//! send them. Owns the file and its length; never sends, and never looks into an event.
 //!
-//! Events are appended; the header says where the first unacknowledged one begins. When everything is acknowledged, the file is cut
-//! back to the header, so it rarely outgrows its first page. Writes go to tmpfs: they take microseconds and are done in place.
+//! Events are appended; the header says where the first unacknowledged one begins. When everything
+//! is acknowledged, the file is cut back to the header, so it rarely outgrows its first page.
+//! Writes go to tmpfs: they take microseconds and are done in place.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -16,7 +17,8 @@ use super::entry::{self, Contents, FIRST_AT, HEADER, entry, file_name, header};
 
 /// A file with more than this in it that is acknowledged, and more than what is not, is rewritten.
 const COMPACT_FROM: u64 = 64 * 1024;
-/// More than any file of ours has: an outbox holds 16 MiB, and as much may be acknowledged and not cut off yet.
+/// More than any file of ours has: an outbox holds 16 MiB, and as much may be acknowledged and not
+/// cut off yet.
 const LONGEST: u64 = 64 << 20;
 /// A file that is being written, and one that cannot be read.
 const DRAFT: &str = "draft";
@@ -59,7 +61,8 @@ impl Ledger {
         }
     }
 
-    /// What predecessors left in a directory. What cannot be read is set aside; of whom there is nothing to tell, nothing stays.
+    /// What predecessors left in a directory. What cannot be read is set aside; of whom there is
+    /// nothing to tell, nothing stays.
     pub(super) fn all(directory: &Path) -> io::Result<Vec<(Self, Vec<Left>)>> {
         let mut all = Vec::new();
         for found in fs::read_dir(directory)?.flatten() {
@@ -101,7 +104,8 @@ impl Ledger {
             return Err(invalid(format!("of {:?}", contents.address)));
         }
         if contents.lost > 0 {
-            // A daemon that dies within a write leaves a piece of an entry; what it was about has not become true then.
+            // A daemon that dies within a write leaves a piece of an entry; what it was about has
+            // not become true then.
             warn!(
                 address = contents.address,
                 bytes = contents.lost,
@@ -158,8 +162,8 @@ impl Ledger {
         Ok(span)
     }
 
-    /// Forgets its file if that is not at its path any more: what is appended from now on begins another one.
-    /// True if it has.
+    /// Forgets its file if that is not at its path any more: what is appended from now on begins
+    /// another one. True if it has.
     pub(super) fn begin_again_if_removed(&mut self) -> bool {
         let ours = self.file.as_ref().and_then(|file| file.metadata().ok());
         let there = self.path.symlink_metadata().ok();
@@ -185,8 +189,9 @@ impl Ledger {
         self.compact();
     }
 
-    /// Cuts back to the header when nothing else is needed, which acknowledges everything whatever the header says, and closes the
-    /// file: of a containerd that we have nothing for, no descriptor is held. The next event begins the file anew.
+    /// Cuts back to the header when nothing else is needed, which acknowledges everything whatever
+    /// the header says, and closes the file: of a containerd that we have nothing for, no
+    /// descriptor is held. The next event begins the file anew.
     fn cut(&mut self) -> io::Result<()> {
         if let Some(file) = &self.file
             && self.first == self.end

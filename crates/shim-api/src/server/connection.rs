@@ -1,5 +1,6 @@
-//! One connection: reads requests, runs each in a task, writes the answers. Owns the rules on stream ids, and what is done again
-//! for a daemon that died. When the peer goes, so do the tasks that nobody waits for any more.
+//! One connection: reads requests, runs each in a task, writes the answers. Owns the rules on
+//! stream ids, and what is done again for a daemon that died. When the peer goes, so do the tasks
+//! that nobody waits for any more.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,12 +23,14 @@ use super::{Call, Course, Handler, Session};
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
 use crate::status;
 
-/// Calls under way on one connection. One container has a handful; a `Wait` for each of its execs is the most.
+/// Calls under way on one connection. One container has a handful; a `Wait` for each of its execs
+/// is the most.
 const MAX_CALLS: usize = 1024;
 
 type Answer = Result<Vec<u8>, Status>;
 
-/// The way of an answer into the journal before it is given: for a deletion, after which nobody could tell any more how the process ended.
+/// The way of an answer into the journal before it is given: for a deletion, after which nobody
+/// could tell any more how the process ended.
 #[derive(Clone, Debug)]
 pub struct Outcomes {
     stream: u32,
@@ -135,8 +138,8 @@ impl Connection {
         })
     }
 
-    /// Serves until the peer leaves. A connection that has come to its end leaves no journal. `noted` is the last
-    /// loss of the journals after which its own is written again.
+    /// Serves until the peer leaves. A connection that has come to its end leaves no journal.
+    /// `noted` is the last loss of the journals after which its own is written again.
     pub(super) async fn run<H: Handler>(
         mut self,
         handler: Arc<H>,
@@ -226,8 +229,9 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends an answer, and notes that it is sent: sent twice does no harm, never would. A refusal is noted before it is sent, or our
-    /// successor would do anew what the client goes on from as not done, such as mount the root of a container that was not created.
+    /// Sends an answer, and notes that it is sent: sent twice does no harm, never would. A refusal
+    /// is noted before it is sent, or our successor would do anew what the client goes on from as
+    /// not done, such as mount the root of a container that was not created.
     async fn answer(&mut self, stream: u32, answer: Answer) -> io::Result<()> {
         failpoint::step("before an answer is sent");
         let is_refusal = answer.is_err();
@@ -242,7 +246,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends all of it. What does not fit into the socket is noted until it does, or a successor could not go on within a frame.
+    /// Sends all of it. What does not fit into the socket is noted until it does, or a successor
+    /// could not go on within a frame.
     async fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         let mut is_noted = false;
         while !bytes.is_empty() {
@@ -345,7 +350,8 @@ fn begin<H: Handler>(frame: Begin<'_>, calls: &mut Calls, handler: &Arc<H>) -> R
     let task = calls.tasks.spawn(async move {
         match limit {
             None => match (handler.call(call).await, outcome) {
-                // What was to be deleted is gone: it was this request that did it, in an earlier life.
+                // What was to be deleted is gone: it was this request that did it, in an earlier
+                // life.
                 (Err(refusal), Some(outcome)) if refusal.code() == Code::NOT_FOUND => Ok(outcome),
                 (answer, _) => answer,
             },
@@ -411,7 +417,8 @@ impl Calls {
                 )),
             )
         });
-        // Maps and vectors keep the capacity of their busiest moment; a connection is idle for most of its life.
+        // Maps and vectors keep the capacity of their busiest moment; a connection is idle for most
+        // of its life.
         let stream = self.streams.remove(&id);
         if self.streams.is_empty() {
             self.streams = HashMap::new();

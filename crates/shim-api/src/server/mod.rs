@@ -1,9 +1,10 @@
-//! [`Server`]: ttrpc over our own connections, with the manners of Go's server. Owns accepting and framing, and that a connection
-//! outlives this process; what a call means is its [`Handler`]'s.
+//! [`Server`]: ttrpc over our own connections, with the manners of Go's server. Owns accepting and
+//! framing, and that a connection outlives this process; what a call means is its [`Handler`]'s.
 //!
-//! containerd opens one connection for each container and never lets go of it, so an idle connection is one small tokio
-//! task and no buffer. It destroys the container of a connection that is lost, so every connection is kept by somebody else before
-//! its first byte is read, and what was read is noted until it is answered ([`Keeping`]).
+//! containerd opens one connection for each container and never lets go of it, so an idle
+//! connection is one small tokio task and no buffer. It destroys the container of a connection that
+//! is lost, so every connection is kept by somebody else before its first byte is read, and what
+//! was read is noted until it is answered ([`Keeping`]).
 
 mod connection;
 mod intake;
@@ -54,7 +55,8 @@ pub struct Call {
     pub metadata: HashMap<String, String>,
     /// Which request it is, if its connection is kept.
     pub request: Option<RequestId>,
-    /// Another daemon took this call and died before it was answered: perhaps it is done, or half done.
+    /// Another daemon took this call and died before it was answered: perhaps it is done, or half
+    /// done.
     pub is_again: bool,
     /// Where an answer goes whose evidence is about to be removed, if its connection is kept.
     pub outcomes: Option<Outcomes>,
@@ -65,7 +67,8 @@ pub struct Call {
 /// What is remembered of a connection.
 #[derive(Debug, Default)]
 pub struct Session {
-    /// The namespace of its calls, once one of them has told it. containerd uses a connection for one container only.
+    /// The namespace of its calls, once one of them has told it. containerd uses a connection for
+    /// one container only.
     pub namespace: OnceLock<Namespace>,
     /// Why it will be lost with this process though others are not. No container may depend on it.
     pub not_kept: OnceLock<String>,
@@ -73,8 +76,8 @@ pub struct Session {
 
 /// What answers calls.
 ///
-/// A future is dropped when its caller has gone or its deadline has passed: what must not be left half done has to run in a
-/// task of its own.
+/// A future is dropped when its caller has gone or its deadline has passed: what must not be left
+/// half done has to run in a task of its own.
 #[async_trait]
 pub trait Handler: Send + Sync + 'static {
     /// Answers one call with a message or with an error.
@@ -167,7 +170,8 @@ impl<H: Handler> Server<H> {
         })
     }
 
-    /// Goes on with the connections that another daemon has left, and does what it owes them. Needs a tokio runtime.
+    /// Goes on with the connections that another daemon has left, and does what it owes them. Needs
+    /// a tokio runtime.
     pub fn resume(&self, connections: Vec<(u64, OwnedFd)>) {
         let Some(kept) = &self.kept else { return };
         let numbers: Vec<u64> = connections.iter().map(|(number, _)| *number).collect();
@@ -188,8 +192,8 @@ impl<H: Handler> Server<H> {
         }
     }
 
-    /// Accepts connections until `until` completes, and can be called again with another listener. The connections end with the runtime,
-    /// or when their peers leave.
+    /// Accepts connections until `until` completes, and can be called again with another listener.
+    /// The connections end with the runtime, or when their peers leave.
     pub async fn serve<T>(&self, listener: &UnixListener, until: impl Future<Output = T>) -> T {
         tokio::pin!(until);
         loop {
@@ -211,8 +215,9 @@ impl<H: Handler> Server<H> {
         self.course.send_modify(|course| course.is_stopping = true);
     }
 
-    /// The journals have been removed: every connection writes down again what it owes. Returns when all
-    /// have, which takes as long as a connection waits for its client to read, or at the limit.
+    /// The journals have been removed: every connection writes down again what it owes. Returns
+    /// when all have, which takes as long as a connection waits for its client to read, or at the
+    /// limit.
     pub async fn note_again(&self, limit: Duration) -> io::Result<()> {
         let Some(kept) = &self.kept else {
             return Ok(());
