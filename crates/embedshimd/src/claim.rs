@@ -1,15 +1,17 @@
-//! [`Claim`]: the name that one daemon and one keeper of a state directory have in the kernel, beside
-//! their lock files. Somebody can remove the directory with the locks, by a clean-up of `/run` say,
-//! and make another one: the name, an abstract socket, lasts as long as its process.
+//! [`Claim`]: the name that one daemon and one keeper of a state directory have in the kernel,
+//! beside their lock files. Somebody can remove the directory with the locks, by a clean-up of
+//! `/run` say, and make another one: the name, an abstract socket, lasts as long as its process.
 //!
-//! Any local user can take such a name before us. It then prevents nothing, and the lock files
-//! remain; so a name of another user's is warned of, and no reason to refuse.
+//! Any local user, and any container with the host's network, can take such a name before us. It
+//! then prevents nothing, and the lock files remain: only the name of an `embedshimd` that is the
+//! host's root's is a reason to refuse.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use embedshim_core::process::HostRoot;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
@@ -32,20 +34,25 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Takes the name; `None` if another process of our user has it.
+    /// No name: the lock files have to do.
+    pub(crate) fn none() -> Self {
+        Self { _socket: None }
+    }
+
+    /// Takes the name; `None` if another `embedshimd` has it.
     pub(crate) fn take(state_dir: &Path, role: Role) -> Option<Self> {
         match try_take(state_dir, role) {
             Ok(Taken::Ours(socket)) => Some(Self {
                 _socket: Some(socket),
             }),
             Ok(Taken::Theirs) => None,
-            Ok(Taken::Strangers(uid)) => {
-                warn!(state_dir = %state_dir.display(), uid, "a process of another user has taken the name of this state directory");
-                Some(Self { _socket: None })
+            Ok(Taken::Strangers(pid)) => {
+                warn!(state_dir = %state_dir.display(), pid, "a process that is no embedshimd has taken the name of this state directory");
+                Some(Self::none())
             }
             Err(error) => {
                 warn!(state_dir = %state_dir.display(), %error, "the name of this state directory cannot be taken");
-                Some(Self { _socket: None })
+                Some(Self::none())
             }
         }
     }
@@ -54,7 +61,7 @@ impl Claim {
 enum Taken {
     Ours(OwnedFd),
     Theirs,
-    Strangers(u32),
+    Strangers(i32),
 }
 
 fn try_take(state_dir: &Path, role: Role) -> io::Result<Taken> {
@@ -65,9 +72,10 @@ fn try_take(state_dir: &Path, role: Role) -> io::Result<Taken> {
     };
     let ours = new()?;
     match bind(ours.as_raw_fd(), &address) {
-        // Listening, so that others learn who has it.
+        // Listening, so that others learn who has it. Nothing accepts: each one that asks takes a place
+        // of the queue, and when that is full the name prevents nothing.
         Ok(()) => {
-            listen(&ours, Backlog::new(1)?)?;
+            listen(&ours, Backlog::MAXCONN)?;
             return Ok(Taken::Ours(ours));
         }
         Err(Errno::EADDRINUSE) => {}
@@ -76,18 +84,23 @@ fn try_take(state_dir: &Path, role: Role) -> io::Result<Taken> {
     let other = new()?;
     match connect(other.as_raw_fd(), &address) {
         Ok(()) => {
-            let uid = getsockopt(&other, PeerCredentials)?.uid();
-            let own = nix::unistd::geteuid().as_raw();
-            Ok(if uid == own {
+            let pid = getsockopt(&other, PeerCredentials)?.pid();
+            Ok(if is_embedshimd(pid) {
                 Taken::Theirs
             } else {
-                Taken::Strangers(uid)
+                Taken::Strangers(pid)
             })
         }
-        // Its queue is full: it is there.
-        Err(Errno::EAGAIN) => Ok(Taken::Theirs),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// The number is that of the process that made the socket, which may have ended and left it to a
+/// child: so its name has to be ours too.
+fn is_embedshimd(pid: i32) -> bool {
+    let name = |process: &str| std::fs::read(format!("/proc/{process}/comm")).ok();
+    let is_ours = name("self").is_some_and(|ours| name(&pid.to_string()) == Some(ours));
+    is_ours && HostRoot::find().is_some_and(|root| root.owns(pid))
 }
 
 /// Shorter than the paths of the sockets in the directory, which are checked.
@@ -111,7 +124,9 @@ mod tests {
     fn a_name_is_taken_once_until_its_process_ends() {
         let directory = tempfile::tempdir().unwrap();
         let claim = Claim::take(directory.path(), Role::Daemon).unwrap();
-        assert!(Claim::take(directory.path(), Role::Daemon).is_none());
+        for _ in 0..100 {
+            assert!(Claim::take(directory.path(), Role::Daemon).is_none());
+        }
         assert!(Claim::take(directory.path(), Role::Keeper).is_some());
         // The directory and its identity do not matter.
         let path = directory.path().to_owned();

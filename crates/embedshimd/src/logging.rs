@@ -1,4 +1,5 @@
-//! Where log lines go: stderr, as text or JSON. journald or the launcher's log file reads it from there.
+//! Where log lines go: stderr, as text or JSON. journald or the launcher's log file reads it from
+//! there.
 
 use std::io::{IsTerminal, stderr};
 use std::path::Path;
@@ -41,7 +42,8 @@ pub(crate) fn start(config: &Log, level: Option<&str>, state_dir: &Path) -> Resu
     Ok(())
 }
 
-/// A word that is no level would be taken for a module whose lines alone are wanted: nothing would be logged.
+/// A word that is no level would be taken for a module whose lines alone are wanted: nothing would
+/// be logged.
 fn filter(level: &str) -> anyhow::Result<EnvFilter> {
     for part in level.split(',').filter(|part| !part.contains('=')) {
         ensure!(!part.trim().is_empty(), "it is empty");

@@ -20,14 +20,12 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tracing::warn;
 
-use crate::process::Process;
+use crate::process::{HostRoot, Process};
 
 /// The time between two looks at whether one has ended.
 const PAUSE: Duration = Duration::from_millis(2);
 /// The arguments of a call are a few paths and an id: no more of a command line is read.
 const MAX_ARGUMENTS: u64 = 32 * 1024;
-/// What a container's process cannot have in common with us, whatever it may do inside.
-const NAMESPACES: [&str; 3] = ["ns/pid", "ns/user", "ns/mnt"];
 
 /// The calls in flight, by the bundle that each has its log in. A predecessor's child that has not
 /// become the runtime yet is none of them, and cannot be: until then it has the daemon's lock.
@@ -38,7 +36,7 @@ impl InFlightCalls {
     /// All calls in flight. Blocks on procfs: some 10 µs for each process there is.
     pub(crate) fn find() -> Self {
         let mut found: HashMap<PathBuf, Vec<Process>> = HashMap::new();
-        let Some(ours) = namespaces(Path::new("/proc/self")) else {
+        let Some(root) = HostRoot::find() else {
             return Self::default();
         };
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -48,8 +46,8 @@ impl InFlightCalls {
             };
             let directory = entry.path();
             let call = || {
-                let is_ours = is_ours(&directory, &ours);
-                is_ours.then(|| bundle_of(&directory)).flatten()
+                let is_roots = root.owns(pid);
+                is_roots.then(|| bundle_of(&directory)).flatten()
             };
             let Some(bundle) = call() else {
                 continue;
@@ -68,23 +66,6 @@ impl InFlightCalls {
     pub(crate) fn take(&mut self, bundle: &Path) -> Vec<Process> {
         self.0.remove(bundle).unwrap_or_default()
     }
-}
-
-/// Whether root alone can have made this process: nothing of what is read here is its own word.
-fn is_ours(process: &Path, ours: &[PathBuf]) -> bool {
-    namespaces(process).is_some_and(|its| its == ours) && is_root(process)
-}
-
-fn namespaces(process: &Path) -> Option<Vec<PathBuf>> {
-    let link = |namespace| fs::read_link(process.join(namespace)).ok();
-    NAMESPACES.into_iter().map(link).collect()
-}
-
-/// All four of its user ids are 0.
-fn is_root(process: &Path) -> bool {
-    let status = fs::read_to_string(process.join("status")).unwrap_or_default();
-    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
-    uids.is_some_and(|uids| uids.split_whitespace().all(|uid| uid == "0"))
 }
 
 /// Waits until these calls have ended; at the limit they are killed, with the hooks they run.
@@ -133,7 +114,8 @@ mod tests {
     async fn a_call_is_found_by_its_bundle_and_waited_for() {
         let bundle = tempfile::tempdir().unwrap();
         let log = bundle.path().join("log.json");
-        // A shell that says it is the runtime, and stays one: with two commands it does not become the first.
+        // A shell that says it is the runtime, and stays one: with two commands it does not become
+        // the first.
         let mut call = Command::new("sh")
             .args(["-c", "sleep 0.2; true", "--log"])
             .arg(&log)

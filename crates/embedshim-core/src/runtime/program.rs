@@ -8,8 +8,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// Reads the beginning of the program, found as `execvp(3)` finds it, by this `PATH` or by ours. Blocks as long as its file
-/// system does. What is wrong with it, the execution tells.
+/// Reads the beginning of the program, found as `execvp(3)` finds it, by this `PATH` or by ours.
+/// Blocks as long as its file system does. What is wrong with it, the execution tells.
 pub(crate) fn touch(program: &OsStr, path: Option<&str>) {
     let read = |path: &Path| {
         let file = File::open(path);

@@ -9,7 +9,6 @@
 use std::time::{Duration, Instant};
 
 use super::flow::{Meter, TERMINAL};
-use super::open;
 use super::pump::LARGE;
 use super::ready::has_bytes;
 use crate::fdstore::ProcessFds;
@@ -36,10 +35,8 @@ pub(super) fn is_taken(fds: &ProcessFds, outputs: &[Meter]) -> bool {
         let is_terminal = way.source == TERMINAL;
         let source = fds.first(way.source).map(|(_, source)| source);
         let stage = way.stage.and_then(|stage| fds.get(stage));
-        let sink = way
-            .sink
-            .and_then(|sink| fds.get(sink))
-            .filter(open::is_pipe);
+        // Without a stage it is a log file, whose file system may not answer.
+        let sink = way.stage.and(way.sink).and_then(|sink| fds.get(sink));
         !is_terminal && ![source, stage, sink].iter().flatten().any(has_bytes)
     })
 }
@@ -138,7 +135,8 @@ fn unread(fds: &ProcessFds, meter: &Meter) -> u64 {
     let Some(sink) = meter.way.sink.and_then(|sink| fds.get(sink)) else {
         return 0;
     };
-    if !open::is_pipe(&sink) {
+    // The kernel knows that without the file system of a log file, which may not answer.
+    if rustix::pipe::fcntl_getpipe_size(&sink).is_err() {
         return 0;
     }
     rustix::io::ioctl_fionread(&sink).unwrap_or(0)

@@ -85,10 +85,9 @@ fn begin(parts: Parts, state_dir: &Path) -> Result<Keeper, Failure> {
 fn resume(parts: Parts, state_dir: &Path, number: RawFd) -> Result<Keeper, Failure> {
     let told = Handover::take(number).context("cannot go on with what another keeper kept")?;
     let lock = lock::again(told.lock).context("cannot go on with the lock of another keeper")?;
-    // The claim did not come through the execution: nothing else has taken it since, the lock is
-    // ours.
-    let claim = Claim::take(state_dir, Role::Keeper)
-        .context("another keeper has taken the state directory")?;
+    // The claim did not come through the execution. The lock did: nothing that has the name now is a
+    // reason to let go of what is kept.
+    let claim = Claim::take(state_dir, Role::Keeper).unwrap_or_else(Claim::none);
     let mut kept = Kept::default();
     for (name, descriptor) in told.kept {
         // What one keeper could hold another can.
