@@ -30,7 +30,7 @@ pub(crate) struct Options {
     /// Run only checks whose name matches this regular expression, and the installation
     filter: Option<String>,
     /// The longest that the guest may run, in seconds
-    #[arg(long, value_name = "S", default_value_t = 900)]
+    #[arg(long, value_name = "S", default_value_t = 1500)]
     limit: u64,
 }
 
