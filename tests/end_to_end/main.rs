@@ -7,6 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod at_most_once;
 mod bootstrap;
 mod broken_parts;
 mod checkpoint;
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         &exits::OURS,
         &events::TESTS,
         &events::OURS,
+        &at_most_once::TESTS,
         &hung::TESTS,
         &inheritance::TESTS,
         &inheritance::OURS,

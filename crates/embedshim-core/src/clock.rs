@@ -19,6 +19,11 @@ impl BootTime {
         Self(nanoseconds(ClockId::CLOCK_BOOTTIME))
     }
 
+    /// In ticks, as `/proc/PID/stat` has start times: 1/100 s, rounded down.
+    pub(crate) fn ticks(self) -> u64 {
+        self.0 / 10_000_000
+    }
+
     /// The wall-clock time of this moment, by today's relation of the two clocks.
     ///
     /// Take it once and keep the result: a clock that is set in between changes the relation.

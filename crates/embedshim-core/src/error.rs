@@ -65,6 +65,14 @@ pub enum Error {
         /// The container.
         id: String,
     },
+    /// The runtime was killed before it said whether it has started this exec, which is not found.
+    #[error(
+        "exec {id} may have run: the OCI runtime was killed before it told; it is not started again"
+    )]
+    MayHaveRun {
+        /// The exec.
+        id: String,
+    },
     /// A name is not an identifier.
     #[error(transparent)]
     InvalidId(#[from] InvalidId),
@@ -147,6 +155,7 @@ impl Error {
             | Self::Stdio(crate::stdio::StdioError::NotKept { .. }) => ErrorKind::ResourceExhausted,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::WrongState(_)
+            | Self::MayHaveRun { .. }
             | Self::Runtime { .. }
             | Self::Checkpoint { .. }
             | Self::Kill(_)

@@ -168,6 +168,15 @@ impl Process {
         Ok(is_zombie && parse_stat_field(&stat, THREADS).is_none_or(|threads| threads <= 1))
     }
 
+    /// The number of its parent, of one that is not reaped.
+    pub(crate) fn parent(&self) -> Option<i32> {
+        const PARENT: usize = 4;
+        let stat = fs::read(format!("/proc/{}/stat", self.identity.pid)).ok()?;
+        let is_its = parse_stat_field(&stat, START_TIME) == Some(self.identity.start_ticks);
+        let parent = is_its.then(|| parse_stat_field(&stat, PARENT)).flatten()?;
+        i32::try_from(parent).ok()
+    }
+
     /// Sends a signal. `ESRCH` if it is reaped already.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
         let Some(pidfd) = &self.pidfd else {

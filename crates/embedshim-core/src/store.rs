@@ -85,6 +85,9 @@ impl Bundle {
 pub(crate) struct StartMark {
     /// On whose behalf.
     pub(crate) request: Option<RequestId>,
+    /// When, as start times of processes are counted; 0 in the record of an older version.
+    #[serde(default)]
+    pub(crate) ticks: u64,
 }
 
 /// What there is to remember about one process.
@@ -120,6 +123,9 @@ pub(crate) struct ProcessRecord {
     /// This exec could not be started: its waiters are let go.
     #[serde(default)]
     pub(crate) start_failed: bool,
+    /// Its runtime was killed before it said whether this exec runs: it is not started again.
+    #[serde(default)]
+    pub(crate) may_have_run: bool,
 }
 
 /// The state directory.

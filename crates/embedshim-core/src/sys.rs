@@ -1,6 +1,6 @@
 //! What nix does not wrap safely: the only unsafe code of this crate, each block with its reason.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -58,6 +58,20 @@ pub(crate) fn before_exec(command: &mut Command, what: &BeforeExec) {
     };
     // SAFETY: the step makes system calls alone, which are safe after `fork` of a process with
     // threads; what it needs was allocated before.
+    unsafe { command.pre_exec(step) };
+}
+
+/// Lets the child make this file, empty, before it becomes the program: whether it is there says
+/// whether the program was ever called. A child that cannot make it is not started.
+pub(crate) fn mark_exec(command: &mut Command, mark: CString) {
+    let step = move || {
+        let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_CLOEXEC;
+        let flags = nix::fcntl::OFlag::from_bits_retain(flags);
+        nix::fcntl::open(mark.as_c_str(), flags, Mode::S_IRUSR)?;
+        Ok(())
+    };
+    // SAFETY: the step makes one system call alone, which is safe after `fork` of a process with
+    // threads; the path was allocated before.
     unsafe { command.pre_exec(step) };
 }
 

@@ -47,6 +47,8 @@ pub(crate) struct Exec<'a> {
     pub(crate) process: &'a Path,
     /// Where the process's pid is to be written.
     pub(crate) pid_file: &'a Path,
+    /// Is there from when the runtime is called.
+    pub(crate) mark: &'a Path,
     /// Where the terminal's master is to be sent.
     pub(crate) console_socket: Option<&'a Path>,
     /// The runtime's log.
@@ -223,6 +225,7 @@ mod tests {
         let exec = Exec {
             id: "c",
             process: Path::new("/b/e.process"),
+            mark: Path::new("/b/mark"),
             pid_file: Path::new("/b/e.pid"),
             console_socket: None,
             log: Path::new("/b/e.log"),

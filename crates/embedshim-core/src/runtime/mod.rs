@@ -7,9 +7,10 @@ mod inflight;
 mod log;
 mod program;
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use crate::id::Namespace;
 use crate::orphans::Orphans;
 use crate::spec::Spec;
 use crate::stdio::ChildStdio;
+use crate::sys;
 use crate::task::RuntimeOptions;
 
 /// Enough for any message, little enough for a runtime gone mad.
@@ -51,6 +53,8 @@ pub(crate) struct Runtime {
     context: ChildContext,
     deadline: Duration,
     orphans: Orphans,
+    /// Made when the program is called; see [`Exec::mark`].
+    mark: Option<PathBuf>,
 }
 
 /// The standard streams of one invocation.
@@ -94,7 +98,14 @@ impl Runtime {
             context: options.context.clone(),
             deadline,
             orphans,
+            mark: None,
         }
+    }
+
+    /// The file name of its program.
+    pub(crate) fn program_name(&self) -> OsString {
+        let name = Path::new(&self.binary).file_name();
+        name.unwrap_or_default().to_owned()
     }
 
     /// What it and all others that are started for the container inherit.
@@ -145,7 +156,12 @@ impl Runtime {
 
     /// `exec --detach`: another process in the container.
     pub(crate) async fn exec(&self, exec: &Exec<'_>, streams: Input) -> Result<(), Error> {
-        self.run("exec", exec.build(), streams, exec.log)
+        let marking = Self {
+            mark: Some(exec.mark.to_owned()),
+            ..self.clone()
+        };
+        marking
+            .run("exec", exec.build(), streams, exec.log)
             .await
             .map(drop)
     }
@@ -323,10 +339,18 @@ impl Runtime {
     /// and a writer we kept would hide their end, so it ends here.
     async fn spawn(&self, mut command: Command, directory: PathBuf) -> Result<Child, Failure> {
         let (limit, context) = (self.deadline, self.context.clone());
+        let mark = self.mark.as_deref().map(|mark| mark.as_os_str().as_bytes());
+        let mark = mark
+            .map(CString::new)
+            .transpose()
+            .map_err(|nul| Failure::NotRun(nul.into()))?;
         let is_given_up = Arc::new(AtomicBool::new(false));
         let given_up = Arc::clone(&is_given_up);
         let spawned = tokio::task::spawn_blocking(move || {
             context.give(command.as_std_mut(), &directory);
+            if let Some(mark) = mark {
+                sys::mark_exec(command.as_std_mut(), mark);
+            }
             touch(command.as_std().get_program(), context.variable("PATH"));
             failpoint::step("before the runtime is called");
             let child = command.spawn();

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, fchown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{SFlag, fstat};
@@ -209,17 +209,25 @@ pub(super) fn is_reader(descriptor: &impl AsFd) -> bool {
         .is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_RDONLY)
 }
 
-/// The pipe of this inode among the descriptors of a process, opened anew. Nothing else is opened
-/// or looked into: what the process has open beside may be a device, or on a file system that does
-/// not answer.
-pub(super) fn pipe_of(pid: i32, inode: u64, flags: i32) -> Option<OwnedFd> {
+/// The link to the pipe of this inode among the descriptors of a process. Blocks on procfs alone.
+pub(super) fn link_to_pipe(pid: i32, inode: u64) -> Option<PathBuf> {
     let directory = format!("/proc/{pid}/fd");
     let name = format!("pipe:[{inode}]");
     let listed = fs::read_dir(&directory).into_iter().flatten().flatten();
-    let link = listed
+    let is_it = |path: &PathBuf| {
+        fs::read_link(path).is_ok_and(|target| target.as_os_str() == name.as_str())
+    };
+    listed
         .take(MAX_LOOKED_AT)
         .map(|entry| entry.path())
-        .find(|path| fs::read_link(path).is_ok_and(|target| target.as_os_str() == name.as_str()))?;
+        .find(is_it)
+}
+
+/// The pipe of this inode among the descriptors of a process, as a new open file. Nothing else is
+/// opened or looked into: what the process has open beside may be a device, or on a file system
+/// that does not answer.
+pub(super) fn pipe_of(pid: i32, inode: u64, flags: i32) -> Option<OwnedFd> {
+    let link = link_to_pipe(pid, inode)?;
     // It may be another file by now: O_PATH opens nothing, and what it names does not change any
     // more.
     let named = OpenOptions::new()

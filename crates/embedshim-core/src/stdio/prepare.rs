@@ -60,6 +60,13 @@ impl PipeInodes {
     pub(crate) fn is_empty(self) -> bool {
         self == Self::default()
     }
+
+    /// Whether this process has one of them open. Blocks on procfs.
+    pub(crate) fn are_open_in(self, pid: i32) -> bool {
+        let pipes = [self.stdin, self.stdout, self.stderr];
+        let mut inodes = pipes.into_iter().flatten();
+        inodes.any(|inode| open::link_to_pipe(pid, inode).is_some())
+    }
 }
 
 /// What kind of process the streams are of.

@@ -314,6 +314,18 @@ impl Task {
         self.execs().values().cloned().collect()
     }
 
+    /// The numbers of its processes, as far as they are known, and how many execs are being started
+    /// that have none yet.
+    pub(crate) fn known_pids(&self) -> (Vec<i32>, usize) {
+        let execs = self.all_execs();
+        let all = execs.iter().chain([&self.init]);
+        let known = all.filter_map(|process| Some(process.identity()?.pid));
+        let starting = execs
+            .iter()
+            .filter(|exec| exec.start_mark().is_some() && exec.identity().is_none());
+        (known.collect(), starting.count())
+    }
+
     /// Adds an exec; of several with one name exactly one wins (1a8df3f23).
     pub(crate) fn add_exec(&self, id: ExecId, exec: TaskProcess) -> Result<(), Error> {
         match self.execs().entry(id) {

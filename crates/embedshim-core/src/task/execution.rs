@@ -16,6 +16,7 @@ use super::process::TaskProcess;
 use super::request::ExecProcess;
 use super::shared::Shared;
 use super::state::{Operation, Phase};
+use super::unreported;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::id::{ExecId, ProcessKey};
@@ -112,6 +113,7 @@ async fn start_exec(
     request: Option<RequestId>,
 ) -> Result<u32, Error> {
     process.now().phase.admit(Operation::Start)?;
+    process.admit_first_start()?;
     task.enter_exec()?;
     process.starting();
     process.mark_start(request);
@@ -124,7 +126,7 @@ async fn start_exec(
         }
         Err(error) => {
             if process.identity().is_none() {
-                files.kill_unwatched().await;
+                files.kill_unwatched(task, process).await;
             }
             files.remove().await;
             if let Some(identity) = process.identity() {
@@ -189,6 +191,7 @@ async fn run_exec(
                 id: task.id(),
                 process: &files.process,
                 pid_file: &files.pid,
+                mark: &files.mark,
                 console_socket,
                 log: &files.log,
             };
@@ -208,6 +211,8 @@ pub(super) struct ExecFiles {
     process: PathBuf,
     /// Where the runtime writes the pid.
     pub(super) pid: PathBuf,
+    /// Made when the runtime is called.
+    mark: PathBuf,
     log: PathBuf,
 }
 
@@ -217,6 +222,7 @@ impl ExecFiles {
         Self {
             process: file("process.json"),
             pid: file("pid"),
+            mark: file("called"),
             log: file("log.json"),
         }
     }
@@ -232,17 +238,27 @@ impl ExecFiles {
             })
     }
 
-    /// The start has failed after the runtime has started the process: it runs, but its end would never be learned.
-    async fn kill_unwatched(&self) {
-        if let Ok(pid) = read_pid(&self.pid).await
-            && let Ok(process) = opened(pid)
-        {
-            let _ = process.signal(libc::SIGKILL);
+    /// Whether the runtime was called for it: without that nothing has run.
+    pub(super) async fn runtime_was_called(&self) -> bool {
+        // What cannot be looked at may be there.
+        tokio::fs::try_exists(&self.mark).await.unwrap_or(true)
+    }
+
+    /// The start has failed after the runtime has started the process: it runs, but its end would
+    /// never be learned.
+    async fn kill_unwatched(&self, task: &Arc<Task>, process: &Arc<TaskProcess>) {
+        let started = match read_pid(&self.pid).await {
+            Ok(pid) => opened(pid).ok(),
+            Err(_) if self.runtime_was_called().await => unreported::find(task, process).await,
+            Err(_) => None,
+        };
+        if let Some(started) = started {
+            let _ = started.signal(libc::SIGKILL);
         }
     }
 
     pub(super) async fn remove(&self) {
-        let files = [self.process.clone(), self.pid.clone(), self.log.clone()];
+        let files = [&self.process, &self.pid, &self.log, &self.mark].map(PathBuf::clone);
         // Left-overs would go with the bundle.
         let _ = blocking(move || files.map(|file| std::fs::remove_file(file).is_ok())).await;
     }

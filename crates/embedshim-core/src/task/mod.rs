@@ -16,6 +16,7 @@ mod restoration;
 mod resumption;
 mod shared;
 mod state;
+mod unreported;
 
 pub use errand::{Errand, RequestId, Witness};
 pub use node::{Node, NodeConfig};

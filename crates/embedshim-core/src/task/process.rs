@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::errand::{Errand, RequestId};
 use super::request::Exit;
 use super::state::Phase;
+use crate::clock::BootTime;
 use crate::error::Error;
 use crate::exit::ExitRecord;
 use crate::fdstore::{FdRole, ProcessFds};
@@ -52,6 +53,8 @@ struct Live {
     logger: Option<ProcessIdentity>,
     spec: Option<String>,
     start: Option<StartMark>,
+    /// Whether this exec has run is not known, nor will be.
+    may_have_run: bool,
     /// An operation is between its effect and its event: an exit has to wait behind it.
     starting: bool,
     early_exit: Option<ExitRecord>,
@@ -93,6 +96,7 @@ impl TaskProcess {
             logger: record.logger,
             ended: record.exit,
             start: record.start,
+            may_have_run: record.may_have_run,
             ..Live::default()
         };
         Self {
@@ -147,7 +151,8 @@ impl TaskProcess {
 
     /// The runtime is about to start it: what is found of it after a restart is this request's work.
     pub(crate) fn mark_start(&self, request: Option<RequestId>) {
-        self.live().start = Some(StartMark { request });
+        let ticks = BootTime::now().ticks();
+        self.live().start = Some(StartMark { request, ticks });
     }
 
     /// It was not started after all.
@@ -189,6 +194,22 @@ impl TaskProcess {
         drop(live);
         self.fds.forget_all();
         self.published.send_modify(|now| now.start_failed = true);
+    }
+
+    /// Nothing tells whether this exec has run: it is not to be started again.
+    pub(crate) fn may_have_run(&self) {
+        self.live().may_have_run = true;
+        self.start_failed();
+    }
+
+    /// Refuses the start of an exec of which that is not known.
+    pub(crate) fn admit_first_start(&self) -> Result<(), Error> {
+        match &self.exec {
+            Some(exec) if self.live().may_have_run => Err(Error::MayHaveRun {
+                id: exec.to_string(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// It was made and is undone: the task is again one whose init does not exist. The client's ends stay, for another attempt.
@@ -370,6 +391,7 @@ impl TaskProcess {
             made_by: self.made_by,
             start: live.start,
             start_failed: self.now().start_failed,
+            may_have_run: live.may_have_run,
         }
     }
 

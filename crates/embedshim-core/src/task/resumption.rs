@@ -14,6 +14,7 @@ use super::exits;
 use super::process::TaskProcess;
 use super::shared::Shared;
 use super::state::Phase;
+use super::unreported;
 use crate::clock::BootTime;
 use crate::error::Error;
 use crate::event::EventKind;
@@ -183,7 +184,8 @@ async fn undo_restore(task: &Arc<Task>) {
     task.init.unmake();
 }
 
-/// The runtime tells by the pid file whether it has started the exec. If not, nothing has happened.
+/// The runtime tells by the pid file whether it has started the exec. One that was never called has
+/// not; of one that was killed before it told, the process is looked for.
 async fn finish_exec(
     shared: &Arc<Shared>,
     task: &Arc<Task>,
@@ -193,17 +195,24 @@ async fn finish_exec(
         return Ok(());
     };
     let files = ExecFiles::new(&task.bundle.path, &exec);
-    let Ok(pid) = read_pid(&files.pid).await else {
-        stdio::discard_pipes(&process.fds);
-        end_logger(process).await;
-        exits::release_early(shared, task, process);
-        return Ok(());
+    let (pid, found) = match read_pid(&files.pid).await {
+        Ok(pid) => (pid, open(task, pid).await?),
+        Err(_) if !files.runtime_was_called().await => {
+            stdio::discard_pipes(&process.fds);
+            end_logger(process).await;
+            exits::release_early(shared, task, process);
+            return Ok(());
+        }
+        Err(_) => match unreported::find(task, process).await {
+            Some(found) => (found.identity().pid, Some(found)),
+            None => return may_have_run(shared, task, process, &files).await,
+        },
     };
     files.remove().await;
     if task.enter_exec().is_err() {
         warn!(id = %task.id(), exec_id = %exec, "an exec outlived its init");
     }
-    let Some(opened) = open(task, pid).await? else {
+    let Some(opened) = found else {
         // Its zombie is gone: whoever inherited it has reaped it.
         let identity = ProcessIdentity {
             pid,
@@ -229,6 +238,22 @@ async fn finish_exec(
     connect(task, process);
     shared.watch(task, process, Arc::new(opened)).await?;
     exec_started(shared, task, process, &exec).await
+}
+
+/// It may have run and ended: it is not started again, and who waits for it is let go.
+async fn may_have_run(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    process: &Arc<TaskProcess>,
+    files: &ExecFiles,
+) -> Result<(), Error> {
+    warn!(id = %task.id(), exec_id = ?process.exec, "an exec may have run: its runtime was killed before it told");
+    process.may_have_run();
+    // Before the files go which say the same.
+    let saved = task.save(shared).await;
+    files.remove().await;
+    end_logger(process).await;
+    saved
 }
 
 /// The process that the pid file names; `None` if the number is another's by now, or nobody's.

@@ -1,0 +1,111 @@
+//! The process of an exec that the OCI runtime has started and not told of: the runtime was killed
+//! before it wrote the pid file. Owns how it is recognised among the processes of its container;
+//! never starts or ends one.
+
+use std::ffi::OsString;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::container::Task;
+use super::detached::blocking;
+use super::process::TaskProcess;
+use crate::cgroup::Cgroup;
+use crate::process::Process;
+use crate::stdio::{self, PipeInodes};
+
+/// How long a process may be on its way from the runtime's own code to the exec's program.
+const SETTLING: Duration = Duration::from_secs(5);
+/// The time between two looks at it.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Finds the living process of this exec, if there is one. Of one that cannot be told from another
+/// nothing is said.
+pub(super) async fn find(task: &Arc<Task>, process: &Arc<TaskProcess>) -> Option<Process> {
+    let deadline = tokio::time::Instant::now() + SETTLING;
+    loop {
+        // Each time: other execs are started meanwhile.
+        let search = Search::of(task, process)?;
+        let found = blocking(move || search.look()).await.ok()??;
+        // A runtime's own process ends when it finds that the one that began it is gone, or goes on
+        // to become the exec.
+        if !found.is_runtime || tokio::time::Instant::now() > deadline {
+            return Some(found.process);
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+struct Found {
+    process: Process,
+    /// It still executes the runtime's code.
+    is_runtime: bool,
+}
+
+/// What is known of the process.
+struct Search {
+    cgroup: Cgroup,
+    /// Those are other processes.
+    known: Vec<i32>,
+    /// No other exec of the container is being started.
+    is_only: bool,
+    has_own_pid_namespace: bool,
+    /// The start time, in ticks, that it cannot have begun before.
+    not_before: u64,
+    pipes: PipeInodes,
+    /// The file name of the runtime's program.
+    runtime: OsString,
+}
+
+impl Search {
+    fn of(task: &Task, process: &TaskProcess) -> Option<Self> {
+        let (known, starting) = task.known_pids();
+        Some(Self {
+            cgroup: task.cgroup()?,
+            known,
+            is_only: starting <= 1,
+            has_own_pid_namespace: task.has_own_pid_namespace,
+            not_before: process.start_mark()?.ticks,
+            pipes: stdio::pipe_inodes(&process.fds),
+            runtime: task.runtime.program_name(),
+        })
+    }
+
+    /// Blocks on the cgroup file system and procfs.
+    fn look(&self) -> Option<Found> {
+        let members = self.cgroup.pids().ok()?;
+        let is_new = |pid: &&i32| !self.known.contains(pid);
+        let began_outside = |process: &Process| {
+            let parent = process.parent();
+            process.identity().start_ticks >= self.not_before
+                && parent.is_some_and(|parent| !members.contains(&parent))
+        };
+        // What comes into a container has its parent outside; orphans of its processes have its
+        // init, if it has a pid namespace of its own.
+        let candidates: Vec<Process> = members
+            .iter()
+            .filter(is_new)
+            .filter_map(|&pid| Process::open(pid).ok())
+            .filter(began_outside)
+            .collect();
+        let with_pipes = |process: &Process| self.pipes.are_open_in(process.identity().pid);
+        let (mut its, mut others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(with_pipes);
+        let process = match (its.len(), others.len()) {
+            (1, _) if self.has_own_pid_namespace || self.is_only => its.pop()?,
+            // It has no pipes, or has closed them.
+            (0, 1) if self.has_own_pid_namespace && self.is_only => others.pop()?,
+            _ => return None,
+        };
+        Some(Found {
+            is_runtime: self.is_runtime(process.identity().pid),
+            process,
+        })
+    }
+
+    /// Whether this process executes the runtime, or its copy in memory (runc makes one against
+    /// CVE-2019-5736).
+    fn is_runtime(&self, pid: i32) -> bool {
+        let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        let is_copy = program.to_string_lossy().starts_with("/memfd:");
+        is_copy || program.file_name() == Some(&self.runtime)
+    }
+}

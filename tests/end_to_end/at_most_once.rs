@@ -1,0 +1,180 @@
+//! An exec whose daemon and runtime are killed together, as `systemctl kill` or the OOM killer do:
+//! what the runtime has started it has told no one. It runs at most once, whatever is known of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::scope;
+
+use anyhow::{Context, ensure};
+use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, binary_name, write_program};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
+use xtask::sandbox::{Sandbox, until};
+
+use crate::tests;
+
+pub(crate) const TESTS: [Test; 3] = tests!(EmbedshimOnly:
+    an_exec_that_outlives_daemon_and_runtime_is_found_with_its_streams,
+    an_exec_without_streams_that_outlives_daemon_and_runtime_is_found,
+    an_exec_that_may_have_run_is_not_started_again,
+);
+
+/// Says what it is, and is told when to end.
+const LIVING: &str = "echo once >> /dev/shm/count; echo first; \
+     while [ ! -e /dev/shm/end ]; do busybox usleep 20000; done; \
+     exit $((20 + $(busybox wc -l < /dev/shm/count)))";
+
+/// A runtime that is killed between an exec's first instruction and its pid file.
+struct CutShort {
+    program: PathBuf,
+    pid: PathBuf,
+}
+
+impl CutShort {
+    fn new(sandbox: &Sandbox) -> anyhow::Result<Self> {
+        let directory = sandbox.directory();
+        let (program, pid) = (directory.join("cut-short-runc"), directory.join("wrapper"));
+        let script = format!(
+            "#!/bin/sh\n\
+             case \" $* \" in *\" exec \"*) ;; *) exec runc \"$@\" ;; esac\n\
+             [ -e {0} ] && exec runc \"$@\"\n\
+             left=$#\n\
+             while [ $left -gt 0 ]; do\n\
+             word=$1; shift; [ \"$before\" = --pid-file ] && word={1}/hidden\n\
+             set -- \"$@\" \"$word\"; before=$word; left=$((left-1))\n\
+             done\n\
+             runc \"$@\"\n\
+             echo $$ > {0}.draft; mv {0}.draft {0}\n\
+             while :; do sleep 0.02; done\n",
+            pid.display(),
+            directory.display()
+        );
+        write_program(&program, &script)?;
+        Ok(Self { program, pid })
+    }
+
+    /// Starts the exec `e` of `c`, kills the daemon and then this runtime when the process runs, and
+    /// returns the answer.
+    fn start(&self, sandbox: &Sandbox, shim: &Shim) -> anyhow::Result<ttrpc::Result<u32>> {
+        scope(|scope| {
+            let request = scope.spawn(|| shim.start_exec("c", "e"));
+            until("the process runs", || Ok(self.pid.exists()))?;
+            sandbox.kill_daemon()?;
+            ensure!(!request.is_finished(), "the request has an answer already");
+            let pid = fs::read_to_string(&self.pid)?.trim().parse()?;
+            kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+            request.join().ok().context("a request panicked")
+        })
+    }
+}
+
+struct Scene {
+    sandbox: Sandbox,
+    shim: Shim,
+    runtime: CutShort,
+    before: Footprint,
+    memory: PathBuf,
+}
+
+/// A container whose runtime will be cut short, and whose `/dev/shm` can be seen from outside.
+fn scene(stage: &Stage) -> anyhow::Result<Scene> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let runtime = CutShort::new(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let before = Footprint::of(&sandbox);
+    let pid = shim.create_with("c", bundle.path(), |request| {
+        request.options = binary_name(&runtime.program);
+    })?;
+    shim.start("c")?;
+    let memory = Path::new("/proc").join(format!("{pid}/root/dev/shm"));
+    Ok(Scene {
+        sandbox,
+        shim,
+        runtime,
+        before,
+        memory,
+    })
+}
+
+impl Scene {
+    fn runs(&self) -> usize {
+        let count = fs::read_to_string(self.memory.join("count")).unwrap_or_default();
+        count.lines().count()
+    }
+
+    fn end(&self) -> anyhow::Result<()> {
+        self.shim.kill("c", Signal::SIGKILL)?;
+        ensure!(self.shim.wait("c")? == 137, "not 137");
+        ensure!(self.shim.delete("c")? == 137, "not 137");
+        self.before.wait_for_return(&self.sandbox)
+    }
+}
+
+fn an_exec_that_outlives_daemon_and_runtime_is_found_with_its_streams(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let scene = scene(stage)?;
+    let (shim, sandbox) = (&scene.shim, &scene.sandbox);
+    let stdout = sandbox.directory().join("out");
+    mkfifo(&stdout, Mode::S_IRWXU)?;
+    let output = Reader::of(stdout.clone());
+    // One whose start is not in question must not be taken for it.
+    shim.exec_with("c", "other", &["sleep", "1000"], |_| {})?;
+    fs::write(&scene.runtime.pid, "")?;
+    shim.start_exec("c", "other")?;
+    fs::remove_file(&scene.runtime.pid)?;
+    let script = format!("{LIVING}; echo unreachable");
+    shim.exec_with("c", "e", &["sh", "-c", &script], |request| {
+        request.stdout = stdout.to_string_lossy().into_owned();
+    })?;
+    let pid = scene.runtime.start(sandbox, shim)??;
+    ensure!(pid > 0, "no pid");
+    output.wait_for("first")?;
+    fs::write(scene.memory.join("end"), "")?;
+    let code = shim.wait_exec("c", "e")?;
+    ensure!(code == 21, "{code}");
+    ensure!(shim.delete_exec("c", "e")? == 21, "not 21");
+    ensure!(scene.runs() == 1, "it has run {} times", scene.runs());
+    scene.end()
+}
+
+fn an_exec_without_streams_that_outlives_daemon_and_runtime_is_found(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let scene = scene(stage)?;
+    let shim = &scene.shim;
+    shim.exec_with("c", "e", &["sh", "-c", LIVING], |_| {})?;
+    scene.runtime.start(&scene.sandbox, shim)??;
+    fs::write(scene.memory.join("end"), "")?;
+    let code = shim.wait_exec("c", "e")?;
+    ensure!(code == 21, "{code}");
+    ensure!(scene.runs() == 1, "it has run {} times", scene.runs());
+    scene.end()
+}
+
+/// It has ended, and nothing tells that it ever was: the client decides what to do about that.
+fn an_exec_that_may_have_run_is_not_started_again(stage: &Stage) -> anyhow::Result<()> {
+    let scene = scene(stage)?;
+    let shim = &scene.shim;
+    let script = "echo once >> /dev/shm/count";
+    shim.exec_with("c", "e", &["sh", "-c", script], |_| {})?;
+    let waiting = Shim::connect(&scene.sandbox)?;
+    let answer = scope(|scope| {
+        let wait = scope.spawn(|| waiting.wait_exec("c", "e"));
+        let answer = scene.runtime.start(&scene.sandbox, shim)?;
+        wait.join().ok().context("a request panicked")??;
+        anyhow::Ok(answer)
+    })?;
+    // Nor if it is asked for again, by this daemon or the next.
+    scene.sandbox.kill_daemon()?;
+    for answer in [answer, shim.start_exec("c", "e")] {
+        let text = answer.map_or_else(|error| error.to_string(), |pid| pid.to_string());
+        ensure!(text.contains("exec e may have run"), "{text}");
+    }
+    ensure!(scene.runs() == 1, "it has run {} times", scene.runs());
+    shim.delete_exec("c", "e")?;
+    scene.end()
+}
