@@ -123,7 +123,10 @@ fn many_launchers_start_one_daemon(stage: &Stage) -> anyhow::Result<()> {
             "{finished:?}"
         );
     }
-    let serving = sandbox.daemon_log().matches(" serving ").count();
+    let serving = || sandbox.daemon_log().matches(" serving ").count();
+    // It answers before it says so.
+    until("a daemon says that it serves", || Ok(serving() > 0))?;
+    let serving = serving();
     ensure!(serving == 1, "{serving} daemons: {}", sandbox.daemon_log());
     Ok(())
 }
@@ -188,7 +191,7 @@ fn delete_of_an_unknown_container_is_quick_and_harmless(stage: &Stage) -> anyhow
 }
 
 /// Runs `delete` and reads its message.
-fn delete(
+pub(crate) fn delete(
     stage: &Stage,
     sandbox: &Sandbox,
     bundle: &Bundle,

@@ -13,6 +13,7 @@ mod broken_parts;
 mod checkpoint;
 mod containers;
 mod control;
+mod creations;
 mod embedding;
 mod events;
 mod exits;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         &events::TESTS,
         &events::OURS,
         &at_most_once::TESTS,
+        &creations::TESTS,
         &hung::TESTS,
         &inheritance::TESTS,
         &inheritance::OURS,

@@ -5,6 +5,7 @@
 mod arguments;
 mod inflight;
 mod log;
+mod output;
 mod program;
 
 use std::ffi::{CString, OsString};
@@ -19,12 +20,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
-use tokio::task::JoinHandle;
 
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
 pub(crate) use inflight::{InFlightCalls, wait_for};
+use output::Collected;
 pub(crate) use program::touch;
 
 use crate::child_context::ChildContext;
@@ -36,11 +37,6 @@ use crate::spec::Spec;
 use crate::stdio::ChildStdio;
 use crate::sys;
 use crate::task::RuntimeOptions;
-
-/// Enough for any message, little enough for a runtime gone mad.
-const MAX_OUTPUT: usize = 1024 * 1024;
-/// How long to wait for the end of the output of a runtime that has ended.
-const LEFT_OPEN: Duration = Duration::from_secs(1);
 
 /// The OCI runtime as one container uses it.
 #[derive(Clone, Debug)]
@@ -65,6 +61,16 @@ pub(crate) enum Input {
     Container(ChildStdio),
     /// A document on standard input.
     Document(Vec<u8>),
+}
+
+/// A container as the runtime knows it.
+#[derive(Debug, Default, serde::Deserialize)]
+pub(crate) struct State {
+    /// "created", "running", "paused" or "stopped".
+    pub(crate) status: String,
+    /// The init's, or 0.
+    #[serde(default)]
+    pub(crate) pid: i32,
 }
 
 /// Why an invocation did not succeed; [`Runtime`]'s methods put the operation's name before it.
@@ -208,20 +214,15 @@ impl Runtime {
             .map(drop)
     }
 
-    /// `state`: "created", "running", "paused" or "stopped".
-    pub(crate) async fn status(&self, id: &str, log: &Path) -> Result<String, Error> {
-        #[derive(serde::Deserialize)]
-        struct State {
-            status: String,
-        }
+    /// What `state` says.
+    pub(crate) async fn state(&self, id: &str, log: &Path) -> Result<State, Error> {
         let stdout = self
             .run("state", arguments::state(id), Input::Null, log)
             .await?;
-        let state: State = serde_json::from_slice(&stdout).map_err(|e| Error::Runtime {
+        serde_json::from_slice(&stdout).map_err(|e| Error::Runtime {
             operation: "state",
             message: format!("its answer cannot be read: {e}"),
-        })?;
-        Ok(state.status)
+        })
     }
 
     /// `update` with an OCI `LinuxResources` document.
@@ -312,7 +313,10 @@ impl Runtime {
             // A runtime that does not read its input says why by its status.
             let _ = stdin.write_all(&document).await;
         }
-        let output = [collect(child.stdout.take()), collect(child.stderr.take())];
+        let output = [
+            Collected::begin(child.stdout.take()),
+            Collected::begin(child.stderr.take()),
+        ];
         let Ok(status) =
             tokio::time::timeout(self.deadline.saturating_sub(begun.elapsed()), child.wait()).await
         else {
@@ -417,46 +421,6 @@ fn has_systemd() -> bool {
 fn kill_group(child: &Child) {
     if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
         let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
-    }
-}
-
-/// What a runtime writes, read while it runs.
-struct Collected(Option<JoinHandle<Vec<u8>>>);
-
-/// Of more than `limit` bytes the last [`MAX_OUTPUT`] stay.
-fn keep_end(output: &mut Vec<u8>, limit: usize) {
-    if output.len() > limit {
-        output.drain(..output.len() - MAX_OUTPUT);
-    }
-}
-
-/// Reads to the end, or the runtime would be killed by SIGPIPE, and keeps the end of it.
-fn collect(pipe: Option<impl AsyncRead + Send + Unpin + 'static>) -> Collected {
-    Collected(pipe.map(|mut pipe| {
-        tokio::spawn(async move {
-            let mut output = Vec::new();
-            // What was read before an error is all there is.
-            while matches!(pipe.read_buf(&mut output).await, Ok(count) if count > 0) {
-                keep_end(&mut output, 2 * MAX_OUTPUT);
-            }
-            keep_end(&mut output, MAX_OUTPUT);
-            output
-        })
-    }))
-}
-
-impl Collected {
-    /// The runtime has ended, but a hook that went to the background may keep its pipe open for
-    /// ever.
-    async fn take(self) -> Vec<u8> {
-        let Some(reader) = self.0 else {
-            return Vec::new();
-        };
-        tokio::time::timeout(LEFT_OPEN, reader)
-            .await
-            .ok()
-            .and_then(Result::ok)
-            .unwrap_or_default()
     }
 }
 

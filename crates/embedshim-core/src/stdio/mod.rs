@@ -37,8 +37,8 @@ pub(crate) use ends::{Streams, decide_input};
 pub(crate) use logger::{LoggedProcess, LoggerPipes, READY, end_logger};
 pub(crate) use plan::Plan;
 pub(crate) use prepare::{
-    ChildStdio, Of, PipeInodes, adopt_client_ends, discard_pipes, find_again, pipe_inodes, prepare,
-    prepare_terminal,
+    ChildStdio, Of, PipeInodes, adopt_client_ends, are_kept, discard_pipes, find_again,
+    has_terminal, pipe_inodes, prepare, prepare_terminal,
 };
 
 /// The standard streams as a request names them: paths or URIs, empty for none.

@@ -148,6 +148,30 @@ pub(crate) fn prepare(
     })
 }
 
+/// Whether both ends of all streams that [`prepare`] or [`prepare_terminal`] makes for this plan are
+/// in the set. A logger's pipes are its own.
+pub(crate) fn are_kept(plan: &Plan, fds: &ProcessFds) -> bool {
+    let has = |role| fds.get(role).is_some();
+    let is_terminal = plan.terminal();
+    let output = |plan: &Output, pipe, client| match plan {
+        Output::Null | Output::Logger(_) => true,
+        Output::Path(_) | Output::File(_) => has(client) && (is_terminal || has(pipe)),
+    };
+    let input = plan.stdin.is_none()
+        || (fds.first(INPUT).is_some() && (is_terminal || has(FdRole::StdinPipe)));
+    let has_terminal = !is_terminal || has(FdRole::Console) || has(FdRole::Terminal);
+    let stderr = || output(&plan.stderr, FdRole::StderrPipe, FdRole::StderrClient);
+    input
+        && has_terminal
+        && output(&plan.stdout, FdRole::StdoutPipe, FdRole::StdoutClient)
+        && (is_terminal || stderr())
+}
+
+/// Whether the terminal of a process is in its set.
+pub(crate) fn has_terminal(fds: &ProcessFds) -> bool {
+    fds.get(FdRole::Terminal).is_some()
+}
+
 /// Opens and stores the client's end of an output, unless it is there or there is none.
 fn open_output(
     fds: &ProcessFds,

@@ -48,9 +48,9 @@ pub(crate) struct Task {
     exit_told: watch::Sender<bool>,
     complete: AtomicBool,
     silent: AtomicBool,
-    /// A predecessor died within its creation: it is being removed, and its id will be free again.
-    is_debris: AtomicBool,
-    released: watch::Sender<bool>,
+    /// A predecessor died within its creation: whether it is taken over or removed is not decided.
+    is_half_created: AtomicBool,
+    settled: watch::Sender<bool>,
     saving: tokio::sync::Mutex<()>,
 }
 
@@ -134,8 +134,8 @@ impl Task {
             exit_told: watch::Sender::new(false),
             complete: AtomicBool::new(false),
             silent: AtomicBool::new(false),
-            is_debris: AtomicBool::new(false),
-            released: watch::Sender::new(false),
+            is_half_created: AtomicBool::new(false),
+            settled: watch::Sender::new(false),
             saving: tokio::sync::Mutex::default(),
         }
     }
@@ -236,6 +236,11 @@ impl Task {
         self.bundle.path.join(".kill.log.json")
     }
 
+    /// Where the runtime writes the init's pid.
+    pub(crate) fn pid_file(&self) -> PathBuf {
+        self.bundle.path.join("init.pid")
+    }
+
     /// Where the root filesystem is mounted.
     pub(crate) fn rootfs_path(&self) -> PathBuf {
         self.bundle.path.join("rootfs")
@@ -262,29 +267,27 @@ impl Task {
         self.complete.store(false, Ordering::Release);
     }
 
-    /// It is to be removed, and whoever wants its id has to wait for that.
-    pub(crate) fn is_to_be_removed(&self) {
-        self.is_debris.store(true, Ordering::Release);
+    /// Its creation was cut short. Who wants its id has to wait for what becomes of it.
+    pub(crate) fn is_to_be_settled(&self) {
+        self.is_half_created.store(true, Ordering::Release);
     }
 
-    /// Whether its id will be free soon.
-    pub(crate) fn is_debris(&self) -> bool {
-        self.is_debris.load(Ordering::Acquire)
+    /// Whether it will be known soon if its id is free.
+    pub(crate) fn is_half_created(&self) -> bool {
+        self.is_half_created.load(Ordering::Acquire)
     }
 
-    /// Its id is free.
-    pub(crate) fn was_released(&self) {
-        self.released.send_replace(true);
+    /// It is a task, or its id is free.
+    pub(crate) fn was_settled(&self) {
+        self.is_half_created.store(false, Ordering::Release);
+        self.settled.send_replace(true);
     }
 
-    /// Waits until its id is free.
-    pub(crate) async fn until_released(&self) {
-        // The sender is a field of ours: it cannot be gone.
-        let _ = self
-            .released
-            .subscribe()
-            .wait_for(|released| *released)
-            .await;
+    /// Waits until it is a task or its id is free.
+    pub(crate) async fn until_settled(&self) {
+        // The sender is a field of this task: it cannot be gone.
+        let mut settled = self.settled.subscribe();
+        let _ = settled.wait_for(|settled| *settled).await;
     }
 
     /// Nobody wants to hear of it any more: whoever gave it up tells its end himself.

@@ -83,7 +83,12 @@ pub(super) async fn create(
         errand.request,
         shared.new_fds(),
     ));
-    reserve(&shared, &task).await?;
+    if let Err(taken) = reserve(&shared, &task).await {
+        return match shared.task(&task.key) {
+            Ok(adopted) if errand.left(adopted.init.made_by) => Ok(adopted.init.now().pid),
+            _ => Err(taken),
+        };
+    }
     let _turn = task.init.turn().await?;
     task.init.starting();
     let mut runtime_was_called = false;
@@ -101,16 +106,16 @@ pub(super) async fn create(
     }
 }
 
-/// Takes the id. What is left of a creation that was cut short is waited for.
+/// Takes the id. What becomes of a creation that was cut short is waited for.
 async fn reserve(shared: &Shared, task: &Arc<Task>) -> Result<(), Error> {
     let deadline = shared.config.runtime_deadline;
     loop {
         let taken = shared.reserve(task);
         match shared.task_even_unfinished(&task.key) {
-            Some(debris) if taken.is_err() && debris.is_debris() => {
-                let released = tokio::time::timeout(deadline, debris.until_released()).await;
-                released.map_err(|_| Error::Deadline {
-                    what: "the removal of what an earlier creation has left",
+            Some(earlier) if taken.is_err() && earlier.is_half_created() => {
+                let settled = tokio::time::timeout(deadline, earlier.until_settled()).await;
+                settled.map_err(|_| Error::Deadline {
+                    what: "the end of a creation that was cut short",
                     seconds: deadline.as_secs(),
                 })?;
             }
@@ -136,6 +141,11 @@ async fn establish(
         *runtime_was_called = true;
         launch(shared, task, plan).await?;
     }
+    created(shared, task).await
+}
+
+/// The container is made: everything that follows from that.
+pub(super) async fn created(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<u32, Error> {
     task.completed();
     let pid = task.init.now().pid;
     shared.emit(
@@ -163,7 +173,7 @@ pub(super) async fn launch(
 ) -> Result<(), Error> {
     // Until the init is watched, no orphan is reaped: it might be the init.
     let _ticket = shared.orphans.ticket();
-    let pid_file = task.bundle.path.join("init.pid");
+    let pid_file = task.pid_file();
     let work = task.bundle.path.join("criu-work");
     let log = task.log();
     let call = Create {
@@ -357,7 +367,7 @@ pub(super) async fn remove_traces(shared: &Shared, task: &Task, runtime_was_call
 }
 
 /// The cgroup of a new container. Without one, statistics and OOM events are missing, nothing else.
-async fn find_cgroup(pid: i32) -> Option<Cgroup> {
+pub(super) async fn find_cgroup(pid: i32) -> Option<Cgroup> {
     match blocking(move || Cgroup::of_process(pid)).await {
         Ok(Ok(cgroup)) => Some(cgroup),
         Ok(Err(error)) => {

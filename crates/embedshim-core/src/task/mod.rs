@@ -9,6 +9,7 @@ mod detached;
 mod errand;
 mod execution;
 mod exits;
+mod half_created;
 mod node;
 mod process;
 mod request;

@@ -327,6 +327,11 @@ impl TaskProcess {
         self.live().logger = Some(logger);
     }
 
+    /// The program that reads its output.
+    pub(crate) fn logger(&self) -> Option<ProcessIdentity> {
+        self.live().logger
+    }
+
     /// The program that reads its output, to be ended by the caller.
     pub(crate) fn take_logger(&self) -> Option<ProcessIdentity> {
         self.live().logger.take()

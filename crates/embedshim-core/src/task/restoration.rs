@@ -11,9 +11,10 @@ use super::creation::{remove_traces, watch_for_oom};
 use super::detached::blocking;
 use super::errand::RequestId;
 use super::exits;
+use super::half_created;
 use super::process::TaskProcess;
 use super::request::Exit;
-use super::resumption::{Unfinished, reconnect, undo};
+use super::resumption::{Unfinished, reconnect};
 use super::shared::Shared;
 use super::state::Phase;
 use crate::clock::BootTime;
@@ -189,7 +190,7 @@ fn examine(
 ) {
     if !task.is_complete() {
         task.init.fds.inherit(inherited);
-        undo(shared, Arc::clone(task), calls);
+        half_created::finish(shared, Arc::clone(task), calls);
         return;
     }
     if !is_of_this_boot {
@@ -297,9 +298,9 @@ fn take_client_ends(shared: &Arc<Shared>, inherited: &mut InheritedFds) {
 async fn remove_abandoned_sockets(shared: &Shared) {
     let state_dir = shared.config.state_dir.clone();
     let in_use: Vec<_> = shared
-        .all()
+        .all_even_unfinished()
         .iter()
-        .flat_map(|task| task.all_execs())
+        .flat_map(|task| task.all_execs().into_iter().chain([Arc::clone(&task.init)]))
         .map(|process| process.fds.clone())
         .filter(|fds| fds.get(FdRole::Console).is_some())
         .collect();

@@ -7,7 +7,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tracing::{info, warn};
 
 use super::container::Task;
-use super::creation::{CONSOLE_DEADLINE, end_logger, read_pid, remove_traces};
+use super::creation::{CONSOLE_DEADLINE, end_logger, read_pid};
 use super::detached::blocking;
 use super::execution::{ExecFiles, exec_started};
 use super::exits;
@@ -21,7 +21,7 @@ use crate::event::EventKind;
 use crate::exit::{Evidence, ExitRecord, ExitStatus, UnknownReason};
 use crate::fdstore::FdRole;
 use crate::process::{OpenError, Process, ProcessIdentity};
-use crate::runtime::wait_for;
+use crate::runtime::{State, wait_for};
 use crate::stdio::{self, ConsoleSocket, Plan, Streams};
 
 /// One task's unfinished business.
@@ -107,26 +107,6 @@ impl Unfinished {
     }
 }
 
-/// Removes a task whose creation was cut short. Its id is free afterwards, for whoever asks for it again.
-pub(super) fn undo(shared: &Arc<Shared>, task: Arc<Task>, calls: Vec<Process>) {
-    warn!(id = %task.id(), "removing a task whose creation was cut short");
-    task.is_to_be_removed();
-    let (shared, work) = (Arc::clone(shared), shared.work());
-    tokio::spawn(async move {
-        wait_for(&calls, shared.config.runtime_deadline).await;
-        end_logger(&task.init).await;
-        // What is in the pipes are the runtime's words; the client reads on, and gets the output of the next attempt. From the removal
-        // of the record on, the request that is noted beside the client's ends is all that says whose they are.
-        let (fds, request) = (&task.init.fds, task.init.made_by);
-        stdio::discard_pipes(fds);
-        fds.leave_to(request.map(|request| (request.connection, request.stream)));
-        remove_traces(&shared, &task, true).await;
-        shared.leave_client_ends(request, fds.clone());
-        shared.release(&task);
-        drop(work);
-    });
-}
-
 /// The record may be one step behind the container: then the runtime knows. The init's end, if it came, is let go afterwards.
 async fn agree_on_phase(shared: &Arc<Shared>, task: &Arc<Task>) {
     let init = &task.init;
@@ -134,17 +114,15 @@ async fn agree_on_phase(shared: &Arc<Shared>, task: &Arc<Task>) {
     if init.identity().is_none() {
         undo_restore(task).await;
     } else if matches!(recorded, Phase::Created | Phase::Pausing | Phase::Paused) {
-        let status = match task.runtime.status(task.id(), &task.log()).await {
-            Ok(status) => status,
-            Err(error) => {
-                warn!(id = %task.id(), %error, "cannot ask the runtime for the container's state");
-                String::new()
-            }
-        };
+        let known = task.runtime.state(task.id(), &task.log()).await;
+        let known = known.unwrap_or_else(|error| {
+            warn!(id = %task.id(), %error, "cannot ask the runtime for the container's state");
+            State::default()
+        });
         let started = EventKind::Started {
             pid: init.now().pid,
         };
-        let change = match (recorded, status.as_str()) {
+        let change = match (recorded, known.status.as_str()) {
             (Phase::Created, "running") => Some((Phase::Running, Some(started))),
             // It has ended, and so it ran, or was killed while it was being started.
             (Phase::Created, "stopped") if init.start_mark().is_some() => {
@@ -275,7 +253,7 @@ async fn open(task: &Task, pid: i32) -> Result<Option<Process>, Error> {
 }
 
 /// Takes the terminal that the runtime has handed over, or will, to the socket that a predecessor has left.
-async fn take_terminal(task: &Task, process: &TaskProcess) {
+pub(super) async fn take_terminal(task: &Task, process: &TaskProcess) {
     let taken = match ConsoleSocket::resume(&process.fds) {
         None => Ok(()),
         Some(Err(source)) => Err(Error::Internal(source.to_string())),
@@ -301,7 +279,7 @@ pub(super) fn reconnect(task: &Arc<Task>, process: &Arc<TaskProcess>) {
     connect(task, process);
 }
 
-fn connect(task: &Task, process: &TaskProcess) {
+pub(super) fn connect(task: &Task, process: &TaskProcess) {
     let is_lost = process.stdio.terminal && process.fds.get(FdRole::Terminal).is_none();
     if is_lost && process.now().exit.is_none() {
         warn!(id = %task.id(), exec_id = ?process.exec, "its terminal is lost: it went with the daemon that held it");

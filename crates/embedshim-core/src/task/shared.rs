@@ -113,7 +113,7 @@ impl Shared {
             tasks.remove(&task.key);
         }
         drop(tasks);
-        task.was_released();
+        task.was_settled();
     }
 
     /// The task of that name, if its creation is over.
@@ -137,11 +137,14 @@ impl Shared {
 
     /// All tasks whose creation is over.
     pub(crate) fn all(&self) -> Vec<Arc<Task>> {
-        self.tasks()
-            .values()
-            .filter(|task| task.is_complete())
-            .cloned()
-            .collect()
+        let mut all = self.all_even_unfinished();
+        all.retain(|task| task.is_complete());
+        all
+    }
+
+    /// All tasks, and those that are being created.
+    pub(crate) fn all_even_unfinished(&self) -> Vec<Arc<Task>> {
+        self.tasks().values().cloned().collect()
     }
 
     /// The descriptors of a new process: none yet.

@@ -1,0 +1,129 @@
+//! A creation that takes longer than its daemon lives: the container that the runtime has made is
+//! taken over with its streams, not made again.
+
+use std::fs;
+use std::thread::scope;
+
+use anyhow::{Context, ensure};
+use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use xtask::sandbox::{Sandbox, until};
+
+use crate::bootstrap::delete;
+use crate::half_done::{SlowRuntime, terminal};
+use crate::tests;
+
+pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+    a_creation_that_outlives_three_daemons_ends,
+    a_creation_that_outlives_three_daemons_keeps_its_terminal,
+    a_creation_that_outlives_three_daemons_keeps_its_log_file,
+    a_creation_that_outlives_its_daemon_is_cleaned_up_if_containerd_gives_it_up,
+);
+
+fn calls_of_create(sandbox: &Sandbox) -> usize {
+    let calls = fs::read_to_string(sandbox.directory().join("calls")).unwrap_or_default();
+    calls
+        .lines()
+        .filter(|call| call.contains(" create "))
+        .count()
+}
+
+/// Kills three daemons while one `create` is under way, before or after the container is made.
+fn outlive(stage: &Stage, is_terminal: bool, is_file: bool) -> anyhow::Result<()> {
+    for is_after in [false, true] {
+        let sandbox = stage.bare_sandbox()?;
+        sandbox.start_daemon()?;
+        let shim = Shim::connect(&sandbox)?;
+        let runtime = SlowRuntime::new(&sandbox, "create", is_after)?;
+        let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "echo it runs; exit 7"])?;
+        if is_terminal {
+            terminal(&bundle)?;
+        }
+        let stdout = sandbox.directory().join("out");
+        let before = Footprint::of(&sandbox);
+        let output = if is_file {
+            None
+        } else {
+            mkfifo(&stdout, Mode::S_IRWXU)?;
+            Some(Reader::of(stdout.clone()))
+        };
+        let pid = scope(|scope| {
+            let request = scope.spawn(|| {
+                shim.create_with("c", bundle.path(), |request| {
+                    let scheme = if is_file { "file://" } else { "" };
+                    request.stdout = format!("{scheme}{}", stdout.display());
+                    request.terminal = is_terminal;
+                    runtime.choose(request);
+                })
+            });
+            let going = sandbox.directory().join("going");
+            until("the runtime is in its call", || Ok(going.exists()))?;
+            for _ in 0..3 {
+                sandbox.kill_daemon()?;
+            }
+            fs::remove_file(&going)?;
+            request
+                .join()
+                .ok()
+                .context("a request panicked")?
+                .context("Create")
+        })?;
+        ensure!(
+            calls_of_create(&sandbox) == 1,
+            "made {} times",
+            calls_of_create(&sandbox)
+        );
+        ensure!(shim.start("c")? == pid, "another pid");
+        ensure!(shim.wait("c")? == 7, "not 7");
+        if let Some(output) = output {
+            output.wait_for("it runs")?;
+        }
+        ensure!(shim.delete("c")? == 7, "not 7");
+        if is_file {
+            let written = fs::read_to_string(&stdout)?;
+            ensure!(written == "it runs\n", "{written:?}");
+        }
+        before.wait_for_return(&sandbox)?;
+    }
+    Ok(())
+}
+
+fn a_creation_that_outlives_three_daemons_ends(stage: &Stage) -> anyhow::Result<()> {
+    outlive(stage, false, false)
+}
+
+fn a_creation_that_outlives_three_daemons_keeps_its_terminal(stage: &Stage) -> anyhow::Result<()> {
+    outlive(stage, true, false)
+}
+
+fn a_creation_that_outlives_three_daemons_keeps_its_log_file(stage: &Stage) -> anyhow::Result<()> {
+    outlive(stage, false, true)
+}
+
+/// The clean-up waits for what becomes of the creation: it would leave what comes after it.
+fn a_creation_that_outlives_its_daemon_is_cleaned_up_if_containerd_gives_it_up(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let runtime = SlowRuntime::new(&sandbox, "create", true)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let before = Footprint::of(&sandbox);
+    scope(|scope| {
+        let request =
+            scope.spawn(|| shim.create_with("c", bundle.path(), |request| runtime.choose(request)));
+        let going = sandbox.directory().join("going");
+        until("the runtime is in its call", || Ok(going.exists()))?;
+        sandbox.kill_daemon()?;
+        let cleaning = scope.spawn(|| delete(stage, &sandbox, &bundle, "c"));
+        fs::remove_file(&going)?;
+        let cleaned = cleaning.join().ok().context("the clean-up panicked")??;
+        ensure!(cleaned.exit_status == 137, "{cleaned:?}");
+        drop(request.join());
+        anyhow::Ok(())
+    })?;
+    ensure!(shim.state("c").is_err(), "it is still there");
+    before.wait_for_return(&sandbox)
+}
