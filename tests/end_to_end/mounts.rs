@@ -5,21 +5,23 @@ use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
-use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test, write_program};
 use serde_json::{Value, json};
 use xtask::sandbox::{Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 6] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     a_read_only_bind_mount_is_the_root,
     an_overlay_of_many_layers_is_the_root,
     a_target_cannot_leave_the_root,
     a_file_behind_a_loop_device_is_the_root,
     a_root_with_mapped_owners_belongs_to_the_containers_users,
     options_that_are_not_ours_are_refused_by_name,
+    a_file_system_in_user_space_is_the_root_every_time,
+    a_mount_helper_inherits_from_the_containerd_that_creates,
 );
 
 /// A bundle whose files were moved away to be mounted by the request, and the directory where they are.
@@ -267,5 +269,52 @@ fn options_that_are_not_ours_are_refused_by_name(stage: &Stage) -> anyhow::Resul
         error.contains("cannot mount bind /nonexistent/source"),
         "{error}"
     );
+    before.wait_for_return(&sandbox)
+}
+
+/// Its server is a child of the daemon's, and so is the helper whose status the daemon waits for.
+fn a_file_system_in_user_space_is_the_root_every_time(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let (bundle, files) = without_files(&sandbox, "c", "[ -e /bin/busybox ] || exit 5; exit 9")?;
+    let lower = format!("lowerdir={}", files.display());
+    let root = mount("fuse3.fuse-overlayfs", Path::new("overlay"), "", &[&lower]);
+    for attempt in 0..12 {
+        let code = run(&shim, "c", &bundle, std::slice::from_ref(&root))
+            .with_context(|| format!("attempt {attempt}"))?;
+        ensure!(code == 9, "{code}");
+    }
+    before.wait_for_return(&sandbox)
+}
+
+/// containerd's launcher notes in the bundle what a shim of the container's own would inherit.
+fn a_mount_helper_inherits_from_the_containerd_that_creates(stage: &Stage) -> anyhow::Result<()> {
+    let (sandbox, shim) = with_daemon(stage)?;
+    let before = Footprint::of(&sandbox);
+    let (bundle, files) = without_files(&sandbox, "c", "exit 9")?;
+    let programs = sandbox.directory().join("programs");
+    let note = sandbox.directory().join("note");
+    fs::create_dir(&programs)?;
+    let helper = format!(
+        "#!/bin/sh\n{{ test -f config.json && echo bundle; env; echo limit $(ulimit -Sn); }} >{}\nexec mount --bind \"$1\" \"$2\"\n",
+        note.display()
+    );
+    write_program(&programs.join("mount.fuse3"), &helper)?;
+    let path = format!("PATH={}:{}", programs.display(), std::env::var("PATH")?);
+    let inherited = json!({"context": {
+        "environment": [path, "HOME=/home/containerd", "NOTIFY_SOCKET=/nowhere"],
+        "open_files": [1000, 4000],
+    }});
+    fs::write(bundle.path().join("embedshim.json"), inherited.to_string())?;
+    let code = run(&shim, "c", &bundle, &[mount("fuse3.any", &files, "", &[])])?;
+    ensure!(code == 9, "{code}");
+    let note = fs::read_to_string(note).context("another helper was run")?;
+    for line in ["bundle", "HOME=/home/containerd", "limit 1000"] {
+        ensure!(
+            note.lines().any(|found| found == line),
+            "no {line:?}: {note}"
+        );
+    }
+    ensure!(!note.contains("NOTIFY_SOCKET"), "{note}");
     before.wait_for_return(&sandbox)
 }

@@ -5,9 +5,14 @@
 //! `runc exec --detach` leaves its process to us and tells its pid by a file. If that process is over before the file is
 //! read, its zombie must still be there, or its status is lost and its number may mean another. So an unknown
 //! zombie is reaped only when every runtime call that was under way when it was first seen has claimed its processes.
+//!
+//! What the daemon starts and waits for by itself (mount helpers, loggers) is started by [`Orphans::spawn`], so that the reaper
+//! knows it. Without that, `std` panics if a program cannot be executed and the reaper is quicker.
 
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::{Deref, DerefMut};
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -36,6 +41,8 @@ struct Shared {
 struct Tickets {
     next: u64,
     active: BTreeSet<u64>,
+    /// Children that we started and wait for.
+    awaited: BTreeSet<i32>,
 }
 
 /// While it lives, no orphan that appears is reaped.
@@ -48,6 +55,42 @@ pub(crate) struct Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.shared.lock().active.remove(&self.number);
+        self.shared.returned.notify_one();
+    }
+}
+
+/// A child that its starter waits for. While this lives, the reaper leaves it alone; afterwards the reaper takes it.
+#[derive(Debug)]
+pub(crate) struct Awaited {
+    child: Child,
+    pid: i32,
+    shared: Arc<Shared>,
+}
+
+impl Deref for Awaited {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.child
+    }
+}
+
+impl DerefMut for Awaited {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.child
+    }
+}
+
+impl Awaited {
+    /// Its number.
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        self.shared.lock().awaited.remove(&self.pid);
         self.shared.returned.notify_one();
     }
 }
@@ -83,6 +126,20 @@ impl Orphans {
             number,
             shared: Arc::clone(&self.shared),
         }
+    }
+
+    /// Starts a program whose end the caller waits for, or whose pidfd it takes before it may be reaped. Blocks.
+    pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<Awaited> {
+        // Until its number is known.
+        let _ticket = self.ticket();
+        let child = command.spawn()?;
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        self.shared.lock().awaited.insert(pid);
+        Ok(Awaited {
+            child,
+            pid,
+            shared: Arc::clone(&self.shared),
+        })
     }
 
     /// Reaps for ever. `watched` tells whether a pid has somebody who will reap it.
@@ -128,8 +185,9 @@ impl Orphans {
                 .active
                 .first()
                 .is_some_and(|&oldest| oldest < seen.seen_at);
+            let awaited = tickets.awaited.contains(&pid);
             drop(tickets);
-            if claimable {
+            if claimable || awaited {
                 return Next::LookAgain;
             }
             match sys::reap_zombie(pid) {

@@ -147,6 +147,44 @@ pub(crate) fn set_window_size(terminal: BorrowedFd<'_>, width: u16, height: u16)
     }
 }
 
+/// `fork` with more flags of clone(2), whose child has no exit signal: its end is seen by
+/// [`wait_unseen`] alone, and by no reaper of whatever child has ended. Returns twice, with 0 in
+/// the child.
+///
+/// # Safety
+///
+/// The child may do no more than what is safe after the fork of a process with threads, and must
+/// not return from its caller.
+unsafe fn fork_unseen(flags: libc::c_int) -> io::Result<libc::pid_t> {
+    // Not clone3: kernels before 5.3 and many seccomp filters refuse it. The lowest byte of the
+    // flags is the exit signal, none.
+    let flags = libc::c_ulong::try_from(flags).map_err(io::Error::other)?;
+    let none: libc::c_ulong = 0;
+    // SAFETY: without CLONE_VM and a stack it returns twice, as fork does, and the caller keeps its
+    // promise about the child.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    libc::pid_t::try_from(pid).map_err(io::Error::other)
+}
+
+/// The wait status of such a child. Blocks until it has ended.
+fn wait_unseen(child: libc::pid_t) -> io::Result<libc::c_int> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the status lives through the call. __WALL because it has no exit signal.
+        let waited = unsafe { libc::waitpid(child, &raw mut status, libc::__WALL) };
+        if waited == child {
+            return Ok(status);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
 /// Opens a file and sends its descriptor, after `others`, with a text, in a process of its own: a
 /// SIGKILL for this one does not come between the two. Errors are `open`'s or `sendmsg`'s; the
 /// outer one is that of starting the process.
@@ -194,28 +232,11 @@ pub(crate) fn open_and_send(
     let socket = socket.as_raw_fd();
     // SAFETY: the child makes system calls only, with memory that was prepared before, and ends
     // without running anything of ours.
-    let child = unsafe { libc::fork() };
+    let child = unsafe { fork_unseen(0) }?;
     if child == 0 {
         open_send_and_exit(path, flags, socket, &message, last);
     }
-    if child < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let mut status = 0;
-    loop {
-        // SAFETY: our own child, not reaped yet, and a status that lives through the call.
-        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
-        if waited == child {
-            break;
-        }
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            Some(libc::EINTR) => {}
-            // Reaped by another waiter of this process: the caller sees what it has sent.
-            Some(libc::ECHILD) => return Ok(Ok(())),
-            _ => return Err(error),
-        }
-    }
+    let status = wait_unseen(child)?;
     Ok(match (libc::WIFEXITED(status), libc::WEXITSTATUS(status)) {
         (true, 0) => Ok(()),
         (true, errno) => Err(io::Error::from_raw_os_error(errno)),
@@ -406,38 +427,13 @@ impl NamespaceHolder {
     /// Starts it. A namespace without mappings: whoever needs them writes them to
     /// `/proc/PID/uid_map` and `gid_map`.
     pub(crate) fn start() -> io::Result<Self> {
-        /// `struct clone_args` of linux/sched.h, its first version.
-        #[repr(C)]
-        #[derive(Default)]
-        struct CloneArguments {
-            flags: u64,
-            unused: [u64; 3],
-            exit_signal: u64,
-            stack: [u64; 3],
-        }
-        // With our table of descriptors, not a copy: no pipe stays open for the moment it lives. No
-        // exit signal: nobody but `drop` sees it end.
+        // With our table of descriptors, not a copy: no pipe stays open for the moment it lives.
         let flags = libc::CLONE_NEWUSER | libc::CLONE_FILES;
-        let arguments = CloneArguments {
-            flags: u64::try_from(flags).map_err(io::Error::other)?,
-            ..CloneArguments::default()
-        };
         let parent = std::process::id();
-        // SAFETY: clone3 reads one clone_args of the size given; without CLONE_VM and a stack it
-        // returns twice, as fork does.
-        let pid = unsafe {
-            libc::syscall(
-                libc::SYS_clone3,
-                &raw const arguments,
-                size_of::<CloneArguments>(),
-            )
-        };
-        match pid {
+        // SAFETY: the child makes system calls only, and ends without running anything of ours.
+        match unsafe { fork_unseen(flags) }? {
             0 => wait_for_the_end(parent),
-            pid if pid < 0 => Err(io::Error::last_os_error()),
-            pid => libc::pid_t::try_from(pid)
-                .map(Self)
-                .map_err(io::Error::other),
+            pid => Ok(Self(pid)),
         }
     }
 
@@ -466,14 +462,7 @@ impl Drop for NamespaceHolder {
     fn drop(&mut self) {
         // SAFETY: our own child, not reaped yet: the number cannot be another process's.
         unsafe { libc::kill(self.0, libc::SIGKILL) };
-        loop {
-            // SAFETY: a null status is allowed; __WALL because it has no exit signal.
-            let result = unsafe { libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL) };
-            let again =
-                result < 0 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted;
-            if !again {
-                return;
-            }
-        }
+        // It fails for one that was waited for already, and nobody can have.
+        let _ = wait_unseen(self.0);
     }
 }

@@ -20,6 +20,7 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use helper::HelperContext;
 use loop_device::LoopDevice;
 pub(crate) use mountinfo::{MountPoint, read_mountinfo};
 use options::Options;
@@ -116,11 +117,15 @@ pub(crate) fn options_are_understood(mount: &Mount, target: &Path) -> bool {
 
 /// Mounts all of `mounts` in order on (or below) `rootfs`, which is made if it is missing. On failure, what this call
 /// mounted is unmounted again.
-pub(crate) fn mount_all(mounts: &[Mount], rootfs: &Path) -> Result<(), MountError> {
+pub(crate) fn mount_all(
+    mounts: &[Mount],
+    rootfs: &Path,
+    context: &HelperContext,
+) -> Result<(), MountError> {
     make_rootfs(rootfs)?;
     let mut done: Vec<PathBuf> = Vec::new();
     for mount in mounts {
-        match mount_one(mount, rootfs) {
+        match mount_one(mount, rootfs, context) {
             Ok(target) => done.push(target),
             Err(error) => {
                 for target in done.iter().rev() {
@@ -146,7 +151,7 @@ fn make_rootfs(rootfs: &Path) -> Result<(), MountError> {
     }
 }
 
-fn mount_one(mount: &Mount, rootfs: &Path) -> Result<PathBuf, MountError> {
+fn mount_one(mount: &Mount, rootfs: &Path, context: &HelperContext) -> Result<PathBuf, MountError> {
     let target = target_below(rootfs, &mount.target)?;
     let refused = |source: io::Error| MountError::Mount {
         kind: mount.kind.clone(),
@@ -155,7 +160,7 @@ fn mount_one(mount: &Mount, rootfs: &Path) -> Result<PathBuf, MountError> {
         source,
     };
     if let Some((program, name)) = helper::of(&mount.kind) {
-        helper::mount(program, name, mount, &target.shown).map_err(refused)?;
+        helper::mount(program, name, mount, &target.shown, context).map_err(refused)?;
         return Ok(target.shown);
     }
     let options = Options::parse(mount, &target.shown)?;

@@ -5,6 +5,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
+fn mount_all(mounts: &[Mount], rootfs: &Path) -> Result<(), MountError> {
+    super::mount_all(mounts, rootfs, &HelperContext::default())
+}
+
 /// Unmounts whatever a failed test leaves.
 struct Mounted(PathBuf);
 impl Drop for Mounted {

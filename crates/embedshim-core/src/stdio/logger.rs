@@ -20,6 +20,7 @@ use tracing::warn;
 
 use super::{StdioError, open};
 use crate::child_context::ChildContext;
+use crate::orphans::Orphans;
 use crate::process::{Process, ProcessIdentity};
 use crate::sys;
 
@@ -99,7 +100,11 @@ impl Logger {
     }
 
     /// Starts the logger. Blocks on the file system that its program is on.
-    pub(crate) fn spawn(&self, process: &LoggedProcess) -> Result<Starting, StdioError> {
+    pub(crate) fn spawn(
+        &self,
+        process: &LoggedProcess,
+        orphans: &Orphans,
+    ) -> Result<Starting, StdioError> {
         let failed = |why| move |source| self.failed(why, source);
         let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|errno| self.failed("no pipe", errno.into()));
         let (stdout_read, stdout) = pipe()?;
@@ -127,13 +132,13 @@ impl Logger {
                 self.failed("cannot be given its pipes", io::Error::other(collision))
             })?;
         crate::runtime::touch(self.program.as_os_str(), None);
-        let child = command.spawn().map_err(failed("cannot be started"))?;
+        let child = orphans
+            .spawn(&mut command)
+            .map_err(failed("cannot be started"))?;
         // Our copies of its ends: with them it would never see that it is alone, nor we that it is ready.
         drop(command);
-        let pid = i32::try_from(child.id())
-            .map_err(|error| self.failed("has no pid", io::Error::other(error)))?;
-        let identity = Process::open(pid)
-            .map_err(|error| self.failed("ended at once", io::Error::other(error)))?
+        let identity = Process::open(child.pid())
+            .map_err(|error| self.failed("cannot be watched", io::Error::other(error)))?
             .identity();
         open::set_non_blocking(&ready).map_err(failed("cannot be waited for"))?;
         Ok(Starting {
@@ -261,7 +266,7 @@ mod tests {
             context: ChildContext::default(),
             bundle: "/".into(),
         };
-        let error = logger.spawn(&process).unwrap_err();
+        let error = logger.spawn(&process, &Orphans::default()).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/logger"), "{error}");
     }
 }

@@ -136,7 +136,7 @@ async fn establish(
             .map_err(|source| StdioError::NotKept { source })?;
     }
     task.save(shared).await?;
-    mount_rootfs(task).await?;
+    mount_rootfs(shared, task).await?;
     if task.checkpoint.is_none() {
         *runtime_was_called = true;
         launch(shared, task, plan).await?;
@@ -294,8 +294,9 @@ async fn start_logger(
     let late = logger.late();
     let is_given_up = Arc::new(AtomicBool::new(false));
     let given_up = Arc::clone(&is_given_up);
+    let orphans = shared.orphans.clone();
     let spawned = blocking(move || {
-        let spawned = logger.spawn(&whose);
+        let spawned = logger.spawn(&whose, &orphans);
         if let (Ok(starting), true) = (&spawned, given_up.load(Ordering::Acquire)) {
             starting.kill();
         }
@@ -318,13 +319,18 @@ pub(super) async fn end_logger(process: &TaskProcess) {
     }
 }
 
-async fn mount_rootfs(task: &Task) -> Result<(), Error> {
+async fn mount_rootfs(shared: &Shared, task: &Task) -> Result<(), Error> {
     if task.rootfs.is_empty() {
         return Ok(());
     }
     let (mounts, target) = (task.rootfs.clone(), task.rootfs_path());
+    let context = rootfs::HelperContext {
+        orphans: shared.orphans.clone(),
+        context: task.runtime.context().clone(),
+        directory: task.bundle.path.clone(),
+    };
     failpoint::step("before the root is mounted");
-    let mounted = blocking(move || rootfs::mount_all(&mounts, &target)).await?;
+    let mounted = blocking(move || rootfs::mount_all(&mounts, &target, &context)).await?;
     failpoint::step("after the root was mounted");
     mounted.map_err(Error::Rootfs)
 }
