@@ -1,29 +1,37 @@
 //! Kill, pause, resume, ps, metrics.
 
-use anyhow::ensure;
+use std::fs;
+use std::path::PathBuf;
+use std::thread::scope;
+
+use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups::metrics::Metrics;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics as MetricsV2;
-use embedshim_tests::{Bundle, Shim, Stage, Test};
+use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use nix::sys::signal::Signal;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::Value;
-use xtask::sandbox::{PATIENCE, Running};
+use xtask::sandbox::{PATIENCE, Running, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 6] = tests!(AnyRuntime:
+pub(crate) const TESTS: [Test; 7] = tests!(AnyRuntime:
     a_signal_reaches_the_init,
     a_paused_container_is_frozen_until_resumed,
     what_the_state_does_not_allow_is_refused_in_runc_v2s_words,
     ps_lists_execs_by_name,
     metrics_count_processes_and_memory,
     a_running_task_is_not_deleted,
+    sigkill_ends_a_container_that_something_else_froze,
 );
 
-pub(crate) const OURS: [Test; 2] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 4] = tests!(EmbedshimOnly:
     an_update_changes_the_limit,
     a_stopped_task_still_tells_that_it_ran_out_of_memory,
+    kills_of_a_paused_container_at_the_same_time_are_each_answered,
+    sigkill_ends_an_exec_of_a_paused_container_which_stays_paused,
 );
 
 fn a_signal_reaches_the_init(stage: &Stage) -> anyhow::Result<()> {
@@ -32,7 +40,7 @@ fn a_signal_reaches_the_init(stage: &Stage) -> anyhow::Result<()> {
         Running::capture(&mut sandbox.run(&["--rm"], "c", &["guest", "until-term", "33"]))?;
     sandbox.wait_for_status("c", "RUNNING")?;
     // Until its handler is there the signal has no effect, so again until it has.
-    xtask::sandbox::until("it ends", || {
+    until("it ends", || {
         let _ = sandbox
             .ctr(["task", "kill", "--signal", "TERM", "c"])
             .output()?;
@@ -243,4 +251,148 @@ fn a_stopped_task_still_tells_that_it_ran_out_of_memory(stage: &Stage) -> anyhow
     ensure!(kills >= 1, "{kills} OOM kills");
     shim.delete("c")?;
     Ok(())
+}
+
+/// The cgroup of a process, frozen by hand; thawed at the end, whatever happens.
+struct Frozen {
+    file: PathBuf,
+    is_unified: bool,
+}
+
+impl Frozen {
+    fn new(pid: u32) -> anyhow::Result<Self> {
+        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let path_of = |prefix: &str| {
+            let mut lines = cgroups.lines().filter_map(|line| line.split_once(':'));
+            lines.find_map(|(_, rest)| rest.strip_prefix(prefix)?.strip_prefix('/'))
+        };
+        let frozen = if let Some(path) = path_of("freezer:") {
+            let directory = PathBuf::from("/sys/fs/cgroup/freezer").join(path);
+            fs::write(directory.join("freezer.state"), "FROZEN")?;
+            Self {
+                file: directory.join("freezer.state"),
+                is_unified: false,
+            }
+        } else {
+            let path = path_of(":").context("in no cgroup")?;
+            let directory = PathBuf::from("/sys/fs/cgroup").join(path);
+            fs::write(directory.join("cgroup.freeze"), "1")?;
+            Self {
+                file: directory.join("cgroup.freeze"),
+                is_unified: true,
+            }
+        };
+        until("it is frozen", || frozen.is_frozen())?;
+        Ok(frozen)
+    }
+
+    fn is_frozen(&self) -> anyhow::Result<bool> {
+        let state = fs::read_to_string(&self.file)?;
+        Ok(matches!(state.trim(), "FROZEN" | "1"))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let thawed = if self.is_unified { "0" } else { "THAWED" };
+        let _ = fs::write(&self.file, thawed);
+    }
+}
+
+fn sigkill_ends_a_container_that_something_else_froze(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    let pid = sandbox.detached(&[], "c", &["sleep", "1000"])?;
+    let _frozen = Frozen::new(pid.unsigned_abs())?;
+    sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "c"])?;
+    sandbox.wait_for_status("c", "STOPPED")?;
+    ensure!(sandbox.delete_task("c")? == 137, "not 137");
+    Ok(())
+}
+
+fn pause(shim: &Shim) -> ttrpc::Result<()> {
+    let request = api::PauseRequest {
+        id: "c".into(),
+        ..api::PauseRequest::default()
+    };
+    shim.tasks.pause(shim.metadata(), &request).map(drop)
+}
+
+/// Answered as runc-v2 does: the signal is sent, or the process has finished.
+fn kills_of_a_paused_container_at_the_same_time_are_each_answered(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let before = Footprint::of(&sandbox);
+    for round in 0..16 {
+        let request = api::KillRequest {
+            id: "c".into(),
+            signal: 9,
+            all: round % 2 == 1,
+            ..api::KillRequest::default()
+        };
+        shim.create("c", bundle.path())?;
+        shim.start("c")?;
+        pause(&shim)?;
+        let others = [(); 3].map(|()| Shim::connect(&sandbox));
+        scope(|scope| {
+            let kills = others.each_ref().map(|other| {
+                scope.spawn(|| {
+                    let Ok(other) = other else { return Ok(()) };
+                    other.tasks.kill(other.metadata(), &request).map(drop)
+                })
+            });
+            for kill in kills {
+                let answer = kill
+                    .join()
+                    .map_err(|_| anyhow::anyhow!("a request panicked"))?;
+                let words = answer.map_or_else(|error| error.to_string(), |()| String::new());
+                ensure!(
+                    words.is_empty() || words.contains("process already finished"),
+                    "round {round}: {words}"
+                );
+            }
+            anyhow::Ok(())
+        })?;
+        ensure!(
+            shim.wait("c")? == 137 && shim.delete("c")? == 137,
+            "not 137"
+        );
+    }
+    before.wait_for_return(&sandbox)
+}
+
+fn sigkill_ends_an_exec_of_a_paused_container_which_stays_paused(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let before = Footprint::of(&sandbox);
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    shim.exec_with("c", "e", &["sleep", "1000"], |_| {})?;
+    let pid = shim.start_exec("c", "e")?.cast_signed();
+    pause(&shim)?;
+    let kill = api::KillRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        signal: 9,
+        ..api::KillRequest::default()
+    };
+    shim.tasks.kill(shim.metadata(), &kill)?;
+    until("the exec has ended", || Ok(!is_alive(pid)))?;
+    ensure!(shim.wait_exec("c", "e")? == 137, "not 137");
+    ensure!(shim.delete_exec("c", "e")? == 137, "not 137");
+    let status = shim.state("c")?.status();
+    ensure!(status == api::Status::PAUSED, "{status:?}");
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
+    before.wait_for_return(&sandbox)
 }

@@ -190,6 +190,22 @@ impl Process {
         PidFd::from(pidfd.try_clone()?).send_signal(signal)
     }
 
+    /// Whether a SIGKILL is pending, as it is of a process that is frozen in a cgroup of version 1. Not if it is reaped.
+    pub(crate) fn is_being_killed(&self) -> bool {
+        const BIT: u64 = 1 << (libc::SIGKILL - 1);
+        let pid = self.identity.pid;
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let is_pending = status.lines().any(|line| {
+            let signals = ["SigPnd:", "ShdPnd:"]
+                .iter()
+                .find_map(|key| line.strip_prefix(key));
+            let signals = signals.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+            signals.is_some_and(|signals| signals & BIT != 0)
+        });
+        // The file was read by number.
+        is_pending && self.is_reaped().is_ok_and(|is_reaped| !is_reaped)
+    }
+
     fn is_reaped(&self) -> io::Result<bool> {
         match self.signal(0) {
             Err(error) if is(&error, Errno::ESRCH) => Ok(true),

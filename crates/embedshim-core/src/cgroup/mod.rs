@@ -1,6 +1,7 @@
 //! Cgroups of containers: which processes are in them, what they use, and whether the kernel killed for memory.
 //! Owns where a container's cgroup is, on v1, v2 and hybrid machines; never creates or configures one, the runtime does.
 
+mod freezer;
 mod metrics;
 mod oom;
 
@@ -69,13 +70,8 @@ impl Cgroup {
     /// Finds the cgroup of a container by its init. Blocks on procfs.
     pub(crate) fn of_process(pid: i32) -> Result<Self, CgroupError> {
         let mounts = Self::read("/proc/self/mountinfo", |_| read_mountinfo())?;
-        let of = |who: &str| {
-            Self::read(&format!("/proc/{who}/cgroup"), |path| {
-                fs::read_to_string(path)
-            })
-        };
-        let found = locate(&of(&pid.to_string())?, &mounts).ok_or(CgroupError::None { pid })?;
-        let own = locate(&of("self")?, &mounts);
+        let found = Self::at(&pid.to_string(), &mounts)?.ok_or(CgroupError::None { pid })?;
+        let own = Self::at("self", &mounts)?;
         let directory = found.directory().ok_or(CgroupError::None { pid })?;
         let is_root = mounts.iter().any(|mount| mount.path == directory);
         if is_root || own.as_ref().and_then(Self::directory) == Some(directory) {
@@ -85,6 +81,19 @@ impl Cgroup {
             });
         }
         Ok(found)
+    }
+
+    /// The cgroup that a process is in, whoever else is.
+    fn containing(pid: i32) -> Result<Self, CgroupError> {
+        let mounts = Self::read("/proc/self/mountinfo", |_| read_mountinfo())?;
+        Self::at(&pid.to_string(), &mounts)?.ok_or(CgroupError::None { pid })
+    }
+
+    fn at(process: &str, mounts: &[MountPoint]) -> Result<Option<Self>, CgroupError> {
+        let text = Self::read(&format!("/proc/{process}/cgroup"), |path| {
+            fs::read_to_string(path)
+        })?;
+        Ok(locate(&text, mounts))
     }
 
     fn read<T>(path: &str, read: impl FnOnce(&str) -> io::Result<T>) -> Result<T, CgroupError> {
@@ -156,15 +165,6 @@ impl Cgroup {
                 ));
             }
             std::thread::sleep(KILL_PAUSE);
-        }
-    }
-
-    /// A frozen process of v1 takes no signal, not even SIGKILL.
-    fn thaw(&self) {
-        if let Self::V1(controllers) = self
-            && let Some(freezer) = controllers.get("freezer")
-        {
-            let _ = fs::write(freezer.join("freezer.state"), "THAWED");
         }
     }
 

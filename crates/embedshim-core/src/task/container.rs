@@ -231,9 +231,10 @@ impl Task {
         self.bundle.path.join("log.json")
     }
 
-    /// Its log of calls that don't.
-    pub(crate) fn kill_log(&self) -> PathBuf {
-        self.bundle.path.join(".kill.log.json")
+    /// The log of one call that does not wait for that: several run at a time, and each has to find its own words.
+    pub(crate) fn own_log(&self) -> PathBuf {
+        let number = SERIAL.fetch_add(1, Ordering::Relaxed);
+        self.bundle.path.join(format!(".call-{number}.log.json"))
     }
 
     /// Where the runtime writes the init's pid.

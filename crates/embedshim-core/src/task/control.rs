@@ -1,6 +1,7 @@
 //! What can be done to a running container from outside: signals, freezing, limits.
 //! Never changes who its processes are.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tracing::info;
@@ -18,6 +19,7 @@ use crate::runtime::Checkpoint;
 
 /// What CRIU writes last of an image.
 const INVENTORY: &str = "inventory.img";
+const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// Sends a signal to one process, or with `all` to all of its container.
 pub(super) async fn kill(
@@ -37,21 +39,46 @@ pub(super) async fn kill(
 async fn deliver(shared: &Shared, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
     let (task, process) = shared.process(key)?;
     if process.exec.is_some() {
-        return kill_exec(&process, signal).await;
+        return kill_exec(&task, &process, signal).await;
     }
     let phase = process.now().phase;
     phase.admit(Operation::Kill)?;
-    // runc thaws a frozen cgroup for SIGKILL, and knows who "all" are.
-    if all || matches!(phase, Phase::Pausing | Phase::Paused) {
-        return task
-            .runtime
-            .kill(task.id(), signal, all, &task.kill_log())
-            .await;
+    let is_paused = matches!(phase, Phase::Pausing | Phase::Paused);
+    // The runtime knows who "all" are, and how to thaw what is in no cgroup that we know.
+    if all || (is_paused && task.cgroup().is_none()) {
+        return kill_by_runtime(&task, signal, all).await;
     }
-    send(&process, signal)
+    send(&process, signal)?;
+    if signal == SIGKILL
+        && let Some(cgroup) = task.cgroup()
+    {
+        // As `runc kill` does, whoever froze it.
+        blocking(move || cgroup.thaw()).await?;
+    }
+    Ok(())
 }
 
-async fn kill_exec(process: &TaskProcess, signal: u32) -> Result<(), Error> {
+async fn kill_by_runtime(task: &Task, signal: u32, all: bool) -> Result<(), Error> {
+    let log = task.own_log();
+    let killed = task.runtime.kill(task.id(), signal, all, &log).await;
+    forget_log(log).await;
+    killed
+}
+
+/// Lets the runtime thaw a container without waiting for the init's turn.
+pub(super) async fn thaw(task: &Task) -> Result<(), Error> {
+    let log = task.own_log();
+    let thawed = task.runtime.resume(task.id(), &log).await;
+    forget_log(log).await;
+    thawed
+}
+
+async fn forget_log(log: PathBuf) {
+    // A left-over goes with the bundle.
+    let _ = blocking(move || std::fs::remove_file(log).is_ok()).await;
+}
+
+async fn kill_exec(task: &Task, process: &TaskProcess, signal: u32) -> Result<(), Error> {
     if process.now().phase == Phase::Created {
         // It may be starting at this moment: then its turn comes when it runs.
         let _turn = process.turn().await?;
@@ -60,7 +87,14 @@ async fn kill_exec(process: &TaskProcess, signal: u32) -> Result<(), Error> {
         }
     }
     process.now().phase.admit(Operation::Kill)?;
-    send(process, signal)
+    send(process, signal)?;
+    if signal == SIGKILL
+        && let (Some(cgroup), Some(identity)) = (task.cgroup(), process.identity())
+    {
+        // Its container stays as it is.
+        blocking(move || cgroup.release_killed(identity.pid)).await?;
+    }
+    Ok(())
 }
 
 /// By pidfd, which can't hit another process. The same as `runc kill` without the 10 ms of starting it.
@@ -96,8 +130,10 @@ pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey, is_again: bool) -> 
         task.init.advance(Phase::Pausing, Phase::Running);
         return Err(error);
     }
-    if task.init.now().phase == Phase::Stopped {
-        // It ended while it was being frozen: frozen, the rest of it could not be ended, nor the container deleted.
+    if task.init.now().phase == Phase::Stopped || is_being_killed(&task.init).await? {
+        // It ended while it was being frozen: frozen, the rest of it could not be ended, nor the container deleted. Or it was
+        // killed and is frozen before it could end.
+        task.init.advance(Phase::Pausing, Phase::Running);
         task.runtime.resume(task.id(), &task.log()).await?;
         return Err(Error::WrongState("cannot pause a stopped container"));
     }
@@ -109,6 +145,14 @@ pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey, is_again: bool) -> 
         EventKind::Paused,
     )
     .await
+}
+
+/// Whether a SIGKILL was sent that it has not taken.
+async fn is_being_killed(init: &TaskProcess) -> Result<bool, Error> {
+    let Some(process) = init.process() else {
+        return Ok(false);
+    };
+    blocking(move || process.is_being_killed()).await
 }
 
 /// Thaws it.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tracing::{debug, error, info, warn};
 
 use super::container::Task;
+use super::control;
 use super::detached::blocking;
 use super::process::TaskProcess;
 use super::request::Exit;
@@ -153,7 +154,7 @@ fn log(task: &Task, process: &TaskProcess, record: &ExitRecord) {
 /// With the init its container ends. A frozen cgroup would keep the others from dying, a shared pid namespace from having to.
 async fn end_the_rest(shared: &Shared, task: &Arc<Task>) {
     if matches!(task.init.now().phase, Phase::Paused | Phase::Pausing)
-        && let Err(error) = task.runtime.resume(task.id(), &task.kill_log()).await
+        && let Err(error) = control::thaw(task).await
     {
         debug!(id = %task.id(), %error, "cannot thaw a container whose init has ended");
     }
