@@ -151,8 +151,8 @@ fn the_daemon_has_nothing_of_containerds_environment(stage: &Stage) -> anyhow::R
             .collect();
         let is_ours = |name: &String| {
             let name = name.as_str();
-            let of_keeper =
-                name.starts_with("LISTEN_") || ["NOTIFY_SOCKET", "FDSTORE"].contains(&name);
+            let of_keeper = name.starts_with("LISTEN_")
+                || ["NOTIFY_SOCKET", "FDSTORE", "WATCHDOG_USEC"].contains(&name);
             name.starts_with("EMBEDSHIM_")
                 || ["PATH", "XDG_RUNTIME_DIR"].contains(&name)
                 || (of_keeper && pid == daemon)

@@ -18,6 +18,7 @@ mod embedding;
 mod events;
 mod exits;
 mod failures;
+mod guardians;
 mod half_done;
 mod hostile;
 mod hung;
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         &events::TESTS,
         &events::OURS,
         &at_most_once::TESTS,
+        &guardians::TESTS,
         &creations::TESTS,
         &hung::TESTS,
         &inheritance::TESTS,

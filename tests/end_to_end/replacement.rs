@@ -16,10 +16,9 @@ use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 use crate::survival::handles_term;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 9] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     a_client_gets_its_exit_code_though_the_daemon_was_killed,
     ten_kills_in_a_row_lose_nothing,
-    a_killed_keeper_takes_nothing_with_it,
     a_hangup_replaces_the_daemon,
     an_upgrade_takes_the_binary_on_disk_and_loses_nothing,
     an_upgrade_without_a_keeper_is_refused,
@@ -76,27 +75,6 @@ fn ten_kills_in_a_row_lose_nothing(stage: &Stage) -> anyhow::Result<()> {
     ensure!(sandbox.delete_task("c")? == 137, "the code was lost");
     // The keeper has become its parent, and does not keep the zombie.
     before.wait_for_return(&sandbox)
-}
-
-fn a_killed_keeper_takes_nothing_with_it(stage: &Stage) -> anyhow::Result<()> {
-    let sandbox = stage.sandbox()?;
-    let pid = sandbox.detached(&[], "c", &["sleep", "1000"])?;
-    let daemon = sandbox.daemon_pid();
-    sandbox.end_keeper()?;
-    unharmed(&sandbox, "c", pid)?;
-    // Its connection cannot be kept any more, and it runs nevertheless.
-    let other = sandbox.detached(&[], "other", &["sleep", "1000"])?;
-    unharmed(&sandbox, "other", other)?;
-    ensure!(
-        sandbox.daemon_pid() == daemon && sandbox.keeper_pid().is_none(),
-        "the daemon went with its keeper"
-    );
-    let log = sandbox.daemon_log();
-    ensure!(
-        log.contains("the keeper has ended") && log.contains("Stop containerd before"),
-        "{log}"
-    );
-    Ok(())
 }
 
 fn a_hangup_replaces_the_daemon(stage: &Stage) -> anyhow::Result<()> {
@@ -201,8 +179,12 @@ fn an_upgrade_without_a_keeper_is_refused(stage: &Stage) -> anyhow::Result<()> {
         nothing.code == Some(1) && nothing.stderr.contains("nothing runs on"),
         "{nothing:?}"
     );
-    sandbox.start_daemon()?;
-    sandbox.end_keeper()?;
+    let mut serve = Command::new(&program);
+    serve
+        .args(["serve", "--state-dir"])
+        .arg(sandbox.state_dir());
+    let _daemon = Running::capture(&mut serve)?;
+    until("the daemon serves", || Ok(Shim::connect(&sandbox).is_ok()))?;
     let refused = upgrade(&program, &sandbox)?;
     ensure!(
         refused.code == Some(1) && refused.stderr.contains("stop containerd, stop the daemon"),

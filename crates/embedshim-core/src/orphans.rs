@@ -61,7 +61,7 @@ impl Drop for Ticket {
 
 /// A child that its starter waits for. While this lives, the reaper leaves it alone; afterwards the reaper takes it.
 #[derive(Debug)]
-pub(crate) struct Awaited {
+pub struct Awaited {
     child: Child,
     pid: i32,
     shared: Arc<Shared>,

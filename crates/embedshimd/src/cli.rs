@@ -21,6 +21,8 @@ connections and other descriptors meanwhile, so that containerd does not notice.
 Normally nobody types this: containerd runs `containerd-shim-embed-v1`, which starts the keeper when \
 nobody listens on STATE_DIR/shim.sock. Where systemd starts the daemon it is the keeper itself.
 
+Should the keeper itself end, the daemon takes its place and starts another daemon.
+
 Signals:
   SIGHUP           replace the daemon: another binary, another configuration
   SIGUSR2          replace keeper and daemon by the binary on disk; see `embedshimd upgrade`
@@ -95,7 +97,15 @@ pub(crate) struct Serve {
     /// Log messages of this level and above: error, warn, info, debug, trace, or a tracing filter
     #[arg(long, value_name = "LEVEL", env = "EMBEDSHIM_LOG")]
     pub(crate) log_level: Option<String>,
+    /// The keeper's option, to be passed on should this process become the keeper
+    #[arg(long, hide = true, value_name = "SECONDS", env = WATCHDOG_VARIABLE)]
+    pub(crate) keeper_watchdog: Option<u64>,
 }
+
+/// For how many seconds a daemon may not say that it is alive.
+pub(crate) const WATCHDOG: u64 = 30;
+/// The same, told to a daemon and to another keeper.
+pub(crate) const WATCHDOG_VARIABLE: &str = "EMBEDSHIM_WATCHDOG";
 
 /// What a keeper asks a program before it becomes that.
 pub(crate) const UNDERSTANDS: &str = "--understands";
@@ -107,6 +117,9 @@ pub(crate) struct Keep {
     /// Log messages of the daemon of this level and above: error, warn, info, debug, trace, or a tracing filter
     #[arg(long, value_name = "LEVEL", env = "EMBEDSHIM_LOG")]
     pub(crate) log_level: Option<String>,
+    /// Kill and start again a daemon that for so long does not say that it is alive; 0 for never
+    #[arg(long, value_name = "SECONDS", env = WATCHDOG_VARIABLE, default_value_t = WATCHDOG)]
+    pub(crate) watchdog: u64,
     /// Leave the session of whoever started it
     #[arg(long, hide = true)]
     pub(crate) detached: bool,

@@ -1,7 +1,7 @@
 //! `embedshimd serve`: the phases of the daemon, in order, each with the failure it can have.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +23,9 @@ use tracing::{info, warn};
 use crate::claim::{Claim, Role};
 use crate::cli::Serve;
 use crate::config::Config;
+use crate::guardian::{self, Guardian};
 use crate::inherited::Start;
+use crate::keep::Succession;
 use crate::notify::Manager;
 use crate::outcome::{Code, Failure};
 use crate::state_dir::StateDir;
@@ -64,13 +66,23 @@ pub(crate) fn run(options: &Serve, start: Start) -> Result<Code, Failure> {
         .thread_keep_alive(BLOCKING_KEEP_ALIVE)
         .build()
         .context("cannot start the async runtime")?;
-    let served = runtime.block_on(serve(&config, state_dir, start));
+    let served = runtime.block_on(serve(&config, options, start));
     // Threads that a file system holds up are not waited for.
     runtime.shutdown_background();
-    served
+    match served? {
+        End::Asked => Ok(Code::Ok),
+        End::KeeperLost((succession, kept)) => match succession.become_keeper(kept)? {},
+    }
 }
 
-async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, Failure> {
+/// Why the daemon does not serve any more.
+enum End<T = (Succession, Vec<(String, OwnedFd)>)> {
+    Asked,
+    KeeperLost(T),
+}
+
+async fn serve(config: &Config, options: &Serve, start: Start) -> Result<End, Failure> {
+    let state_dir = &options.locations.state_dir;
     // Before anything is attached to the kernel, which outlives this process.
     let socket = location::socket(state_dir).context("cannot listen")?;
     let monitor = backend::open(config, state_dir)?;
@@ -114,15 +126,41 @@ async fn serve(config: &Config, state_dir: &Path, start: Start) -> Result<Code, 
         store: store.as_ref(),
         manager: manager.as_deref(),
     };
-    directory.serve(listener).await;
+    let guardian = manager.clone().zip(start.keeper);
+    let guardian =
+        guardian.and_then(|(manager, keeper)| Guardian::of(keeper, manager, start.watchdog));
+    if let Some((manager, period)) = manager.clone().zip(start.watchdog) {
+        tokio::spawn(guardian::keep_saying(manager, period));
+    }
+    let end = directory
+        .serve(listener, end(guardian.as_ref(), options, &node))
+        .await;
     if tokio::time::timeout(LEAVE, node.quiet()).await.is_err() {
         info!("what is still under way is left to the next daemon");
+    }
+    if let (End::KeeperLost(succession), Some(manager)) = (end, &manager) {
+        return Ok(End::KeeperLost((succession, manager.take_held())));
     }
     if let Some(Err(error)) = manager.map(|manager| manager.stopping()) {
         warn!(%error, "whoever keeps us has not heard that we leave");
     }
     info!("stopped; containers run on");
-    Ok(Code::Ok)
+    Ok(End::Asked)
+}
+
+/// Completes when the daemon has to stop.
+async fn end(guardian: Option<&Guardian>, options: &Serve, node: &Node) -> End<Succession> {
+    let succession = async {
+        match guardian {
+            Some(guardian) => guardian.succession(options, node).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = stop() => End::Asked,
+        succession = succession => End::KeeperLost(succession),
+    }
 }
 
 /// Closes and forgets what nobody took, and tells that we serve.
@@ -154,7 +192,7 @@ fn settle(
 }
 
 /// Completes at SIGTERM, SIGINT, or SIGHUP: whoever keeps us starts the next one.
-pub(crate) async fn stop() {
+async fn stop() {
     let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
@@ -215,7 +253,8 @@ fn manager(start: &Start) -> Option<Arc<Manager>> {
         );
         return None;
     };
-    match Manager::new(address, start.store_limit, &start.inherited) {
+    let is_keeper = start.keeper.is_some();
+    match Manager::new(address, start.store_limit, &start.inherited, is_keeper) {
         Ok(manager) => Some(Arc::new(manager)),
         Err(error) => {
             warn!(%error, address = %address.display(), "NOTIFY_SOCKET is of no use: our connections end with this daemon");

@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 use embedshim_core::fdstore::{FdName, InheritedFds};
 
@@ -24,6 +25,10 @@ pub(crate) struct Start {
     pub(crate) notify_socket: Option<OsString>,
     /// The most descriptors that the manager holds, if it says so.
     pub(crate) store_limit: Option<usize>,
+    /// The keeper that has started us, if it was not systemd.
+    pub(crate) keeper: Option<i32>,
+    /// Within which time the manager wants to hear that we are alive.
+    pub(crate) watchdog: Option<Duration>,
 }
 
 impl Start {
@@ -41,9 +46,14 @@ impl Start {
             notify_socket: sys::take_variable("NOTIFY_SOCKET").filter(|path| !path.is_empty()),
             ..Self::default()
         };
-        if !is_for_us(pid.as_deref(), parent.as_deref()) {
+        let watchdog = ["WATCHDOG_USEC", "WATCHDOG_PID"]
+            .map(|name| Some(sys::take_variable(name)?.to_string_lossy().into_owned()));
+        let is_for_us = is_for_us(pid.as_deref(), parent.as_deref());
+        start.watchdog = period(watchdog, is_for_us);
+        if !is_for_us {
             return start;
         }
+        start.keeper = parent.and_then(|parent| parent.parse().ok());
         let count = count.and_then(|count| count.parse().ok()).unwrap_or(0);
         let names = names.unwrap_or_default();
         let mut names = names.split(':');
@@ -60,6 +70,16 @@ impl Start {
         }
         start
     }
+}
+
+/// As `sd_watchdog_enabled(3)`: the time in microseconds, and whose it is, if that is said.
+fn period([time, pid]: [Option<String>; 2], is_for_us: bool) -> Option<Duration> {
+    let own = nix::unistd::getpid().to_string();
+    if !pid.map_or(is_for_us, |pid| pid == own) {
+        return None;
+    }
+    let period = Duration::from_micros(time?.parse().ok()?);
+    Some(period).filter(|period| !period.is_zero())
 }
 
 /// Variables can be inherited by whom they are not meant for. The keeper cannot know our pid before we exist, so it tells its own.

@@ -6,6 +6,7 @@ mod claim;
 mod cli;
 mod config;
 mod daemon;
+mod guardian;
 mod inherited;
 mod keep;
 mod lock;

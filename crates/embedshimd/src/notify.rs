@@ -8,7 +8,7 @@ mod outgoing;
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io::{self, PipeReader, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,6 +19,7 @@ use embedshim_core::process::ProcessIdentity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use tracing::warn;
 
 use crate::keep::{MAX_NAMES, REAP, RESTORE};
 use outgoing::Outgoing;
@@ -38,6 +39,9 @@ pub(crate) struct Manager {
 #[derive(Debug, Default)]
 struct Stored {
     counts: HashMap<FdName, usize>,
+    /// Duplicates of all of them, should this process have to take the keeper's place; none where
+    /// systemd holds them, or where there are too many.
+    held: Option<HashMap<FdName, Vec<OwnedFd>>>,
     total: usize,
     /// The length of all names with a colon after each, a name for each descriptor.
     names: usize,
@@ -83,13 +87,40 @@ impl Stored {
         Ok(())
     }
 
-    fn add(&mut self, name: FdName, count: usize) {
+    /// What is to be held beside. Where few files may be open, requests need them more.
+    fn duplicate(&mut self, descriptors: &[BorrowedFd<'_>]) -> io::Result<Vec<OwnedFd>> {
+        if self.held.is_none() {
+            return Ok(Vec::new());
+        }
+        if let Some((open, limit)) = open_files()
+            && open > limit / 2
+        {
+            warn!(
+                open,
+                limit,
+                "half of the files that may be open are: with them this process cannot take the keeper's place; raise the limit of \
+                 open files (RLIMIT_NOFILE)"
+            );
+            self.held = None;
+            return Ok(Vec::new());
+        }
+        let duplicates = descriptors.iter().map(BorrowedFd::try_clone_to_owned);
+        duplicates.collect()
+    }
+
+    fn add(&mut self, name: FdName, count: usize, held: Vec<OwnedFd>) {
+        if let Some(all) = &mut self.held {
+            all.entry(name).or_default().extend(held);
+        }
         *self.counts.entry(name).or_default() += count;
         self.total += count;
         self.names += count * length(&name);
     }
 
     fn remove(&mut self, name: &FdName) {
+        if let Some(all) = &mut self.held {
+            all.remove(name);
+        }
         let count = self.counts.remove(name).unwrap_or(0);
         self.total -= count;
         self.names -= count * length(name);
@@ -113,11 +144,12 @@ fn open_files() -> Option<(u64, u64)> {
 
 impl Manager {
     /// The one that `NOTIFY_SOCKET` names: a path, or an abstract name after `@`. It holds `limit`
-    /// descriptors at most, if that is known, and these already.
+    /// descriptors at most, if that is known, and these already. It can end, if it `is_keeper`.
     pub(crate) fn new(
         address: &OsString,
         limit: Option<usize>,
         inherited: &InheritedFds,
+        is_keeper: bool,
     ) -> io::Result<Self> {
         let bytes = address.as_bytes();
         let address = match bytes.strip_prefix(b"@") {
@@ -130,10 +162,13 @@ impl Manager {
         connect(&socket, &address)?;
         let mut stored = Stored {
             limit,
+            held: is_keeper.then(HashMap::new),
             ..Stored::default()
         };
-        for (name, count) in inherited.counts() {
-            stored.add(name, count);
+        for (name, descriptors) in inherited.iter() {
+            let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+            let held = stored.duplicate(&descriptors)?;
+            stored.add(name, descriptors.len(), held);
         }
         Ok(Self {
             outgoing: Outgoing::new(socket),
@@ -152,15 +187,41 @@ impl Manager {
         self.outgoing.send(format!("{RESTORE}=1\n"), &[])
     }
 
+    /// The daemon is alive, which is to be said again and again.
+    pub(crate) fn alive(&self) -> io::Result<()> {
+        self.outgoing.send("WATCHDOG=1\n".into(), &[])
+    }
+
+    /// Whether this process holds everything that is stored itself.
+    pub(crate) fn holds_all(&self) -> bool {
+        self.stored().held.is_some()
+    }
+
+    /// Everything that is stored, by name, to be kept by this process itself.
+    pub(crate) fn take_held(&self) -> Vec<(String, OwnedFd)> {
+        let held = self.stored().held.take().unwrap_or_default();
+        let named = |(name, descriptors): (FdName, Vec<OwnedFd>)| {
+            let name = name.to_string();
+            descriptors
+                .into_iter()
+                .map(move |descriptor| (name.clone(), descriptor))
+        };
+        held.into_iter().flat_map(named).collect()
+    }
+
+    /// A pipe that ends when the manager has handled everything that was ever sent.
+    pub(crate) fn barrier(&self) -> io::Result<PipeReader> {
+        let (ours, theirs) = io::pipe()?;
+        self.outgoing
+            .send("BARRIER=1\n".into(), &[theirs.as_fd()])?;
+        Ok(ours)
+    }
+
     /// We are about to leave. Returns when everything that was ever sent is handled, or after a
     /// while.
     pub(crate) fn stopping(&self) -> io::Result<()> {
         self.outgoing.send("STOPPING=1\n".into(), &[])?;
-        let (mut ours, theirs) = io::pipe()?;
-        self.outgoing
-            .send("BARRIER=1\n".into(), &[theirs.as_fd()])?;
-        drop(theirs);
-        wait_for_end(&mut ours)
+        wait_for_end(&mut self.barrier()?)
     }
 
     /// Closes what is stored under a name that says nothing to us.
@@ -180,11 +241,12 @@ impl FdStore for Manager {
         stored
             .admit(name, descriptors.len())
             .map_err(io::Error::other)?;
+        let held = stored.duplicate(descriptors)?;
         failpoint::step("before FDSTORE");
         // Stored when its peer has left too: our successor has to know that.
         let text = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
         self.outgoing.send(text, descriptors)?;
-        stored.add(*name, descriptors.len());
+        stored.add(*name, descriptors.len(), held);
         failpoint::step("after FDSTORE");
         Ok(())
     }
@@ -225,7 +287,7 @@ mod tests {
         };
         let name = FdName::Process(7);
         stored.admit(&name, 2).unwrap();
-        stored.add(name, 2);
+        stored.add(name, 2, Vec::new());
         let refused = stored.admit(&FdName::Process(8), 2).unwrap_err();
         assert!(refused.to_string().contains("it holds 2 of 3"), "{refused}");
         stored.remove(&name);

@@ -4,6 +4,8 @@
 
 use std::cell::RefCell;
 use std::fs::File;
+use std::future::Future;
+use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -19,8 +21,8 @@ use shim_api::services::Services;
 use tokio::net::UnixListener;
 use tracing::{error, info, warn};
 
+use crate::lock;
 use crate::notify::Manager;
-use crate::{daemon, lock};
 
 /// How often to look whether everything is where it was.
 const LOOK: Duration = Duration::from_secs(2);
@@ -86,22 +88,30 @@ struct Made {
 }
 
 impl StateDir<'_> {
-    /// Serves until the daemon is asked to stop.
-    pub(crate) async fn serve(&self, mut listener: UnixListener) {
-        let stop = daemon::stop();
-        tokio::pin!(stop);
+    /// Serves until this completes.
+    pub(crate) async fn serve<T>(
+        &self,
+        mut listener: UnixListener,
+        end: impl Future<Output = T>,
+    ) -> T {
+        tokio::pin!(end);
         let made = RefCell::new(Made::default());
         let mut ids = self.ids();
         let mut last_failure = String::new();
         loop {
-            let is_asked_to_stop = async {
+            let interruption = async {
                 tokio::select! {
-                    () = &mut stop => None,
-                    missing = self.missing(&ids) => Some(missing),
+                    biased;
+                    end = &mut end => ControlFlow::Break(end),
+                    missing = self.missing(&ids) => ControlFlow::Continue(missing),
                 }
             };
-            let Some(missing) = self.server.serve(&listener, is_asked_to_stop).await else {
-                return self.server.stop();
+            let missing = match self.server.serve(&listener, interruption).await {
+                ControlFlow::Break(end) => {
+                    self.server.stop();
+                    return end;
+                }
+                ControlFlow::Continue(missing) => missing,
             };
             let names: Vec<&str> = missing.iter().map(|durable| durable.name()).collect();
             if last_failure.is_empty() {

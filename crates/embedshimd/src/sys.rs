@@ -4,6 +4,9 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
 /// Gives freed memory back to the system. Starting reads the kernel's type information (5 MB), and glibc would keep that much
 /// of its heap for as long as the daemon runs.
 #[cfg(target_env = "gnu")]
@@ -33,4 +36,12 @@ pub(crate) fn own(number: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: it is open, it was given to us, and the caller names it once: nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Lets the reactor wait until this descriptor is readable.
+pub(crate) fn when_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor is the same one, and open, as long as its owner lives, and that is
+    // the value itself, which gives out no exclusive reference before it is deregistered.
+    unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }
+        .map_err(io::Error::from)
 }

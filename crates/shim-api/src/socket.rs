@@ -5,9 +5,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen as listen_on,
-    socket, sockopt::AcceptConn,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt,
+    listen as listen_on, socket, sockopt::AcceptConn,
 };
 use nix::sys::stat::{Mode, umask};
 use tokio::net::UnixListener;
@@ -44,7 +45,7 @@ pub fn resume(listener: OwnedFd, path: &Path) -> io::Result<UnixListener> {
     }
     let listener = std::os::unix::net::UnixListener::from(listener);
     let own = listener.local_addr()?;
-    if own.as_pathname() != Some(path) || path.symlink_metadata().is_err() {
+    if own.as_pathname() != Some(path) || !answers(path) {
         return Err(io::Error::other(format!(
             "the socket is not that of {}: {own:?}",
             path.display()
@@ -52,6 +53,16 @@ pub fn resume(listener: OwnedFd, path: &Path) -> io::Result<UnixListener> {
     }
     listener.set_nonblocking(true)?;
     UnixListener::from_std(listener)
+}
+
+/// Whether a socket listens at this path. The file can be one that a daemon has made again and not
+/// lived to store. A listener that is reached gets a connection that has ended.
+fn answers(path: &Path) -> bool {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let connected = socket(AddressFamily::Unix, SockType::Stream, flags, None)
+        .and_then(|fd| connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &UnixAddr::new(path)?));
+    // As many wait as can: so there is a listener.
+    matches!(connected, Ok(()) | Err(Errno::EAGAIN))
 }
 
 #[cfg(test)]
@@ -85,6 +96,9 @@ mod tests {
         let stream = UnixStream::connect(&path).unwrap();
         resume(stream.into(), &path).unwrap_err();
         std::fs::remove_file(&path).unwrap();
+        resume(kept(&first), &path).unwrap_err();
+        // Made again by a daemon that died before it was stored.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         resume(kept(&first), &path).unwrap_err();
     }
 }

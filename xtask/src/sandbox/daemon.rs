@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::Context;
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -41,10 +42,28 @@ impl Sandbox {
         (self.daemon_pid() == Some(pid)).then_some(pid)
     }
 
-    /// Ends everything of ours: the keeper by SIGKILL, which would start the daemon again, then the daemon with this signal.
+    /// Ends everything of ours: the keeper by SIGKILL, which would start the daemon again, and the
+    /// daemon with this signal, before it takes the keeper's place.
     pub fn end_daemon(&self, signal: Signal) -> anyhow::Result<()> {
+        let daemon = self.daemon_pid();
+        let pid = daemon.map(Pid::from_raw);
+        if let Some(pid) = pid {
+            kill(pid, Signal::SIGSTOP).context("cannot stop embedshimd")?;
+        }
         self.end_keeper()?;
-        end("embedshimd", self.daemon_pid(), signal)
+        let ended = pid.map_or(Ok(()), |pid| {
+            kill(pid, signal)?;
+            kill(pid, Signal::SIGCONT)
+        });
+        // SIGKILL has perhaps ended it already.
+        if let Err(errno) = ended
+            && errno != Errno::ESRCH
+        {
+            return Err(errno).context("cannot signal embedshimd");
+        }
+        until("embedshimd ends", || {
+            Ok(daemon.is_none_or(|pid| !is_alive(pid)))
+        })
     }
 
     /// Kills the keeper alone.

@@ -147,6 +147,11 @@ impl InheritedFds {
         self.0.iter().map(|(name, fds)| (*name, fds.len()))
     }
 
+    /// All that is stored, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (FdName, &[OwnedFd])> {
+        self.0.iter().map(|(name, fds)| (*name, fds.as_slice()))
+    }
+
     /// Takes the one that is stored under this name. If there are more, they are closed: they are
     /// duplicates that were stored twice.
     pub fn take(&mut self, name: &FdName) -> Option<OwnedFd> {

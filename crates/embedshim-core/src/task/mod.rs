@@ -27,4 +27,5 @@ pub use request::{
 };
 pub(crate) use state::Phase;
 
+pub use crate::orphans::Awaited;
 pub use crate::store::discard_record;

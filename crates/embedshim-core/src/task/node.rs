@@ -1,7 +1,9 @@
 //! [`Node`]: the tasks of one machine and every operation on them.
 //! Owns the background work and the rule that mutations outlive their callers; the operations live in the sibling modules.
 
+use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +26,7 @@ use crate::event::{Event, EventSink};
 use crate::exit::ExitMonitor;
 use crate::fdstore::{FdStore, InheritedFds, NoFdStore};
 use crate::id::{ProcessKey, TaskKey};
+use crate::orphans::Awaited;
 use crate::store::{Store, boot_id};
 
 /// How long a read may take to look into a cgroup: the threads for such work can be taken by mounts that hang, and
@@ -224,6 +227,12 @@ impl Node {
             again,
         ))
         .await
+    }
+
+    /// Starts a program whose end the caller waits for, which a node that reaps orphans
+    /// ([`NodeConfig::reap_orphans`]) would otherwise take for one. Blocks.
+    pub fn spawn(&self, command: &mut Command) -> io::Result<Awaited> {
+        self.shared.orphans.spawn(command)
     }
 
     /// containerd has given this bundle up: kills what lives, removes everything. Waits for operations under way.

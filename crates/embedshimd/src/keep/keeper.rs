@@ -37,6 +37,8 @@ const AT_ONCE: usize = 10_000;
 pub(super) struct Parts {
     pub(super) program: Program,
     pub(super) inbox_path: PathBuf,
+    /// For how long a daemon may not say that it is alive.
+    pub(super) watchdog: Option<Duration>,
     pub(super) signals: SignalFd,
     /// How many descriptors this process can have.
     pub(super) limit: u64,
@@ -75,6 +77,41 @@ struct Running {
     was_ready: bool,
     /// It was asked to leave, and has until then.
     kill_at: Option<Instant>,
+    /// It has said that it is alive, and has to say so again before this.
+    silent_at: Option<Instant>,
+}
+
+impl Running {
+    fn new(pid: Pid, was_ready: bool) -> Self {
+        Self {
+            pid,
+            since: Instant::now(),
+            is_ready: false,
+            was_ready,
+            kill_at: None,
+            silent_at: None,
+        }
+    }
+
+    /// When to look at it again.
+    fn due(&self) -> Option<Instant> {
+        self.kill_at.into_iter().chain(self.silent_at).min()
+    }
+
+    /// Kills it if it has had its time.
+    fn enforce(&mut self, now: Instant) {
+        let is_over = |due: Option<Instant>| due.is_some_and(|due| due <= now);
+        let pid = self.pid.as_raw_nonzero();
+        if is_over(self.kill_at) {
+            warn!(pid, "embedshimd does not leave; killing it");
+        } else if is_over(self.silent_at) {
+            warn!(pid, "embedshimd stands still; killing it");
+        } else {
+            return;
+        }
+        (self.kill_at, self.silent_at) = (None, None);
+        signal(self.pid, Signal::SIGKILL);
+    }
 }
 
 impl Keeper {
@@ -105,13 +142,7 @@ impl Keeper {
         self.was_ever_ready = true;
         self.tell();
         if let Some(pid) = daemon.and_then(Pid::from_raw) {
-            self.daemon = Daemon::Running(Running {
-                pid,
-                since: Instant::now(),
-                is_ready: false,
-                was_ready: true,
-                kill_at: None,
-            });
+            self.daemon = Daemon::Running(Running::new(pid, true));
             self.ask_to_leave(Signal::SIGTERM);
         }
         info!(
@@ -152,7 +183,7 @@ impl Keeper {
     /// Sleeps until something happens or is due.
     fn wait(&self, now: Instant) -> nix::Result<()> {
         let of_daemon = match &self.daemon {
-            Daemon::Running(running) => running.kill_at,
+            Daemon::Running(running) => running.due(),
             Daemon::Due(due) => Some(*due),
         };
         let due = of_daemon.into_iter().chain(self.zombies.due()).min();
@@ -181,15 +212,7 @@ impl Keeper {
             Daemon::Running(running) => {
                 let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
                 match waitid(WaitId::Pid(running.pid), options) {
-                    Ok(None) if running.kill_at.is_some_and(|at| at <= now) => {
-                        warn!(
-                            pid = running.pid.as_raw_nonzero(),
-                            "embedshimd does not leave; killing it"
-                        );
-                        running.kill_at = None;
-                        signal(running.pid, Signal::SIGKILL);
-                    }
-                    Ok(None) => {}
+                    Ok(None) => running.enforce(now),
                     Ok(Some(status)) => return self.ended(&status),
                     Err(errno) => {
                         error!(%errno, "embedshimd is not our child any more");
@@ -211,21 +234,14 @@ impl Keeper {
             most(self.parts.limit),
             &self.parts.inbox_path,
         );
-        let now = Instant::now();
         self.daemon = match started {
-            Ok(pid) => Daemon::Running(Running {
-                pid,
-                since: now,
-                is_ready: false,
-                was_ready: false,
-                kill_at: None,
-            }),
+            Ok(pid) => Daemon::Running(Running::new(pid, false)),
             Err(failure) => {
                 error!("embedshimd is not started: {failure:#}");
                 if !self.was_ever_ready {
                     return Some(Code::Failed);
                 }
-                Daemon::Due(now + self.backoff.pause(Duration::ZERO, false))
+                Daemon::Due(Instant::now() + self.backoff.pause(Duration::ZERO, false))
             }
         };
         sys::trim_heap();
@@ -337,7 +353,11 @@ impl Keeper {
     /// if that cannot be.
     fn upgrade(&mut self) {
         let path = self.parts.program.path().to_owned();
-        let refused = match program::check(&path, || self.drain()) {
+        let refused = match program::check(
+            &path,
+            |command| command.spawn().map(Box::new),
+            || self.drain(),
+        ) {
             Ok(()) => self.become_next(),
             Err(error) => error,
         };
@@ -457,6 +477,9 @@ impl Keeper {
                 running.is_ready = false;
                 self.zombies.leave_alone();
                 self.tell();
+            }
+            Message::Alive => {
+                running.silent_at = self.parts.watchdog.map(|period| Instant::now() + period);
             }
             Message::Restore => self.restore_lock(),
             // What came with it is closed right here, after all before it.

@@ -26,6 +26,8 @@ pub(super) enum Message<'a> {
     Ready,
     /// The daemon leaves.
     Stopping,
+    /// The daemon is alive.
+    Alive,
     /// The process with this number that began at this tick is a zombie that nobody needs any more.
     Reap { pid: i32, start_ticks: u64 },
     /// Nothing that concerns us, such as `STATUS=`.
@@ -47,6 +49,7 @@ impl<'a> Message<'a> {
                 ("BARRIER", "1") => message = Self::Barrier,
                 ("READY", "1") => message = Self::Ready,
                 ("STOPPING", "1") => message = Self::Stopping,
+                ("WATCHDOG", "1") => message = Self::Alive,
                 (RESTORE, "1") => message = Self::Restore,
                 (REAP, value) => {
                     let (pid, start_ticks) = value.split_once(' ')?;
@@ -91,6 +94,7 @@ mod tests {
             ("BARRIER=1", Message::Barrier),
             ("READY=1\nSTATUS=well\n", Message::Ready),
             ("STOPPING=1", Message::Stopping),
+            ("WATCHDOG=1\n", Message::Alive),
             (
                 "X_EMBEDSHIM_REAP=42 4711\n",
                 Message::Reap {

@@ -9,10 +9,12 @@ mod keeper;
 mod kept;
 mod message;
 mod program;
+mod succession;
 mod zombies;
 
 use std::os::fd::RawFd;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -32,6 +34,7 @@ use program::Program;
 
 pub(crate) use kept::MAX_NAMES;
 pub(crate) use message::{REAP, RESTORE};
+pub(crate) use succession::Succession;
 
 /// Keeps until SIGTERM or SIGINT.
 pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
@@ -57,6 +60,7 @@ pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
     let parts = Parts {
         program,
         inbox_path: inbox::path(state_dir),
+        watchdog: Some(Duration::from_secs(options.watchdog)).filter(|period| !period.is_zero()),
         signals,
         limit,
     };

@@ -2,11 +2,12 @@
 //! that a file that was replaced is used next.
 
 use std::ffi::{OsStr, OsString};
+use std::ops::DerefMut;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, io};
 
@@ -16,7 +17,7 @@ use rustix::process::Pid;
 
 use super::handover;
 use super::kept::Kept;
-use crate::cli::{Keep, UNDERSTANDS};
+use crate::cli::{Keep, Locations, Serve, UNDERSTANDS, WATCHDOG, WATCHDOG_VARIABLE};
 
 const SELF: &str = "/proc/self/exe";
 /// How long a program may take to say that it can be the next keeper.
@@ -28,28 +29,41 @@ const PAUSE: Duration = Duration::from_millis(5);
 pub(super) struct Program {
     path: PathBuf,
     options: Vec<OsString>,
+    /// In seconds; told by the environment, since not every version knows an option for it.
+    watchdog: u64,
 }
 
 impl Program {
     /// Our own, by the name that we were called by if that is a path: a link may lead elsewhere after an upgrade.
     pub(super) fn own(options: &Keep) -> io::Result<Self> {
+        let watchdog = options.watchdog;
+        Self::with(&options.locations, options.log_level.as_deref(), watchdog)
+    }
+
+    /// The same of a daemon.
+    pub(super) fn of_daemon(options: &Serve) -> io::Result<Self> {
+        let watchdog = options.keeper_watchdog.unwrap_or(WATCHDOG);
+        Self::with(&options.locations, options.log_level.as_deref(), watchdog)
+    }
+
+    fn with(locations: &Locations, log_level: Option<&str>, watchdog: u64) -> io::Result<Self> {
         let called = env::args_os().next().map(PathBuf::from);
         let called = called.filter(|path| path.is_absolute() && is_same(path, Path::new(SELF)));
         let path = match called {
             Some(path) => path,
             None => undeleted(env::current_exe()?),
         };
-        let locations = &options.locations;
         let mut words = vec!["--state-dir".into(), locations.state_dir.clone().into()];
         if let Some(config) = &locations.config {
             words.extend(["--config".into(), config.into()]);
         }
-        if let Some(level) = &options.log_level {
+        if let Some(level) = log_level {
             words.extend(["--log-level".into(), level.into()]);
         }
         Ok(Self {
             path,
             options: words,
+            watchdog,
         })
     }
 
@@ -109,6 +123,12 @@ impl Program {
             .env("LISTEN_FDNAMES", names)
             .env("NOTIFY_SOCKET", inbox)
             .env("FDSTORE", most.to_string())
+            .env(WATCHDOG_VARIABLE, self.watchdog.to_string())
+            .env(
+                "WATCHDOG_USEC",
+                self.watchdog.saturating_mul(1_000_000).to_string(),
+            )
+            .env_remove("WATCHDOG_PID")
             .stdin(Stdio::null())
             // Ctrl-C is for us, who then end it in order.
             .process_group(0);
@@ -126,21 +146,26 @@ impl Program {
             .arg("keep")
             .args(&self.options)
             .args(["--resume", &handover.to_string()])
+            .env(WATCHDOG_VARIABLE, self.watchdog.to_string())
             .exec()
     }
 }
 
 /// Asks the program whether it can be the next keeper: an `execve` that succeeds cannot be taken back. `meanwhile` is done again
-/// and again until it answers.
-pub(super) fn check(path: &Path, mut meanwhile: impl FnMut()) -> anyhow::Result<()> {
+/// and again until it answers. `spawn` starts it.
+pub(super) fn check<C: DerefMut<Target = Child>>(
+    path: &Path,
+    spawn: impl FnOnce(&mut Command) -> io::Result<C>,
+    mut meanwhile: impl FnMut(),
+) -> anyhow::Result<()> {
     let name = path.display();
-    let mut child = Command::new(path)
+    let mut command = Command::new(path);
+    command
         .args(["keep", UNDERSTANDS, handover::FORMAT])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .with_context(|| format!("cannot run {name}"))?;
+        .stderr(Stdio::null());
+    let mut child = spawn(&mut command).with_context(|| format!("cannot run {name}"))?;
     let deadline = Instant::now() + ANSWER_LIMIT;
     let status = loop {
         if let Some(status) = child.try_wait()? {

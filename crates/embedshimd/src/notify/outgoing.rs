@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 /// A pair of sockets is the most that is sent at once.
 const MAX_FDS: usize = 4;
@@ -120,10 +120,7 @@ impl Inner {
         }
         // What runs has to go on, and what is new is as safe as what runs.
         if !self.is_lost.swap(true, Ordering::Relaxed) {
-            error!(
-                "the keeper has ended: nobody starts this daemon again, and with it ends every connection of containerd, which then \
-                 destroys its containers. Stop containerd before this daemon"
-            );
+            warn!("service manager has ended: nothing is sent to it any more");
         }
         Ok(())
     }

@@ -1,0 +1,64 @@
+//! [`Succession`]: the daemon becomes the keeper, by `execve`, when its own has ended. So its
+//! children, and the zombies that tell how they ended, stay children of the keeper. Owns that
+//! everything that can fail is done before the daemon stops to serve.
+
+use std::convert::Infallible;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
+use anyhow::Context;
+use embedshim_core::task::Node;
+use nix::fcntl::Flock;
+use tracing::error;
+
+use super::handover;
+use super::inbox::{self, Inbox};
+use super::kept::Kept;
+use super::program::{self, Program};
+use crate::cli::Serve;
+use crate::lock;
+
+/// Everything that a keeper needs, but for the descriptors.
+#[derive(Debug)]
+pub(crate) struct Succession {
+    program: Program,
+    lock: Flock<File>,
+    inbox: Inbox,
+}
+
+impl Succession {
+    /// Takes the keeper's place. Blocks on the state directory and on a run of our own program.
+    pub(crate) fn prepare(options: &Serve, node: &Node) -> anyhow::Result<Self> {
+        let program = Program::of_daemon(options).context("cannot find our own program")?;
+        program::check(program.path(), |command| node.spawn(command), || {})?;
+        let state_dir = &options.locations.state_dir;
+        let lock = lock::take(state_dir, &lock::of_keeper(state_dir))?
+            .context("another keeper has taken the state directory")?;
+        let path = inbox::path(state_dir);
+        let inbox =
+            Inbox::open(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
+        Ok(Self {
+            program,
+            lock,
+            inbox,
+        })
+    }
+
+    /// Becomes the keeper of these descriptors; returns only if that fails.
+    ///
+    /// No other thread may start a program meanwhile: for that moment children inherit all of them.
+    pub(crate) fn become_keeper(
+        self,
+        descriptors: impl IntoIterator<Item = (String, OwnedFd)>,
+    ) -> anyhow::Result<Infallible> {
+        let mut kept = Kept::default();
+        for (name, descriptor) in descriptors {
+            if let Err(full) = kept.insert(&name, descriptor, u64::MAX) {
+                error!(name, "not kept: {full}; it is lost");
+            }
+        }
+        let (inbox, lock) = (self.inbox.socket.as_fd(), self.lock.as_fd());
+        let open = handover::Open::new(inbox, lock, None, &kept)?;
+        Err(self.program.become_next(open.number()).into())
+    }
+}
