@@ -12,6 +12,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/reboot.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -27,6 +28,8 @@
 #include <unistd.h>
 
 static char *self;
+/* The first process of a pid namespace. */
+static int is_first;
 
 static void thread(void *(*body)(void *), void *argument)
 {
@@ -77,6 +80,35 @@ static void *execs(void *code)
 static void *ends_at_once(void *code)
 {
 	end_thread((int)(intptr_t)code);
+	return NULL;
+}
+
+/*
+ * Reboots the pid namespace of which this is the first process: never the machine, whose first
+ * process this program never is. The kernel kills the first process, and its parent sees the signal
+ * that stands for the command.
+ */
+static void reboot_namespace(const char *how)
+{
+	unsigned int command = 0;
+
+	if (strcmp(how, "restart") == 0)
+		command = LINUX_REBOOT_CMD_RESTART;
+	if (strcmp(how, "restart2") == 0)
+		command = LINUX_REBOOT_CMD_RESTART2;
+	if (strcmp(how, "halt") == 0)
+		command = LINUX_REBOOT_CMD_HALT;
+	if (strcmp(how, "power-off") == 0)
+		command = LINUX_REBOOT_CMD_POWER_OFF;
+	if (is_first && command)
+		syscall(SYS_reboot, LINUX_REBOOT_MAGIC1, LINUX_REBOOT_MAGIC2, command, "again");
+	_exit(94);
+}
+
+static void *reboots(void *how)
+{
+	pause_ms(20);
+	reboot_namespace(how);
 	return NULL;
 }
 
@@ -214,6 +246,7 @@ int main(int argc, char **argv)
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	self = argv[0];
+	is_first = getpid() == 1;
 	if (argc > 3 && (strcmp(shape, "parent") == 0 || strcmp(shape, "nested") == 0)) {
 		i = atoi(argv[2]);
 		argv[2] = self;
@@ -320,6 +353,21 @@ int main(int argc, char **argv)
 		raise(SIGTERM);
 		_exit(20);
 	}
+	if (strcmp(shape, "reboot") == 0)
+		reboot_namespace(argv[2]);
+	if (strcmp(shape, "reboot-beside-threads") == 0) {
+		for (i = 0; i < 8; i++)
+			thread(waits_for_ever, NULL);
+		reboot_namespace(argv[2]);
+	}
+	if (strcmp(shape, "thread-reboots") == 0)
+		thread(reboots, argv[2]);
+	if (strcmp(shape, "leader-gone-thread-reboots") == 0) {
+		thread(reboots, argv[2]);
+		end_thread(0);
+	}
+	if (strcmp(shape, "child-reboots") == 0 && fork() == 0)
+		reboot_namespace(argv[2]);
 	waits_for_ever(NULL);
 	return 0;
 }

@@ -38,13 +38,21 @@ const SHAPES: [(&[&str], Option<i32>); 25] = [
     (&["waits"], Some(34)),
 ];
 /// Shapes for the first process of a pid namespace, which no signal of its own ends.
-const OF_INITS: [(&[&str], Option<i32>); 6] = [
+const OF_INITS: [(&[&str], Option<i32>); 14] = [
     (&["exit", "7"], None),
     (&["leader-first"], None),
     (&["thread-exec"], None),
     (&["leader-gone-thread-exec"], None),
     (&["all-at-once"], None),
     (&["waits"], Some(9)),
+    (&["reboot", "restart"], None),
+    (&["reboot", "restart2"], None),
+    (&["reboot", "halt"], None),
+    (&["reboot", "power-off"], None),
+    (&["reboot-beside-threads", "halt"], None),
+    (&["thread-reboots", "restart"], None),
+    (&["leader-gone-thread-reboots", "power-off"], None),
+    (&["child-reboots", "restart"], None),
 ];
 const ROUNDS: usize = 3;
 

@@ -176,8 +176,7 @@ pub(crate) fn check_status(
     let is_excused = match promised.others {
         Exactness::Always => false,
         Exactness::UnlessThreadsRace => {
-            let code = main_threads_own(shape).map(ExitStatus::Exited);
-            record.evidence == Evidence::PidfdInfo && Some(record.status) == code
+            record.evidence == Evidence::PidfdInfo && Some(record.status) == main_threads_own(shape)
         }
         Exactness::UntilReaped => !record.status.is_known(),
     };
@@ -186,15 +185,22 @@ pub(crate) fn check_status(
     }
 }
 
-/// What the main thread of a shape ends itself with, while other threads live.
-fn main_threads_own(shape: &str) -> Option<u8> {
+/// How the main thread of a shape ends, where that is not how the process does.
+fn main_threads_own(shape: &str) -> Option<ExitStatus> {
     match shape {
         "leader-first"
         | "leader-first-others-return"
         | "leader-gone-thread-exec"
-        | "leader-gone-then-signal" => Some(0),
-        "leader-exits-5-others-live" => Some(5),
-        "all-at-once" => Some(12),
+        | "leader-gone-then-signal"
+        | "reboot"
+        | "reboot-beside-threads"
+        | "leader-gone-thread-reboots" => Some(ExitStatus::Exited(0)),
+        "leader-exits-5-others-live" => Some(ExitStatus::Exited(5)),
+        "all-at-once" => Some(ExitStatus::Exited(12)),
+        "thread-reboots" | "child-reboots" => Some(ExitStatus::Signaled {
+            signal: 9,
+            core_dumped: false,
+        }),
         _ => None,
     }
 }

@@ -7,12 +7,14 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, until};
 
+use crate::survival::handles_term;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 7] = tests!(AnyRuntime:
+pub(crate) const TESTS: [Test; 8] = tests!(AnyRuntime:
     exit_codes_are_exact,
     death_by_a_signal_is_128_and_its_number,
     the_process_counts_and_not_its_main_thread,
+    an_init_that_reboots_ends_by_the_signal_that_stands_for_it,
     a_short_lived_container_never_loses_status_or_output,
     a_short_lived_exec_never_loses_status_or_output,
     a_grandchild_that_keeps_the_output_does_not_delay_the_exit,
@@ -66,6 +68,31 @@ fn the_process_counts_and_not_its_main_thread(stage: &Stage) -> anyhow::Result<(
     let sandbox = stage.sandbox()?;
     let finished = run(&sandbox, "c", &["guest", "leader-first", "44", "50"])?;
     ensure!(finished.code == Some(44), "{finished:?}");
+    Ok(())
+}
+
+/// Each way to reboot a container, and its exit code: 128 and SIGINT or SIGHUP.
+pub(crate) const REBOOTS: [(&str, i32); 3] = [("halt", 130), ("poweroff", 130), ("reboot", 129)];
+
+/// Starts a container that reboots itself by this command when it is told to end. Its pid.
+pub(crate) fn reboots_when_told(sandbox: &Sandbox, command: &str) -> anyhow::Result<i32> {
+    let script = format!("trap 'exec busybox {command} -f' TERM; sleep 1000 & wait");
+    let options = ["--cap-add", "CAP_SYS_BOOT"];
+    let pid = sandbox.detached(&options, command, &["sh", "-c", &script])?;
+    handles_term(pid)?;
+    Ok(pid)
+}
+
+/// As init systems do in containers. The status is the kernel's, for whoever is the parent.
+fn an_init_that_reboots_ends_by_the_signal_that_stands_for_it(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    for (command, code) in REBOOTS {
+        let pid = reboots_when_told(&sandbox, command)?;
+        kill(Pid::from_raw(pid), Signal::SIGTERM)?;
+        sandbox.wait_for_status(command, "STOPPED")?;
+        let told = sandbox.delete_task(command)?;
+        ensure!(told == code, "{command}: {told} instead of {code}");
+    }
     Ok(())
 }
 

@@ -13,11 +13,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
+use crate::exits::{REBOOTS, reboots_when_told};
 use crate::survival::handles_term;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 9] = tests!(EmbedshimOnly:
     a_client_gets_its_exit_code_though_the_daemon_was_killed,
+    an_init_that_reboots_ends_as_ever_though_the_daemon_was_killed,
     ten_kills_in_a_row_lose_nothing,
     a_hangup_replaces_the_daemon,
     an_upgrade_takes_the_binary_on_disk_and_loses_nothing,
@@ -56,6 +58,30 @@ fn a_client_gets_its_exit_code_though_the_daemon_was_killed(stage: &Stage) -> an
         "{finished:?}: {}",
         sandbox.daemon_log()
     );
+    Ok(())
+}
+
+/// Without the parent's word it is the kernel's record that counts.
+fn an_init_that_reboots_ends_as_ever_though_the_daemon_was_killed(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = stage.sandbox()?;
+    let mut pids = Vec::new();
+    for (command, _) in REBOOTS {
+        pids.push(reboots_when_told(&sandbox, command)?);
+    }
+    sandbox.kill_daemon()?;
+    for ((command, code), pid) in REBOOTS.into_iter().zip(pids) {
+        unharmed(&sandbox, command, pid)?;
+        sandbox.ctr_ok(&["task", "kill", "--signal", "TERM", command])?;
+        sandbox.wait_for_status(command, "STOPPED")?;
+        let told = sandbox.delete_task(command)?;
+        ensure!(
+            told == code,
+            "{command}: {told} instead of {code}: {}",
+            sandbox.daemon_log()
+        );
+    }
     Ok(())
 }
 

@@ -4,7 +4,8 @@
  *
  * sched_process_exit fires once per thread, in do_exit(), after signal->live was decremented. The process is over when
  * live is 0, and its status is then the group's if the group was told to exit (exit_group, a deadly signal),
- * else what the thread-group leader passed to exit() - whichever thread ends last, also if the leader went first.
+ * else what the thread-group leader passed to exit() - whichever thread ends last, also if the
+ * leader went first. A reboot of its pid namespace comes before both: see rebooted_by().
  *
  * Before 6.16 two threads can both decrement before either gets here, so two events can see live == 0, the first perhaps too
  * early for the leader's exit_code: so the last write wins, and nothing is deleted here. User space takes the
@@ -91,6 +92,24 @@ static __always_inline __u64 start_time(struct task_struct *leader)
 	return BPF_CORE_READ(older, real_start_time);
 }
 
+/*
+ * reboot(2) within a pid namespace kills its first process and notes the signal that is to stand for
+ * the command: SIGHUP for a restart, SIGINT for a halt. zap_pid_ns_processes() makes it the group's
+ * code, later in do_exit(), when the rest of the namespace is dead. A reboot() that another process
+ * calls in between, while the first one is ending by itself, is not seen here.
+ * 0 if there was none, or if this process is not the first of its namespace.
+ */
+static __always_inline int rebooted_by(struct signal_struct *signal)
+{
+	struct pid *pid = BPF_CORE_READ(signal, pids[PIDTYPE_TGID]);
+	struct upid *innermost = (void *)pid + bpf_core_field_offset(struct pid, numbers) +
+				 BPF_CORE_READ(pid, level) * bpf_core_type_size(struct upid);
+
+	if (BPF_CORE_READ(innermost, nr) != 1 || !bpf_core_field_exists(struct pid_namespace, reboot))
+		return 0;
+	return BPF_CORE_READ(innermost, ns, reboot);
+}
+
 static __always_inline int record_once(struct task_struct *task)
 {
 	struct signal_struct *signal = BPF_CORE_READ(task, signal);
@@ -114,10 +133,14 @@ static __always_inline int record_once(struct task_struct *task)
 		record.at_boot_ns = bpf_ktime_get_boot_ns();
 	else
 		record.at_boot_ns = bpf_ktime_get_ns() + asleep_ns;
-	if (BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT)
-		record.wait_status = (__u32)BPF_CORE_READ(signal, group_exit_code);
-	else
+	if (BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT) {
+		/* As in wait_task_zombie(): without that flag the group's code does not count. */
+		record.wait_status = (__u32)rebooted_by(signal);
+		if (!record.wait_status)
+			record.wait_status = (__u32)BPF_CORE_READ(signal, group_exit_code);
+	} else {
 		record.wait_status = (__u32)BPF_CORE_READ(leader, exit_code);
+	}
 	bpf_map_update_elem(&exited, &number, &record, BPF_ANY);
 	return 0;
 }

@@ -41,6 +41,7 @@ struct ns_common {
 
 struct pid_namespace {
 	struct ns_common ns;
+	int reboot;
 };
 
 struct upid {

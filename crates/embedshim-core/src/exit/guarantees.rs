@@ -33,8 +33,8 @@ pub enum Survives {
 pub enum Exactness {
     /// Known as long as nobody has reaped the process, else unknown.
     UntilReaped,
-    /// Known, but if the main thread ends by itself at the very moment in which the process does, it can be that thread's
-    /// code: see [`Evidence::PidfdInfo`](super::Evidence::PidfdInfo).
+    /// Known, but if the main thread ends by itself at the very moment in which the process does, or reboot(2) ends the first
+    /// process of a pid namespace, it can be the main thread's own code: see [`Evidence::PidfdInfo`](super::Evidence::PidfdInfo).
     UnlessThreadsRace,
     /// Always.
     Always,
@@ -72,7 +72,9 @@ impl fmt::Display for Exactness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::UntilReaped => "exact status of children, of others until they are reaped",
-            Self::UnlessThreadsRace => "exact status unless threads end at the same moment",
+            Self::UnlessThreadsRace => {
+                "exact status unless threads end at the same moment or an init reboots"
+            }
             Self::Always => "exact status",
         })
     }

@@ -34,7 +34,8 @@ pub enum Evidence {
     Zombie,
     /// `PIDFD_INFO_EXIT` of a reaped process (Linux 6.15). It is the main thread's own code if that thread ended by itself
     /// while the last of the others did: the kernel puts the process's status there only if the others were still to be
-    /// released (`release_task()`, seen on 6.18 and 7.3).
+    /// released (`release_task()`, seen on 6.18 and 7.3). And of the first process of a pid namespace that was rebooted
+    /// (reboot(2)) it is 0 or SIGKILL, while its parent sees SIGHUP or SIGINT (`zap_pid_ns_processes()`).
     PidfdInfo,
     /// Nobody knows.
     None,
