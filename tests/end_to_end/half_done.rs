@@ -56,7 +56,7 @@ impl<'a> SlowRuntime<'a> {
         Ok(Self { sandbox, program })
     }
 
-    fn create(&self, shim: &Shim, bundle: &Bundle) -> ttrpc::Result<u32> {
+    pub(crate) fn create(&self, shim: &Shim, bundle: &Bundle) -> ttrpc::Result<u32> {
         shim.create_with("c", bundle.path(), |request| self.choose(request))
     }
 
@@ -65,7 +65,7 @@ impl<'a> SlowRuntime<'a> {
     }
 
     /// Kills the daemon while the runtime is in the call, lets the call go on under the next one, and returns what the request gets.
-    fn kill_within<T>(
+    pub(crate) fn kill_within<T>(
         &self,
         request: ScopedJoinHandle<'_, ttrpc::Result<T>>,
     ) -> anyhow::Result<ttrpc::Result<T>> {
@@ -78,13 +78,13 @@ impl<'a> SlowRuntime<'a> {
     }
 }
 
-fn join<T>(request: ScopedJoinHandle<'_, T>) -> anyhow::Result<T> {
+pub(crate) fn join<T>(request: ScopedJoinHandle<'_, T>) -> anyhow::Result<T> {
     request
         .join()
         .map_err(|_| anyhow::anyhow!("a request panicked"))
 }
 
-fn start(stage: &Stage) -> anyhow::Result<(Sandbox, Shim)> {
+pub(crate) fn start(stage: &Stage) -> anyhow::Result<(Sandbox, Shim)> {
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;
     let shim = Shim::connect(&sandbox)?;
@@ -99,14 +99,14 @@ pub(crate) fn terminal(bundle: &Bundle) -> anyhow::Result<()> {
     })
 }
 
-fn fifo(sandbox: &Sandbox, name: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn fifo(sandbox: &Sandbox, name: &str) -> anyhow::Result<PathBuf> {
     let path = sandbox.directory().join(name);
     mkfifo(&path, Mode::S_IRWXU)?;
     Ok(path)
 }
 
 /// Ends it, and looks whether everything is gone.
-fn end(sandbox: &Sandbox, shim: &Shim, before: &Footprint) -> anyhow::Result<()> {
+pub(crate) fn end(sandbox: &Sandbox, shim: &Shim, before: &Footprint) -> anyhow::Result<()> {
     shim.kill("c", Signal::SIGKILL)?;
     ensure!(
         shim.wait("c")? == 137 && shim.delete("c")? == 137,

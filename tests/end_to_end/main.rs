@@ -25,6 +25,7 @@ mod hung;
 mod inheritance;
 mod kubernetes;
 mod last_words;
+mod late_execs;
 mod log_files;
 mod model;
 mod mounts;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
         &inheritance::TESTS,
         &inheritance::OURS,
         &last_words::TESTS,
+        &late_execs::TESTS,
         &log_files::TESTS,
         &log_files::OURS,
         &store::TESTS,

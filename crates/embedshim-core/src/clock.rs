@@ -19,11 +19,6 @@ impl BootTime {
         Self(nanoseconds(ClockId::CLOCK_BOOTTIME))
     }
 
-    /// In ticks, as `/proc/PID/stat` has start times: 1/100 s, rounded down.
-    pub(crate) fn ticks(self) -> u64 {
-        self.0 / 10_000_000
-    }
-
     /// The wall-clock time of this moment, by today's relation of the two clocks.
     ///
     /// Take it once and keep the result: a clock that is set in between changes the relation.
@@ -31,6 +26,22 @@ impl BootTime {
         let (boot, wall) = (Self::now(), SystemTime::now());
         let past = Duration::from_nanos(boot.0.saturating_sub(self.0));
         wall.checked_sub(past).unwrap_or(UNIX_EPOCH)
+    }
+
+    /// The moment that was this time on the wall, by today's relation of the two clocks.
+    pub(crate) fn of_wall(wall: SystemTime) -> Self {
+        let (boot, now) = (Self::now(), SystemTime::now());
+        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Self(match now.duration_since(wall) {
+            Ok(past) => boot.0.saturating_sub(nanoseconds(past)),
+            Err(to_come) => boot.0.saturating_add(nanoseconds(to_come.duration())),
+        })
+    }
+
+    /// In ticks, as `/proc/PID/stat` counts.
+    pub(crate) fn ticks(self) -> u64 {
+        let per_second = rustix::param::clock_ticks_per_second().max(1);
+        self.0 / (1_000_000_000 / per_second).max(1)
     }
 }
 

@@ -21,11 +21,15 @@ use nix::sys::resource::{Resource, getrlimit};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use tracing::warn;
 
-use crate::keep::{MAX_NAMES, REAP, RESTORE};
+use crate::keep::{MAX_NAMES, REAP, REAPED, RESTORE};
 use outgoing::Outgoing;
 
 /// How long the manager may take to have handled everything.
 const BARRIER_LIMIT: u16 = 5_000;
+/// How long it may take to say how a process has ended.
+const ANSWER_LIMIT: u16 = 30_000;
+/// More than it ever says.
+const MAX_ANSWER: u64 = 16 * 1024;
 /// Descriptors that are left for requests under way and for the start of a successor.
 const SPARE: u64 = 32;
 
@@ -264,6 +268,25 @@ impl FdStore for Manager {
         let (pid, start_ticks) = (process.pid, process.start_ticks);
         self.outgoing
             .send(format!("{REAP}={pid} {start_ticks}\n"), &[])
+    }
+
+    fn reaped(&self, pid: i32) -> io::Result<Vec<(u64, i32)>> {
+        let (ours, theirs) = io::pipe()?;
+        self.outgoing
+            .send(format!("{REAPED}={pid}\n"), &[theirs.as_fd()])?;
+        drop(theirs);
+        let mut polled = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut polled, PollTimeout::from(ANSWER_LIMIT))? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // It is written at once. systemd, which does not know the question, closes the pipe.
+        let mut text = String::new();
+        ours.take(MAX_ANSWER).read_to_string(&mut text)?;
+        let line = |line: &str| {
+            let (start_ticks, status) = line.split_once(' ')?;
+            Some((start_ticks.parse().ok()?, status.parse().ok()?))
+        };
+        Ok(text.lines().filter_map(line).collect())
     }
 }
 

@@ -38,6 +38,13 @@ pub trait FdStore: fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// How processes of this number have ended that the store's process has inherited and reaped:
+    /// when each started, in ticks since boot, and its wait status. Blocks, for some seconds at
+    /// most.
+    fn reaped(&self, _pid: i32) -> io::Result<Vec<(u64, i32)>> {
+        Ok(Vec::new())
+    }
+
     /// Whether a successor gets what is stored here.
     fn is_durable(&self) -> bool {
         true

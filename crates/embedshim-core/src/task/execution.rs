@@ -1,8 +1,10 @@
 //! `Start`, of the init and of execs, and `Exec`, which only declares one.
 //! Owns that a started process is watched before anybody can miss its end.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Deserialize;
 use tracing::{debug, info, warn};
@@ -17,6 +19,7 @@ use super::request::ExecProcess;
 use super::shared::Shared;
 use super::state::{Operation, Phase};
 use super::unreported;
+use crate::clock::BootTime;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::id::{ExecId, ProcessKey};
@@ -255,6 +258,20 @@ impl ExecFiles {
         if let Some(started) = started {
             let _ = started.signal(libc::SIGKILL);
         }
+    }
+
+    /// When the exec has begun, in ticks since boot: after its document was written and before its pid was. The wall clock of the
+    /// files is not exact.
+    pub(super) async fn beginning(&self) -> Option<RangeInclusive<u64>> {
+        const TOLERANCE: Duration = Duration::from_secs(1);
+        let files = [self.process.clone(), self.pid.clone()];
+        let times = blocking(move || files.map(|file| file.metadata()?.modified())).await;
+        let [Ok(first), Ok(last)] = times.ok()? else {
+            return None;
+        };
+        let first = BootTime::of_wall(first.checked_sub(TOLERANCE)?);
+        let last = BootTime::of_wall(last.checked_add(TOLERANCE)?);
+        Some(first.ticks()..=last.ticks())
     }
 
     pub(super) async fn remove(&self) {

@@ -63,8 +63,46 @@ pub(super) fn release_early(shared: &Arc<Shared>, task: &Arc<Task>, process: &Ar
     }
 }
 
-/// Everything that follows from the end of a process, once.
+/// Everything that follows from the end of a process, once. Whoever has inherited and reaped it knows better than a record that says
+/// nothing, or that can be wrong.
 pub(super) async fn settle(
+    shared: Arc<Shared>,
+    task: Arc<Task>,
+    process: Arc<TaskProcess>,
+    mut record: ExitRecord,
+) {
+    if matches!(record.evidence, Evidence::None | Evidence::PidfdInfo) {
+        let identity = record.process;
+        let is_its = |start_ticks| start_ticks == identity.start_ticks;
+        if let Some((_, status)) = reaped_by_store(&shared, identity.pid, is_its).await {
+            (record.status, record.evidence) = (status, Evidence::Wait);
+        }
+    }
+    conclude(shared, task, process, record).await;
+}
+
+/// How the latest process with this number and a start that fits has ended, if the store's process has inherited and reaped it, as the
+/// keeper does after a while; and when it began.
+pub(super) async fn reaped_by_store(
+    shared: &Shared,
+    pid: i32,
+    fits: impl Fn(u64) -> bool,
+) -> Option<(u64, ExitStatus)> {
+    let store = Arc::clone(&shared.config.descriptors);
+    let reaped = match blocking(move || store.reaped(pid)).await.ok()? {
+        Ok(reaped) => reaped,
+        Err(error) => {
+            warn!(pid, %error, "cannot ask who keeps our descriptors how a process has ended");
+            return None;
+        }
+    };
+    let mut fitting = reaped.into_iter().filter(|(start, _)| fits(*start));
+    let (start_ticks, status) = fitting.next()?;
+    Some((start_ticks, ExitStatus::from_wait_status(status)))
+}
+
+/// The same, of a process of which nobody knows more than the record says.
+pub(super) async fn conclude(
     shared: Arc<Shared>,
     task: Arc<Task>,
     process: Arc<TaskProcess>,

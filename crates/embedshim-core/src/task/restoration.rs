@@ -141,7 +141,14 @@ pub(super) async fn restore(
             at: BootTime::now(),
             evidence: Evidence::None,
         };
-        end(shared, &lost.task, &lost.process, record);
+        if let Some(record) = lost.process.hold(record) {
+            tokio::spawn(exits::conclude(
+                Arc::clone(shared),
+                lost.task,
+                lost.process,
+                record,
+            ));
+        }
     }
     Ok(())
 }

@@ -1,10 +1,13 @@
 //! What a predecessor was about when it died: finished if it has taken effect, left to be asked for again if not, undone if it cannot be
 //! either. Owns that nothing else is done to a task before that: it holds the turns of the processes concerned.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::{info, warn};
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
 
 use super::container::Task;
 use super::creation::{CONSOLE_DEADLINE, end_logger, read_pid};
@@ -23,6 +26,9 @@ use crate::fdstore::FdRole;
 use crate::process::{OpenError, Process, ProcessIdentity};
 use crate::runtime::{State, wait_for};
 use crate::stdio::{self, ConsoleSocket, Plan, Streams};
+
+/// The time between two looks for the pid of an exec that a call under way may have started.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// One task's unfinished business.
 pub(super) struct Unfinished {
@@ -80,18 +86,24 @@ impl Unfinished {
             self.task.init.starting();
         }
         tokio::spawn(async move {
-            wait_for(&self.calls, shared.config.runtime_deadline).await;
+            let calls = wait_for(&self.calls, shared.config.runtime_deadline);
+            let watched = watch_early(&shared, &self.task, &self.execs, calls).await;
             agree_on_phase(&shared, &self.task).await;
             for process in self.untold {
                 let Some(exec) = process.exec.clone() else {
                     continue;
                 };
+                if process.fds.get(FdRole::Console).is_some() {
+                    take_terminal(&self.task, &process).await;
+                    process.decide_stdin();
+                    connect(&self.task, &process);
+                }
                 if let Err(error) = exec_started(&shared, &self.task, &process, &exec).await {
                     warn!(id = %self.task.id(), exec_id = %exec, %error, "that an exec was started is not durable");
                 }
             }
-            for exec in self.execs {
-                if let Err(error) = finish_exec(&shared, &self.task, &exec).await {
+            for (exec, is_watched) in self.execs.into_iter().zip(watched) {
+                if let Err(error) = finish_exec(&shared, &self.task, &exec, is_watched).await {
                     if let Some(unwatched) = exec.process() {
                         // It runs, but its end would never be learned: it must not go on.
                         let _ = unwatched.signal(libc::SIGKILL);
@@ -162,19 +174,93 @@ async fn undo_restore(task: &Arc<Task>) {
     task.init.unmake();
 }
 
+/// Watches execs whose pid the runtime has written, while its calls go on: a hook or a wrapper can keep a call for long, and who
+/// inherits the exec's process reaps it meanwhile. Tells of each whether it is watched when the calls have ended.
+async fn watch_early(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    execs: &[Arc<TaskProcess>],
+    calls: impl Future<Output = ()>,
+) -> Vec<bool> {
+    let mut calls = pin!(calls);
+    let mut watched = vec![false; execs.len()];
+    loop {
+        for (process, is_watched) in execs.iter().zip(&mut watched) {
+            if *is_watched {
+                continue;
+            }
+            match watch_if_begun(shared, task, process).await {
+                Ok(is_begun) => *is_watched = is_begun,
+                // It is tried again, and given up when the call has ended.
+                Err(error) => {
+                    debug!(id = %task.id(), exec_id = ?process.exec, %error, "cannot watch an exec yet");
+                }
+            }
+        }
+        let is_all = watched.iter().all(|is_watched| *is_watched);
+        let limit = if is_all { Duration::MAX } else { LOOK };
+        if timeout(limit, calls.as_mut()).await.is_ok() {
+            return watched;
+        }
+    }
+}
+
+/// Watches an exec if the runtime has written its pid; false if it has not, or if it has ended and is gone.
+async fn watch_if_begun(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    process: &Arc<TaskProcess>,
+) -> Result<bool, Error> {
+    let Some(exec) = &process.exec else {
+        return Ok(true);
+    };
+    let files = ExecFiles::new(&task.bundle.path, exec);
+    let Ok(pid) = read_pid(&files.pid).await else {
+        return Ok(false);
+    };
+    let Some(opened) = open(task, pid).await? else {
+        return Ok(false);
+    };
+    watch(shared, task, process, opened).await?;
+    Ok(true)
+}
+
+async fn watch(
+    shared: &Arc<Shared>,
+    task: &Arc<Task>,
+    process: &Arc<TaskProcess>,
+    opened: Process,
+) -> Result<(), Error> {
+    process.note_pipes();
+    let identity = opened.identity();
+    let watched = shared.watch(task, process, Arc::new(opened)).await;
+    if watched.is_err() {
+        shared.disown(identity);
+    }
+    watched
+}
+
+/// How it is known that an exec has begun.
+enum Begun {
+    /// The runtime has written its pid.
+    Told(i32),
+    Found(Process),
+}
+
 /// The runtime tells by the pid file whether it has started the exec. One that was never called has
 /// not; of one that was killed before it told, the process is looked for.
 async fn finish_exec(
     shared: &Arc<Shared>,
     task: &Arc<Task>,
     process: &Arc<TaskProcess>,
+    is_watched: bool,
 ) -> Result<(), Error> {
     let Some(exec) = process.exec.clone() else {
         return Ok(());
     };
     let files = ExecFiles::new(&task.bundle.path, &exec);
-    let (pid, found) = match read_pid(&files.pid).await {
-        Ok(pid) => (pid, open(task, pid).await?),
+    let begun = match read_pid(&files.pid).await {
+        Ok(pid) => Begun::Told(pid),
         Err(_) if !files.runtime_was_called().await => {
             stdio::discard_pipes(&process.fds);
             end_logger(process).await;
@@ -182,40 +268,58 @@ async fn finish_exec(
             return Ok(());
         }
         Err(_) => match unreported::find(task, process).await {
-            Some(found) => (found.identity().pid, Some(found)),
+            Some(found) => Begun::Found(found),
             None => return may_have_run(shared, task, process, &files).await,
         },
     };
-    files.remove().await;
     if task.enter_exec().is_err() {
         warn!(id = %task.id(), exec_id = %exec, "an exec outlived its init");
     }
-    let Some(opened) = found else {
+    match begun {
+        Begun::Found(found) => watch(shared, task, process, found).await?,
+        Begun::Told(_) if is_watched || watch_if_begun(shared, task, process).await? => {}
         // Its zombie is gone: whoever inherited it has reaped it.
-        let identity = ProcessIdentity {
-            pid,
-            start_ticks: 0,
-            inode: None,
-        };
-        process.ran_as(identity);
-        take_terminal(task, process).await;
-        connect(task, process);
-        let _ = process.hold(ExitRecord {
-            process: identity,
-            status: ExitStatus::Unknown {
-                reason: UnknownReason::Unwatched,
-            },
-            at: BootTime::now(),
-            evidence: Evidence::None,
-        });
-        return exec_started(shared, task, process, &exec).await;
-    };
+        Begun::Told(pid) => {
+            let _ = process.hold(end_of_reaped(shared, process, &files, pid).await);
+        }
+    }
     take_terminal(task, process).await;
     process.note_pipes();
     process.decide_stdin();
     connect(task, process);
-    shared.watch(task, process, Arc::new(opened)).await?;
-    exec_started(shared, task, process, &exec).await
+    let started = exec_started(shared, task, process, &exec).await;
+    // Its record names it now.
+    files.remove().await;
+    started
+}
+
+/// The end of an exec that has ended and is gone.
+async fn end_of_reaped(
+    shared: &Shared,
+    process: &TaskProcess,
+    files: &ExecFiles,
+    pid: i32,
+) -> ExitRecord {
+    let known = match files.beginning().await {
+        Some(times) => exits::reaped_by_store(shared, pid, |start| times.contains(&start)).await,
+        None => None,
+    };
+    let unknown = ExitStatus::Unknown {
+        reason: UnknownReason::Unwatched,
+    };
+    let (start_ticks, status) = known.unwrap_or((0, unknown));
+    let identity = ProcessIdentity {
+        pid,
+        start_ticks,
+        inode: None,
+    };
+    process.ran_as(identity);
+    ExitRecord {
+        process: identity,
+        status,
+        at: BootTime::now(),
+        evidence: known.map_or(Evidence::None, |_| Evidence::Wait),
+    }
 }
 
 /// It may have run and ended: it is not started again, and who waits for it is let go.
@@ -241,15 +345,13 @@ async fn open(task: &Task, pid: i32) -> Result<Option<Process>, Error> {
         Err(error) => return Err(Error::Internal(format!("cannot watch an exec: {error}"))),
         Ok(process) => process,
     };
-    // A zombie's cgroup may be forgotten already, but its number is not free.
-    if process.has_ended().unwrap_or(true) {
-        return Ok(Some(process));
-    }
     let Some(cgroup) = task.cgroup() else {
         return Ok(Some(process));
     };
     let members = blocking(move || cgroup.pids()).await?.unwrap_or_default();
-    Ok(members.contains(&pid).then_some(process))
+    // A zombie's cgroup may be forgotten already, but its number is not free. It can have ended since we looked.
+    let is_its = members.contains(&pid) || process.has_ended().unwrap_or(true);
+    Ok(is_its.then_some(process))
 }
 
 /// Takes the terminal that the runtime has handed over, or will, to the socket that a predecessor has left.

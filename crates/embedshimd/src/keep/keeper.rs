@@ -19,6 +19,7 @@ use super::inbox::{Inbox, MAX_MESSAGE, Received};
 use super::kept::{Kept, most};
 use super::message::Message;
 use super::program::{self, Program};
+use super::running::{Running, signal};
 use super::zombies::Zombies;
 use crate::claim::Claim;
 use crate::outcome::Code;
@@ -67,51 +68,6 @@ enum Daemon {
     Running(Running),
     /// To be started then.
     Due(Instant),
-}
-
-#[derive(Debug)]
-struct Running {
-    pid: Pid,
-    since: Instant,
-    is_ready: bool,
-    was_ready: bool,
-    /// It was asked to leave, and has until then.
-    kill_at: Option<Instant>,
-    /// It has said that it is alive, and has to say so again before this.
-    silent_at: Option<Instant>,
-}
-
-impl Running {
-    fn new(pid: Pid, was_ready: bool) -> Self {
-        Self {
-            pid,
-            since: Instant::now(),
-            is_ready: false,
-            was_ready,
-            kill_at: None,
-            silent_at: None,
-        }
-    }
-
-    /// When to look at it again.
-    fn due(&self) -> Option<Instant> {
-        self.kill_at.into_iter().chain(self.silent_at).min()
-    }
-
-    /// Kills it if it has had its time.
-    fn enforce(&mut self, now: Instant) {
-        let is_over = |due: Option<Instant>| due.is_some_and(|due| due <= now);
-        let pid = self.pid.as_raw_nonzero();
-        if is_over(self.kill_at) {
-            warn!(pid, "embedshimd does not leave; killing it");
-        } else if is_over(self.silent_at) {
-            warn!(pid, "embedshimd stands still; killing it");
-        } else {
-            return;
-        }
-        (self.kill_at, self.silent_at) = (None, None);
-        signal(self.pid, Signal::SIGKILL);
-    }
 }
 
 impl Keeper {
@@ -481,16 +437,17 @@ impl Keeper {
             Message::Alive => {
                 running.silent_at = self.parts.watchdog.map(|period| Instant::now() + period);
             }
+            Message::Reaped { pid } => {
+                let text = self.zombies.reaped(pid);
+                for pipe in received.descriptors {
+                    // Fresh and empty, it takes all of it at once; and who asks may have gone.
+                    let _ = rustix::io::write(&pipe, text.as_bytes());
+                }
+            }
             Message::Restore => self.restore_lock(),
             // What came with it is closed right here, after all before it.
             Message::Barrier | Message::Other => {}
         }
         Ok(())
     }
-}
-
-fn signal(pid: Pid, signal: Signal) {
-    let pid = nix::unistd::Pid::from_raw(pid.as_raw_nonzero().get());
-    // It fails for one that has ended already, which is noticed in its own time.
-    let _ = nix::sys::signal::kill(pid, signal);
 }

@@ -11,6 +11,9 @@ pub(crate) const REAP: &str = "X_EMBEDSHIM_REAP";
 /// Ours alone: what was in the state directory has been removed, and is made again.
 pub(crate) const RESTORE: &str = "X_EMBEDSHIM_RESTORE";
 
+/// Ours alone: how a process that we have reaped has ended is written to the pipe that comes with it.
+pub(crate) const REAPED: &str = "X_EMBEDSHIM_REAPED";
+
 /// What a datagram asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Message<'a> {
@@ -30,6 +33,8 @@ pub(super) enum Message<'a> {
     Alive,
     /// The process with this number that began at this tick is a zombie that nobody needs any more.
     Reap { pid: i32, start_ticks: u64 },
+    /// How have processes with this number ended?
+    Reaped { pid: i32 },
     /// Nothing that concerns us, such as `STATUS=`.
     Other,
 }
@@ -56,6 +61,11 @@ impl<'a> Message<'a> {
                     message = Self::Reap {
                         pid: pid.parse().ok()?,
                         start_ticks: start_ticks.parse().ok()?,
+                    };
+                }
+                (REAPED, value) => {
+                    message = Self::Reaped {
+                        pid: value.parse().ok()?,
                     };
                 }
                 _ => {}
@@ -102,6 +112,7 @@ mod tests {
                     start_ticks: 4711,
                 },
             ),
+            ("X_EMBEDSHIM_REAPED=42\n", Message::Reaped { pid: 42 }),
             ("X_EMBEDSHIM_RESTORE=1\n", Message::Restore),
             ("STATUS=a=b", Message::Other),
             ("READY=0", Message::Other),

@@ -9,6 +9,7 @@ mod keeper;
 mod kept;
 mod message;
 mod program;
+mod running;
 mod succession;
 mod zombies;
 
@@ -33,7 +34,7 @@ use kept::Kept;
 use program::Program;
 
 pub(crate) use kept::MAX_NAMES;
-pub(crate) use message::{REAP, RESTORE};
+pub(crate) use message::{REAP, REAPED, RESTORE};
 pub(crate) use succession::Succession;
 
 /// Keeps until SIGTERM or SIGINT.

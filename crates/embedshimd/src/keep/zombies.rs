@@ -1,22 +1,39 @@
 //! [`Zombies`]: children that we inherit as a subreaper when a daemon ends. Owns when they are reaped: when the daemon says so, and not before
-//! one that serves has had time to read the status of each, which only a zombie tells (`/proc/PID/stat`).
+//! one that serves has had time to read the status of each, which only a zombie tells (`/proc/PID/stat`). The status of one that was reaped
+//! unasked is kept, for a daemon that comes to it late: it was busy, or waits for the runtime that has started the process.
 
+use std::collections::VecDeque;
+use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use embedshim_core::process::parse_stat_field;
-use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 
 /// The field of `/proc/PID/stat` (proc(5)).
 const START_TIME: usize = 22;
 /// How long one stays of which nobody says that it may go.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Statuses that are kept, of 16 bytes each; the oldest go first.
+const MAX_REAPED: usize = 1024;
+/// Of one number; a pipe takes so much at once.
+const MAX_ANSWER: usize = 64;
 
 /// Those that were seen, and when they can go.
 #[derive(Debug, Default)]
 pub(super) struct Zombies {
     seen: Vec<Pid>,
     due: Option<Instant>,
+    reaped: VecDeque<Reaped>,
+}
+
+/// How one has ended that nobody had asked for before it was reaped.
+#[derive(Clone, Copy, Debug)]
+struct Reaped {
+    start_ticks: u64,
+    pid: i32,
+    /// As `waitpid(2)` gives it.
+    status: i32,
 }
 
 impl Zombies {
@@ -27,7 +44,8 @@ impl Zombies {
 
     /// Nobody reads their status now.
     pub(super) fn leave_alone(&mut self) {
-        *self = Self::default();
+        self.seen.clear();
+        self.due = None;
     }
 
     /// A child has ended, perhaps. Those that come while others are waited for have their turn afterwards.
@@ -55,16 +73,55 @@ impl Zombies {
     /// Reaps those that have waited long enough.
     pub(super) fn reap(&mut self, now: Instant, daemon: Option<Pid>) {
         if self.due.is_some_and(|due| due <= now) {
-            for pid in self.seen.drain(..) {
-                let _ = waitid(
-                    WaitId::Pid(pid),
-                    WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
-                );
+            for pid in std::mem::take(&mut self.seen) {
+                self.reap_unasked(pid);
             }
             self.due = None;
             self.look(now, daemon);
         }
     }
+
+    fn reap_unasked(&mut self, pid: Pid) {
+        let number = pid.as_raw_nonzero().get();
+        let stat = std::fs::read(format!("/proc/{number}/stat")).unwrap_or_default();
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let ended = waitid(WaitId::Pid(pid), options).ok().flatten();
+        let known = ended.and_then(|ended| {
+            Some(Reaped {
+                start_ticks: parse_stat_field(&stat, START_TIME)?,
+                pid: number,
+                status: wait_status(&ended)?,
+            })
+        });
+        self.reaped.truncate(MAX_REAPED - 1);
+        if let Some(known) = known {
+            self.reaped.push_front(known);
+        }
+    }
+
+    /// How those with this number have ended, the latest first: a line with start time and wait status for each.
+    pub(super) fn reaped(&self, pid: i32) -> String {
+        let mut text = String::new();
+        for known in self
+            .reaped
+            .iter()
+            .filter(|known| known.pid == pid)
+            .take(MAX_ANSWER)
+        {
+            // Into a string it cannot fail.
+            let _ = writeln!(text, "{} {}", known.start_ticks, known.status);
+        }
+        text
+    }
+}
+
+fn wait_status(ended: &WaitIdStatus) -> Option<i32> {
+    const CORE_DUMPED: i32 = 0x80;
+    if let Some(code) = ended.exit_status() {
+        return Some((code & 0xff) << 8);
+    }
+    let core = if ended.dumped() { CORE_DUMPED } else { 0 };
+    ended.terminating_signal().map(|signal| signal | core)
 }
 
 fn zombies(daemon: Option<Pid>) -> Vec<Pid> {
@@ -90,4 +147,60 @@ fn children() -> Vec<Pid> {
     entries
         .filter_map(|entry| pids(entry.ok()?.file_name().to_str()?))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    fn pid(child: &Child) -> Pid {
+        Pid::from_child(child)
+    }
+
+    fn ended(script: &str) -> Child {
+        let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+        while !is_zombie(pid(&child)) {
+            std::thread::yield_now();
+        }
+        child
+    }
+
+    #[test]
+    fn how_a_reaped_zombie_ended_is_known_by_its_start() {
+        let mut zombies = Zombies::default();
+        let children = [ended("exit 7"), ended("kill -9 $$")];
+        let starts = children.each_ref().map(|child| {
+            let stat = std::fs::read(format!("/proc/{}/stat", child.id())).unwrap();
+            parse_stat_field(&stat, START_TIME).unwrap()
+        });
+        for child in &children {
+            zombies.reap_unasked(pid(child));
+        }
+        for (child, (start, status)) in children.iter().zip(starts.iter().zip([7 << 8, 9])) {
+            let known = zombies.reaped(pid(child).as_raw_nonzero().get());
+            assert_eq!(known, format!("{start} {status}\n"));
+        }
+        zombies.leave_alone();
+        assert_eq!(zombies.reaped.len(), 2);
+        assert_eq!(zombies.reaped(1), "");
+    }
+
+    #[test]
+    fn the_oldest_statuses_go_first() {
+        let mut zombies = Zombies::default();
+        for status in 0..3000 {
+            let (start_ticks, pid) = (1, 1);
+            zombies.reaped.push_back(Reaped {
+                start_ticks,
+                pid,
+                status,
+            });
+        }
+        zombies.reap_unasked(pid(&ended("exit 7")));
+        assert_eq!(zombies.reaped.len(), MAX_REAPED);
+        assert_eq!(zombies.reaped[0].status, 7 << 8);
+        assert_eq!(zombies.reaped(1).lines().count(), MAX_ANSWER);
+    }
 }
