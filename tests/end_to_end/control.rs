@@ -2,18 +2,22 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::thread::scope;
+use std::thread::{scope, sleep};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups::metrics::Metrics;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics as MetricsV2;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::Value;
-use xtask::sandbox::{PATIENCE, Running, is_alive, until};
+use xtask::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
@@ -27,11 +31,12 @@ pub(crate) const TESTS: [Test; 7] = tests!(AnyRuntime:
     sigkill_ends_a_container_that_something_else_froze,
 );
 
-pub(crate) const OURS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 5] = tests!(EmbedshimOnly:
     an_update_changes_the_limit,
     a_stopped_task_still_tells_that_it_ran_out_of_memory,
     kills_of_a_paused_container_at_the_same_time_are_each_answered,
     sigkill_ends_an_exec_of_a_paused_container_which_stays_paused,
+    statistics_that_take_long_are_waited_for_and_not_denied,
 );
 
 fn a_signal_reaches_the_init(stage: &Stage) -> anyhow::Result<()> {
@@ -395,4 +400,65 @@ fn sigkill_ends_an_exec_of_a_paused_container_which_stays_paused(
         "not 137"
     );
     before.wait_for_return(&sandbox)
+}
+
+/// A counter of a container's cgroup that cannot be read before this is written to, until it is dropped.
+struct SlowCounter {
+    fifo: PathBuf,
+    counter: PathBuf,
+}
+
+impl SlowCounter {
+    fn new(sandbox: &Sandbox, pid: u32) -> anyhow::Result<Self> {
+        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let mut lines = cgroups.lines().filter_map(|line| line.split_once(':'));
+        let v1 = lines.find_map(|(_, rest)| rest.strip_prefix("pids:/"));
+        let directory = if let Some(path) = v1 {
+            PathBuf::from("/sys/fs/cgroup/pids").join(path)
+        } else {
+            let path = cgroups.trim().strip_prefix("0::/").context("no cgroup")?;
+            PathBuf::from("/sys/fs/cgroup").join(path)
+        };
+        let (fifo, counter) = (
+            sandbox.directory().join("counter"),
+            directory.join("pids.current"),
+        );
+        mkfifo(&fifo, Mode::S_IRWXU)?;
+        let none = None::<&str>;
+        mount(Some(&fifo), &counter, none, MsFlags::MS_BIND, none)?;
+        Ok(Self { fifo, counter })
+    }
+}
+
+impl Drop for SlowCounter {
+    fn drop(&mut self) {
+        let _ = umount2(&self.counter, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A busy machine takes seconds to read the counters: the cgroup is there all the same.
+fn statistics_that_take_long_are_waited_for_and_not_denied(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    shim.create("c", bundle.path())?;
+    let counter = SlowCounter::new(&sandbox, shim.start("c")?)?;
+    scope(|scope| {
+        let memory = scope.spawn(|| memory(&shim, "c"));
+        sleep(Duration::from_secs(3));
+        // Waits for the reader, and is all that it reads.
+        fs::write(&counter.fifo, "1\n")?;
+        let answer = memory
+            .join()
+            .map_err(|_| anyhow::anyhow!("a request panicked"))?;
+        answer.map(drop)
+    })?;
+    drop(counter);
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
+    Ok(())
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout;
 use tracing::{debug, error, info, warn};
 
 use super::container::Task;
@@ -14,6 +15,7 @@ use super::request::Exit;
 use super::shared::{Owner, Shared};
 use super::state::Phase;
 use crate::cgroup::Metrics;
+use crate::error::Error;
 use crate::event::EventKind;
 use crate::exit::{Evidence, ExitRecord, ExitStatus};
 use crate::fdstore::FdRole;
@@ -21,6 +23,8 @@ use crate::process::ProcessIdentity;
 
 /// A monitor that fails is asked again after this.
 const MONITOR_RETRY: Duration = Duration::from_secs(1);
+/// How long an exit waits for the last reading of the counters.
+const LAST_READ: Duration = Duration::from_secs(5);
 
 /// Brings every exit to its owner, for ever.
 pub(super) async fn dispatch(shared: Arc<Shared>) {
@@ -223,15 +227,30 @@ async fn flush_oom(shared: &Shared, task: &Arc<Task>) {
 
 /// Keeps the counters for those who ask after the end, when the cgroup may be gone.
 async fn read_metrics(task: &Arc<Task>) {
-    if let Some(metrics) = current_metrics(task).await {
-        task.keep_metrics(metrics);
+    match current_metrics(task, LAST_READ).await {
+        Ok(Some(metrics)) => task.keep_metrics(metrics),
+        Ok(None) => {}
+        Err(error) => {
+            warn!(id = %task.id(), %error, "the last counters of a container are missing");
+        }
     }
 }
 
-/// The counters now, if there is still a cgroup.
-pub(super) async fn current_metrics(task: &Arc<Task>) -> Option<Metrics> {
-    let cgroup = task.cgroup()?;
-    blocking(move || cgroup.metrics()).await.ok()?.ok()
+/// The counters now, if there is still a cgroup. Not to be read in time is no sign that there is none.
+pub(super) async fn current_metrics(
+    task: &Arc<Task>,
+    limit: Duration,
+) -> Result<Option<Metrics>, Error> {
+    let Some(cgroup) = task.cgroup() else {
+        return Ok(None);
+    };
+    match timeout(limit, blocking(move || cgroup.metrics())).await {
+        Ok(read) => Ok(read?.ok()),
+        Err(_late) => Err(Error::Deadline {
+            what: "reading the counters of a cgroup",
+            seconds: limit.as_secs(),
+        }),
+    }
 }
 
 /// Tells of OOM kills while the container lives on, for ever.

@@ -32,6 +32,8 @@ use crate::store::{Store, boot_id};
 /// How long a read may take to look into a cgroup: the threads for such work can be taken by mounts that hang, and
 /// containerd waits 2 s for an answer. Without the look, what is known answers.
 const READ_LIMIT: Duration = Duration::from_secs(1);
+/// How long the statistics of a running container may take, since nothing is known of them yet.
+const STATS_LIMIT: Duration = Duration::from_secs(10);
 
 /// How a [`Node`] works.
 #[derive(Clone, Debug)]
@@ -331,10 +333,14 @@ impl Node {
     /// The cgroup's counters; of a stopped task, the last ones read.
     pub async fn stats(&self, key: &TaskKey) -> Result<Metrics, Error> {
         let task = self.shared.task(key)?;
-        let now = timeout(READ_LIMIT, exits::current_metrics(&task)).await;
-        match now.ok().flatten() {
-            Some(metrics) if task.init.now().phase != Phase::Stopped => Ok(metrics),
-            now => task.last_metrics().or(now).ok_or(Error::NoCgroup),
+        let limit = match task.last_metrics() {
+            Some(_) => READ_LIMIT,
+            None => STATS_LIMIT,
+        };
+        match exits::current_metrics(&task, limit).await {
+            Ok(Some(metrics)) if task.init.now().phase != Phase::Stopped => Ok(metrics),
+            Ok(now) => task.last_metrics().or(now).ok_or(Error::NoCgroup),
+            Err(late) => task.last_metrics().ok_or(late),
         }
     }
 
