@@ -6,6 +6,8 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
@@ -18,12 +20,13 @@ use xtask::sandbox::{Sandbox, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 6] = tests!(EmbedshimOnly:
     a_full_state_directory_refuses_new_tasks_and_keeps_the_old,
     records_that_cannot_be_written_are_named_and_the_old_are_kept,
     what_could_not_be_kept_is_refused_by_name_and_what_runs_is_not_lost,
     what_an_earlier_boot_has_left_is_recognised,
     a_removed_state_directory_is_put_back,
+    a_damaged_journal_costs_a_request_its_answer_at_most,
 );
 
 /// A sandbox whose state directory is a file system of its own.
@@ -282,4 +285,67 @@ fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
         ensure!(sandbox.successor_of(old)? != old, "it was not killed");
         Ok(())
     })
+}
+
+/// Two clients wait while the daemon dies, and a byte of each one's journal is wrong: of what was asked, or of how long that is. Neither
+/// waits in vain, and both connections go on.
+fn a_damaged_journal_costs_a_request_its_answer_at_most(stage: &Stage) -> anyhow::Result<()> {
+    const IN_THE_LENGTH: usize = 256 + 5;
+    const IN_THE_REQUEST: usize = 256 + 34 + 12;
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    let mut waits = Vec::new();
+    let mut journals = Vec::<PathBuf>::new();
+    for _ in 0..2 {
+        let (client, (ended, has_ended)) = (Shim::connect(&sandbox)?, mpsc::channel());
+        std::thread::spawn(move || {
+            let code = client.wait("c");
+            ended.send((code, client.state("c").map(|state| state.exit_status)))
+        });
+        until("the wait is noted", || {
+            for entry in fs::read_dir(sandbox.state_dir().join("connections"))? {
+                let path = entry?.path();
+                if !journals.contains(&path) && path.metadata()?.len() > 300 {
+                    journals.push(path);
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        })?;
+        waits.push(has_ended);
+    }
+    let old = sandbox.daemon_pid().context("the daemon is not there")?;
+    let keeper = Pid::from_raw(sandbox.keeper_pid().context("no keeper")?);
+    kill(keeper, Signal::SIGSTOP)?;
+    let damage = || {
+        kill(Pid::from_raw(old), Signal::SIGKILL)?;
+        until("the daemon is dead", || Ok(!is_alive(old)))?;
+        for (path, at) in journals.iter().zip([IN_THE_REQUEST, IN_THE_LENGTH]) {
+            let mut bytes = fs::read(path)?;
+            *bytes.get_mut(at).context("the journal is shorter")? ^= 0xff;
+            fs::write(path, bytes)?;
+        }
+        anyhow::Ok(())
+    };
+    let damaged = damage();
+    kill(keeper, Signal::SIGCONT)?;
+    damaged?;
+    sandbox.successor_of(old)?;
+    shim.kill("c", Signal::SIGKILL)?;
+    let limit = Duration::from_secs(30);
+    let (lost, after_lost) = waits[0].recv_timeout(limit).context("a request hangs")?;
+    let text = lost.map_or_else(|error| error.to_string(), |code| format!("code {code}"));
+    ensure!(
+        text.contains("DATA_LOSS") && text.contains("damaged"),
+        "{text}"
+    );
+    ensure!(after_lost.is_ok(), "{after_lost:?}");
+    let (whole, after_whole) = waits[1].recv_timeout(limit).context("a request hangs")?;
+    ensure!(whole? == 137 && after_whole? == 137, "another code");
+    ensure!(shim.delete("c")? == 137, "another code");
+    Ok(())
 }

@@ -41,6 +41,12 @@ pub(crate) fn invalid(text: impl Into<String>) -> Status {
     ttrpc::get_status(Code::INVALID_ARGUMENT, text.into())
 }
 
+/// What this is about was noted by a daemon that died, and cannot be read any more.
+pub(crate) fn damaged(what: &str) -> Status {
+    let text = format!("embedshimd was restarted, and its note of {what} was damaged");
+    ttrpc::get_status(Code::DATA_LOSS, text)
+}
+
 pub(crate) fn internal(text: impl Into<String>) -> Status {
     ttrpc::get_status(Code::INTERNAL, text.into())
 }

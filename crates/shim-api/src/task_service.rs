@@ -331,6 +331,9 @@ impl Scope {
         }
         let told = call.session.namespace.get().cloned();
         told.map(|namespace| Self { namespace }).ok_or_else(|| {
+            if call.session.is_namespace_lost {
+                return status::damaged("this connection's namespace");
+            }
             let text = "namespace is required: failed precondition";
             ttrpc::get_status(Code::FAILED_PRECONDITION, text)
         })

@@ -18,7 +18,7 @@ use tracing::{debug, error, warn};
 use ttrpc::{Code, Request, Status};
 
 use super::intake::{self, Frame, Intake};
-use super::journal::{Journal, Recovered};
+use super::journal::{Journal, Recovered, Unknown};
 use super::{Call, Course, Handler, Session};
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
 use crate::status;
@@ -77,8 +77,8 @@ struct Begin<'a> {
     header: Header,
     payload: &'a [u8],
     is_again: bool,
-    /// What another daemon was about to answer.
-    outcome: Option<Vec<u8>>,
+    /// What another daemon was about to answer, or that its note of that is damaged.
+    outcome: Option<Answer>,
 }
 
 /// One connection, new or taken over.
@@ -92,6 +92,8 @@ pub(super) struct Connection {
     last_stream: u32,
     /// What to do first: answers, or the end of one, that another daemon owed.
     owed: Recovered,
+    /// Requests before the next one are lost, and are answered when that tells which.
+    unknown: Option<Unknown>,
 }
 
 impl Connection {
@@ -111,6 +113,7 @@ impl Connection {
             outcomes,
             last_stream: 0,
             owed: Recovered::default(),
+            unknown: None,
         }
     }
 
@@ -118,11 +121,32 @@ impl Connection {
     pub(super) fn resume(
         stream: UnixStream,
         number: u64,
-        journal: Journal,
-        owed: Recovered,
+        mut journal: Journal,
+        mut owed: Recovered,
     ) -> io::Result<Self> {
         let intake = Intake::resume(&stream, &owed)?;
-        let (calls, outcomes) = Calls::new(Some(number), Session::default());
+        let mut unknown = owed.unknown.take();
+        if let Some(next) = intake.next_request(&stream)? {
+            owed.unreadable.extend(
+                unknown
+                    .take()
+                    .into_iter()
+                    .flat_map(|lost| lost.before(next)),
+            );
+            // It and what follows was not begun, whatever is noted of it.
+            owed.unreadable.retain(|&stream| stream < next);
+        } else if let Some(lost) = unknown.and_then(Unknown::from_last) {
+            owed.unreadable.extend(lost);
+            unknown = None;
+        }
+        for &stream in &owed.unreadable {
+            journal.lost(stream);
+        }
+        let session = Session {
+            is_namespace_lost: owed.is_namespace_lost,
+            ..Session::default()
+        };
+        let (calls, outcomes) = Calls::new(Some(number), session);
         if let Some(namespace) = owed.namespace.clone() {
             calls.session.namespace.get_or_init(|| namespace);
         }
@@ -135,6 +159,7 @@ impl Connection {
             outcomes,
             last_stream,
             owed,
+            unknown,
         })
     }
 
@@ -185,6 +210,7 @@ impl Connection {
                 // Who stops reads no more: what is not read yet is his successor's.
                 frame = self.intake.next(&self.stream, &mut self.journal), if !now.is_stopping => {
                     let Some(frame) = frame? else { return Ok(()) };
+                    self.refuse_unknown(&frame).await?;
                     if let Err((stream, refusal)) = receive(frame, &mut self.last_stream, &mut self.calls, handler) {
                         warn!(stream, code = ?refusal.code(), text = refusal.message, "frame refused");
                         self.answer(stream, Err(refusal)).await?;
@@ -203,13 +229,14 @@ impl Connection {
             self.journal.rest_sent();
         }
         for stream in owed.unreadable {
-            let text = "embedshimd was restarted and its note of this request was damaged";
-            self.answer(stream, Err(ttrpc::get_status(Code::DATA_LOSS, text)))
+            self.answer(stream, Err(status::damaged("this request")))
                 .await?;
         }
         let mut outcomes = owed.outcomes;
         for (stream, frame) in owed.pending {
+            let damaged = || status::damaged("this request's answer");
             let outcome = outcomes.remove(&stream);
+            let outcome = outcome.map(|outcome| outcome.ok_or_else(damaged));
             let begun = match intake::whole(&frame) {
                 Some((header, payload)) => {
                     let again = Begin {
@@ -225,6 +252,21 @@ impl Connection {
             if let Err(refusal) = begun {
                 self.answer(stream, Err(refusal)).await?;
             }
+        }
+        Ok(())
+    }
+
+    /// Answers the lost requests that came before this one.
+    async fn refuse_unknown(&mut self, next: &Frame) -> io::Result<()> {
+        let next = next.header().stream;
+        for stream in self
+            .unknown
+            .take()
+            .into_iter()
+            .flat_map(|lost| lost.before(next))
+        {
+            self.answer(stream, Err(status::damaged("this request")))
+                .await?;
         }
         Ok(())
     }
@@ -300,6 +342,10 @@ fn receive<H: Handler>(
                 ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text),
             ));
         }
+        Frame::Damaged(header) => {
+            *last_stream = header.stream.max(*last_stream);
+            return Err((header.stream, status::damaged("this request")));
+        }
     };
     let refuse = |text: &str| Err((header.stream, status::invalid(text)));
     match header.kind {
@@ -352,7 +398,7 @@ fn begin<H: Handler>(frame: Begin<'_>, calls: &mut Calls, handler: &Arc<H>) -> R
             None => match (handler.call(call).await, outcome) {
                 // What was to be deleted is gone: it was this request that did it, in an earlier
                 // life.
-                (Err(refusal), Some(outcome)) if refusal.code() == Code::NOT_FOUND => Ok(outcome),
+                (Err(refusal), Some(outcome)) if refusal.code() == Code::NOT_FOUND => outcome,
                 (answer, _) => answer,
             },
             Some(limit) => tokio::time::timeout(limit, handler.call(call))

@@ -14,7 +14,7 @@ use nix::sys::socket::{MsgFlags, getsockopt, recv, setsockopt};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use super::journal::{Journal, Recovered};
+use super::journal::{Framing, Journal, Partial, Recovered};
 use crate::frame::{HEADER, Header, Kind, MAX_PAYLOAD};
 use crate::peek_off::PeekOff;
 
@@ -28,15 +28,22 @@ pub(super) enum Frame {
     Whole(Header, Vec<u8>),
     /// Longer than ttrpc allows: its payload was thrown away.
     Oversized(Header),
+    /// A part of it was damaged in the journal of a daemon that died.
+    Damaged(Header),
+}
+
+impl Frame {
+    pub(super) fn header(&self) -> Header {
+        match self {
+            Self::Whole(header, _) | Self::Oversized(header) | Self::Damaged(header) => *header,
+        }
+    }
 }
 
 /// Where in the stream of frames a connection is.
 #[derive(Debug, Default)]
 pub(super) struct Intake {
-    /// The beginning of a frame that comes in parts.
-    partial: Vec<u8>,
-    /// Bytes of its payload that were thrown away.
-    skipped: usize,
+    partial: Partial,
 }
 
 /// What one look at the socket brought.
@@ -47,11 +54,10 @@ enum Look {
 }
 
 impl Intake {
-    /// Goes on where another process was.
+    /// Goes on where another process was. An error if that cannot be found out any more.
     pub(super) fn resume(stream: &UnixStream, recovered: &Recovered) -> io::Result<Self> {
         let intake = Self {
             partial: recovered.partial.clone(),
-            skipped: recovered.skipped,
         };
         if recovered.part_is_doubtful {
             let left = getsockopt(stream, PeekOff).unwrap_or(0);
@@ -61,7 +67,25 @@ impl Intake {
         if let Some(request) = recovered.doubtful {
             consume_if_there(stream, request)?;
         }
+        let is_lost = match recovered.framing {
+            Framing::Known => false,
+            Framing::Presumed => !looks_like_a_frame(stream)?,
+            Framing::Lost => true,
+        };
+        if is_lost {
+            let text = "its journal is damaged: where the next frame begins is not known";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
         Ok(intake)
+    }
+
+    /// The stream of the request that waits in the socket, if one does.
+    pub(super) fn next_request(&self, stream: &UnixStream) -> io::Result<Option<u32>> {
+        if !self.partial.bytes.is_empty() {
+            return Ok(None);
+        }
+        let header = next_header(stream)?.map(Header::decode);
+        Ok(header.and_then(|header| (header.kind == Kind::Request).then_some(header.stream)))
     }
 
     /// The next frame; `None` at the end of the stream. Cancel-safe.
@@ -78,7 +102,7 @@ impl Intake {
             match stream.try_io(Interest::READABLE, || self.look(stream, journal)) {
                 Ok(Look::Frame(frame)) => return Ok(Some(frame)),
                 Ok(Look::Nothing) => {}
-                Ok(Look::End) if self.partial.is_empty() => return Ok(None),
+                Ok(Look::End) if self.partial.bytes.is_empty() => return Ok(None),
                 Ok(Look::End) => {
                     return Err(io::Error::new(
                         io::ErrorKind::UnexpectedEof,
@@ -94,7 +118,7 @@ impl Intake {
     /// Takes what is there, at most one frame.
     fn look(&mut self, stream: &UnixStream, journal: &mut Journal) -> io::Result<Look> {
         let mut chunk = [0; CHUNK];
-        if self.partial.is_empty() {
+        if self.partial.bytes.is_empty() {
             let count = peek(stream, &mut chunk)?;
             if count == 0 {
                 return Ok(Look::End);
@@ -120,11 +144,11 @@ impl Intake {
         let seen = chunk.get(..count).unwrap_or_default();
         if self.is_oversized() {
             journal.skipped(count);
-            self.skipped += count;
+            self.partial.skipped += count;
         } else {
-            journal.part(seen);
+            journal.part(&self.partial.bytes, seen);
             // Memory grows with what arrives, not with what was announced.
-            self.partial.extend_from_slice(seen);
+            self.partial.bytes.extend_from_slice(seen);
         }
         consume(stream, count)?;
         journal.part_consumed();
@@ -135,15 +159,19 @@ impl Intake {
     /// How many bytes are missing: of the header, or then of the frame.
     fn wanted(&self) -> usize {
         match self.header() {
-            None => HEADER - self.partial.len().min(HEADER),
+            None => HEADER - self.partial.bytes.len().min(HEADER),
             Some(header) => length_of(header)
-                .saturating_sub(self.skipped)
-                .saturating_sub(self.partial.len()),
+                .saturating_sub(self.partial.skipped)
+                .saturating_sub(self.partial.bytes.len()),
         }
     }
 
     fn header(&self) -> Option<Header> {
-        self.partial.first_chunk().copied().map(Header::decode)
+        self.partial
+            .bytes
+            .first_chunk()
+            .copied()
+            .map(Header::decode)
     }
 
     fn is_oversized(&self) -> bool {
@@ -154,20 +182,23 @@ impl Intake {
     /// The frame that came in parts, once it is whole.
     fn take_complete(&mut self, journal: &mut Journal) -> Option<Frame> {
         let header = self.header()?;
-        if self.partial.len() + self.skipped < length_of(header) {
+        if self.partial.bytes.len() + self.partial.skipped < length_of(header) {
             return None;
         }
         let frame = std::mem::take(&mut self.partial);
-        self.skipped = 0;
-        if header.length <= MAX_PAYLOAD && header.kind == Kind::Request {
-            journal.parts_are(header.stream, &frame);
-        } else {
-            journal.parts_are_nothing();
+        let is_whole = header.length <= MAX_PAYLOAD && !frame.is_damaged;
+        match header.kind {
+            Kind::Request if is_whole => journal.parts_are(header.stream, &frame.bytes),
+            Kind::Request => journal.parts_are_lost(header.stream),
+            _ => journal.parts_are_nothing(),
         }
         if header.length > MAX_PAYLOAD {
             return Some(Frame::Oversized(header));
         }
-        let payload = frame.get(HEADER..).unwrap_or_default().to_vec();
+        if frame.is_damaged {
+            return Some(Frame::Damaged(header));
+        }
+        let payload = frame.bytes.get(HEADER..).unwrap_or_default().to_vec();
         Some(Frame::Whole(header, payload))
     }
 }
@@ -197,6 +228,25 @@ fn consume_if_there(stream: &UnixStream, request: u32) -> io::Result<()> {
             consume(stream, HEADER + payload.len())
         }
         _ => Ok(()),
+    }
+}
+
+/// Whether what waits in the socket can be the beginning of a frame.
+fn looks_like_a_frame(stream: &UnixStream) -> io::Result<bool> {
+    let header = next_header(stream)?.map(Header::decode);
+    Ok(header.is_none_or(|header| {
+        header.kind == Kind::Request && header.stream % 2 == 1 && header.length <= MAX_PAYLOAD
+    }))
+}
+
+/// The first bytes that wait in the socket, if they are enough for a header.
+fn next_header(stream: &UnixStream) -> io::Result<Option<[u8; HEADER]>> {
+    let mut header = [0; HEADER];
+    match peek(stream, &mut header) {
+        Ok(HEADER) => Ok(Some(header)),
+        Ok(_) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

@@ -70,6 +70,8 @@ pub struct Session {
     /// The namespace of its calls, once one of them has told it. containerd uses a connection for
     /// one container only.
     pub namespace: OnceLock<Namespace>,
+    /// A daemon before this one knew it, and its note of it is damaged.
+    pub is_namespace_lost: bool,
     /// Why it will be lost with this process though others are not. No container may depend on it.
     pub not_kept: OnceLock<String>,
 }

@@ -1,5 +1,7 @@
 //! The server with handlers that misbehave, over real sockets.
 
+mod damage;
+
 use std::io;
 use std::os::unix::net::UnixStream as Blocking;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -157,10 +159,17 @@ struct Mortal;
 #[async_trait]
 impl Handler for Mortal {
     async fn call(&self, call: Call) -> Result<Vec<u8>, Status> {
-        if !call.is_again && call.method != "echo" {
+        if !call.is_again && !["echo", "where", "parts"].contains(&call.method.as_str()) {
             std::future::pending::<()>().await;
         }
-        Ok(call.payload)
+        match call.method.as_str() {
+            "where" => match call.session.namespace.get() {
+                Some(namespace) => Ok(namespace.as_str().into()),
+                None => Err(ttrpc::get_status(Code::DATA_LOSS, "no namespace")),
+            },
+            "gone" => Err(ttrpc::get_status(Code::NOT_FOUND, "gone")),
+            _ => Ok(call.payload),
+        }
     }
 }
 
@@ -222,7 +231,7 @@ fn a_call_that_was_taken_is_answered_by_the_next_daemon() {
         assert_eq!(answer(&mut client).await.unwrap().0, 3);
         send(&mut client, 5, "kill", 0).await;
         // The header, and entries for three requests and one answer.
-        taken(directory.path(), 128 + 110).await;
+        taken(directory.path(), 256 + 190).await;
     });
     generation(&shelf, directory.path(), None, async || {
         let mut client = client(&ours);
@@ -261,7 +270,7 @@ fn a_frame_in_pieces_is_put_together_by_several_daemons() {
     for end in [3, 10, 11, 70_000, 500_000, 1_000_000] {
         generation(&shelf, directory.path(), theirs.take(), async || {
             client(&ours).write_all(&frame[sent..end]).await.unwrap();
-            let noted = u64::try_from(end).unwrap() + 128;
+            let noted = u64::try_from(end).unwrap() + 256;
             taken(directory.path(), noted).await;
         });
         sent = end;
@@ -289,7 +298,7 @@ fn what_was_noted_and_not_taken_counts_once() {
     let bytes = frame::request(1, &request).unwrap();
     journals.begin(4).request(1, &bytes);
     // Noted when it was whole, so it is there, and not taken.
-    std::io::Write::write_all(&mut &ours, &bytes).unwrap();
+    io::Write::write_all(&mut &ours, &bytes).unwrap();
     shelf
         .keep(&FdName::Connection(4), &[theirs.as_fd()])
         .unwrap();

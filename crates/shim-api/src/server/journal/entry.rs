@@ -1,21 +1,29 @@
 //! The bytes of a journal: its header and its entries. Owns the format; never opens a file.
-
-use std::io;
+//!
+//! A journal begins with its header, which is there twice. An entry begins with its head, which is
+//! there twice as well; so a reader finds the next entry, and whose request it was about, if one of
+//! the two is sound. If neither is, it searches for the next entry.
 
 use embedshim_core::id::Namespace;
 
+use super::first_format;
+
 /// The format, by its name in the header.
-const MAGIC: [u8; 8] = *b"embconn1";
-/// The header: the format, the namespace's length and the namespace.
-pub(super) const HEADER_SIZE: usize = 128;
+const MAGIC: [u8; 8] = *b"embconn2";
+/// One of the two headers: the format, the namespace's length, the namespace and a checksum.
+const HALF: usize = 128;
+const HEADER_SIZE: usize = 2 * HALF;
 pub(super) const HEADER: u64 = HEADER_SIZE as u64;
-/// An entry's kind, stream, length and checksum.
-pub(super) const PREFIX: usize = 13;
+/// A head: kind, stream, length and checksum of the payload, and the head's own checksum.
+const HEAD: usize = 17;
+/// What comes before an entry's payload.
+pub(super) const PREFIX: usize = 2 * HEAD;
 
 /// What an entry says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// A whole request frame, about to be consumed.
+    /// A whole request frame, about to be consumed. Without a payload: the parts before it need no
+    /// answer.
     Request = 1,
     /// The request of this stream is answered.
     Answered = 2,
@@ -23,18 +31,26 @@ pub(super) enum Kind {
     Part = 3,
     /// It is consumed.
     PartConsumed = 4,
-    /// The end of an answer that did not fit into the socket.
+    /// The end of an answer that did not fit into the socket; or, with a stream, a whole answer.
+    /// Each is noted twice.
     Rest = 5,
     /// It is sent.
     RestSent = 6,
-    /// So many bytes of a payload that is too long, about to be thrown away.
+    /// So many bytes of a payload that is too long, about to be thrown away. The number stands
+    /// where others have their stream.
     Skipped = 7,
     /// What the request of this stream is about to be answered, and could not be answered again.
+    /// Each is noted twice.
     Outcome = 8,
+    /// What the next part and those before it make of a frame's header. Where others have their
+    /// stream, there is how much of it is of those before.
+    FrameHeader = 9,
+    /// The request of this stream cannot be read any more.
+    Lost = 10,
 }
 
 impl Kind {
-    fn of(byte: u8) -> Option<Self> {
+    pub(super) fn of(byte: u8) -> Option<Self> {
         [
             Self::Request,
             Self::Answered,
@@ -44,6 +60,8 @@ impl Kind {
             Self::RestSent,
             Self::Skipped,
             Self::Outcome,
+            Self::FrameHeader,
+            Self::Lost,
         ]
         .into_iter()
         .find(|&kind| kind as u8 == byte)
@@ -51,80 +69,152 @@ impl Kind {
 }
 
 /// An entry as it was read.
+#[derive(Debug)]
 pub(super) struct Entry<'a> {
-    pub(super) kind: Kind,
+    /// `None` if a newer version has written it.
+    pub(super) kind: Option<Kind>,
     pub(super) stream: u32,
     pub(super) payload: &'a [u8],
     pub(super) is_sound: bool,
 }
 
-impl<'a> Entry<'a> {
-    /// The first entry and what comes after it; `None` at the end, or where nothing more can be made out.
-    pub(super) fn split(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
-        let (prefix, rest) = bytes.split_first_chunk::<PREFIX>()?;
-        let [kind, s0, s1, s2, s3, l0, l1, l2, l3, c0, c1, c2, c3] = *prefix;
-        let kind = Kind::of(kind)?;
-        let stream = u32::from_le_bytes([s0, s1, s2, s3]);
-        let length = usize::try_from(u32::from_le_bytes([l0, l1, l2, l3])).ok()?;
-        let (payload, after) = rest.split_at_checked(length)?;
-        let is_sound = u32::from_le_bytes([c0, c1, c2, c3]) == checksum(kind, stream, payload);
-        let entry = Self {
-            kind,
-            stream,
-            payload,
-            is_sound,
-        };
-        Some((entry, after))
+/// What comes next in a journal.
+#[derive(Debug)]
+pub(super) enum Piece<'a> {
+    /// An entry.
+    Entry(Entry<'a>),
+    /// So many bytes in which no entry can be made out.
+    Gap(usize),
+}
+
+/// What a head says.
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    kind: u8,
+    stream: u32,
+    length: u32,
+    payload_checksum: u32,
+}
+
+impl Head {
+    fn encode(self) -> [u8; HEAD] {
+        let mut bytes = [0; HEAD];
+        let fields = [self.kind]
+            .into_iter()
+            .chain(self.stream.to_le_bytes())
+            .chain(self.length.to_le_bytes())
+            .chain(self.payload_checksum.to_le_bytes());
+        for (place, byte) in bytes.iter_mut().zip(fields) {
+            *place = byte;
+        }
+        if let Some((fields, place)) = bytes.split_last_chunk_mut() {
+            *place = crc32fast::hash(fields).to_le_bytes();
+        }
+        bytes
     }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (head, _) = bytes.split_first_chunk::<HEAD>()?;
+        let (fields, own) = head.split_last_chunk()?;
+        if crc32fast::hash(fields) != u32::from_le_bytes(*own) {
+            return None;
+        }
+        let [kind, s0, s1, s2, s3, l0, l1, l2, l3, c0, c1, c2, c3, ..] = *head;
+        Some(Self {
+            kind,
+            stream: u32::from_le_bytes([s0, s1, s2, s3]),
+            length: u32::from_le_bytes([l0, l1, l2, l3]),
+            payload_checksum: u32::from_le_bytes([c0, c1, c2, c3]),
+        })
+    }
+}
+
+/// The next piece and what comes after it. `None` at the end, and where a daemon was killed within
+/// its last write.
+pub(super) fn split(bytes: &[u8]) -> Option<(Piece<'_>, &[u8])> {
+    let (prefix, rest) = bytes.split_first_chunk::<PREFIX>()?;
+    let (first, second) = prefix.split_at_checked(HEAD)?;
+    let Some(head) = Head::decode(first).or_else(|| Head::decode(second)) else {
+        let length = next_entry(bytes);
+        return Some((Piece::Gap(length), bytes.get(length..)?));
+    };
+    let (payload, after) = rest.split_at_checked(usize::try_from(head.length).ok()?)?;
+    let entry = Entry {
+        kind: Kind::of(head.kind),
+        stream: head.stream,
+        payload,
+        is_sound: head.payload_checksum == crc32fast::hash(payload),
+    };
+    Some((Piece::Entry(entry), after))
+}
+
+/// Where the next entry begins whose two heads are sound; or the end.
+fn next_entry(bytes: &[u8]) -> usize {
+    let is_entry = |prefix: &[u8]| {
+        prefix
+            .split_at_checked(HEAD)
+            .is_some_and(|(first, second)| first == second && Head::decode(first).is_some())
+    };
+    let mut places = bytes.windows(PREFIX).skip(1);
+    places
+        .position(is_entry)
+        .map_or(bytes.len(), |before| before + 1)
 }
 
 pub(super) fn entry(kind: Kind, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-    let mut bytes = Vec::with_capacity(PREFIX + payload.len());
-    bytes.push(kind as u8);
-    bytes.extend_from_slice(&stream.to_le_bytes());
-    bytes.extend_from_slice(&length.to_le_bytes());
-    bytes.extend_from_slice(&checksum(kind, stream, payload).to_le_bytes());
-    bytes.extend_from_slice(payload);
-    bytes
+    let head = Head {
+        kind: kind as u8,
+        stream,
+        length: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+        payload_checksum: crc32fast::hash(payload),
+    };
+    let head = head.encode();
+    [head.as_slice(), &head, payload].concat()
 }
 
-fn checksum(kind: Kind, stream: u32, payload: &[u8]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&[kind as u8]);
-    hasher.update(&stream.to_le_bytes());
-    hasher.update(payload);
-    hasher.finalize()
+/// What a header says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Header {
+    Sound(Option<Namespace>),
+    /// Of the first format, which had no second header.
+    FirstFormat(Option<Namespace>),
+    /// The connection's namespace is lost.
+    Damaged,
 }
 
-pub(super) fn header(namespace: Option<&Namespace>) -> [u8; HEADER_SIZE] {
-    let mut header = [0; HEADER_SIZE];
+impl Header {
+    /// Reads it, and returns what comes after it. `None` if its writer was killed before it was
+    /// written.
+    pub(super) fn split(bytes: &[u8]) -> Option<(Self, &[u8])> {
+        if let Some((namespace, entries)) = first_format::split_header(bytes) {
+            return Some((Self::FirstFormat(namespace), entries));
+        }
+        let (halves, entries) = bytes.split_first_chunk::<HEADER_SIZE>()?;
+        let (first, second) = halves.split_at_checked(HALF)?;
+        let namespace = decode_half(first).or_else(|| decode_half(second));
+        Some((namespace.map_or(Self::Damaged, Self::Sound), entries))
+    }
+}
+
+fn decode_half(half: &[u8]) -> Option<Option<Namespace>> {
+    let (fields, own) = half.split_last_chunk()?;
+    if crc32fast::hash(fields) != u32::from_le_bytes(*own) {
+        return None;
+    }
+    let (&length, rest) = fields.strip_prefix(&MAGIC)?.split_first()?;
+    match rest.get(..usize::from(length))? {
+        [] => Some(None),
+        name => std::str::from_utf8(name).ok()?.parse().ok().map(Some),
+    }
+}
+
+pub(super) fn header(namespace: Option<&Namespace>) -> Vec<u8> {
     let name = namespace.map_or("", Namespace::as_str).as_bytes();
-    let parts = MAGIC
-        .into_iter()
-        .chain(u8::try_from(name.len()).ok())
-        .chain(name.iter().copied());
-    for (place, byte) in header.iter_mut().zip(parts) {
-        *place = byte;
-    }
-    header
-}
-
-pub(super) fn namespace_of(header: &[u8]) -> io::Result<Option<Namespace>> {
-    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-    let rest = header
-        .strip_prefix(&MAGIC)
-        .ok_or_else(|| invalid("not a journal of this version".into()))?;
-    let (&length, rest) = rest
-        .split_first()
-        .ok_or_else(|| invalid("no header".into()))?;
-    let name = rest.get(..usize::from(length)).unwrap_or_default();
-    if name.is_empty() {
-        return Ok(None);
-    }
-    let name = String::from_utf8_lossy(name);
-    let parsed = name
-        .parse()
-        .map_err(|_| invalid(format!("namespace {name:?}")))?;
-    Ok(Some(parsed))
+    let mut half = Vec::with_capacity(HALF);
+    half.extend(MAGIC);
+    half.extend(u8::try_from(name.len()));
+    half.extend(name);
+    half.resize(HALF - size_of::<u32>(), 0);
+    half.extend(crc32fast::hash(&half).to_le_bytes());
+    half.repeat(2)
 }

@@ -1,12 +1,15 @@
 //! [`Journal`]: what was read from one connection and is not answered yet, on disk, so that another daemon can answer it.
 //! Owns the file, its format and its bounds; never looks into a request.
 //!
-//! A file begins with a header that holds the connection's namespace; entries follow, each with its length and a checksum. When
+//! A file begins with a header that holds the connection's namespace; entries follow, each with its length and checksums. When
 //! everything is answered, the file is cut back to the header, so it rarely outgrows its first page. Writes go to tmpfs: they take
 //! microseconds and are not waited for elsewhere.
 
 mod entry;
+mod first_format;
 mod recovery;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -19,8 +22,9 @@ use embedshim_core::id::Namespace;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::warn;
 
-use self::entry::{HEADER, HEADER_SIZE, Kind, PREFIX, entry, header};
-pub(super) use self::recovery::Recovered;
+use self::entry::{HEADER, Kind, entry, header};
+pub(super) use self::recovery::{Framing, Partial, Recovered, Unknown};
+use crate::frame;
 
 /// A journal with more answered requests than this in it is rewritten.
 const COMPACT_FROM: u64 = 64 * 1024;
@@ -65,7 +69,7 @@ impl Journals {
             Ok((journal, recovered)) => (journal, recovered),
             Err(error) => {
                 warn!(connection, %error, "a connection's journal cannot be read: what it asked and was not answered is lost");
-                (self.begin(connection), Recovered::default())
+                (self.begin(connection), Recovered::nothing())
             }
         }
     }
@@ -91,7 +95,7 @@ impl Journals {
 /// What stands in for a journal whose directory was removed, until that is made again.
 fn memory() -> io::Result<File> {
     let memory = File::from(memfd_create(c"journal", MFdFlags::MFD_CLOEXEC)?);
-    memory.write_all_at(&header(None), 0)?;
+    write_header(&memory, None)?;
     Ok(memory)
 }
 
@@ -132,28 +136,40 @@ impl Journal {
 
     /// Notes a whole frame, before it is consumed.
     pub(super) fn request(&mut self, stream: u32, frame: &[u8]) {
-        let at = self.length;
-        if self.append(Kind::Request, stream, frame) {
-            self.pending.insert(stream, (at, PREFIX + frame.len()));
-        }
+        self.append_pending(stream, entry(Kind::Request, stream, frame), &[]);
     }
 
-    /// Notes a part of a frame, before it is consumed.
-    pub(super) fn part(&mut self, bytes: &[u8]) {
+    /// Notes that this stream's request cannot be read any more, and will be answered so.
+    pub(super) fn lost(&mut self, stream: u32) {
+        self.append_pending(stream, entry(Kind::Lost, stream, &[]), &[]);
+    }
+
+    /// Notes a part of a frame, before it is consumed; `before` is what came of it before. What is
+    /// damaged of a frame's header would leave the length of the frame unknown, so that is noted
+    /// twice.
+    pub(super) fn part(&mut self, before: &[u8], bytes: &[u8]) {
         self.is_amid = true;
-        self.append(Kind::Part, 0, bytes);
+        let mut entries = Vec::new();
+        if before.len() < frame::HEADER {
+            let frame_header: Vec<u8> = before.iter().chain(bytes).copied().collect();
+            let length = u32::try_from(before.len()).unwrap_or_default();
+            let known = frame_header.get(..frame::HEADER).unwrap_or(&frame_header);
+            entries = entry(Kind::FrameHeader, length, known);
+        }
+        entries.extend(entry(Kind::Part, 0, bytes));
+        self.append(&entries);
     }
 
     /// Notes so many bytes of a payload that is too long to be kept, before they are consumed.
     pub(super) fn skipped(&mut self, count: usize) {
         self.is_amid = true;
         let count = u32::try_from(count).unwrap_or(u32::MAX);
-        self.append(Kind::Skipped, 0, &count.to_le_bytes());
+        self.append(&entry(Kind::Skipped, count, &[]));
     }
 
     /// And after either of them.
     pub(super) fn part_consumed(&mut self) {
-        self.append(Kind::PartConsumed, 0, &[]);
+        self.append(&entry(Kind::PartConsumed, 0, &[]));
     }
 
     /// Notes a frame that came in parts, now that it is whole; its parts are not needed any more.
@@ -162,9 +178,16 @@ impl Journal {
         self.is_amid = false;
     }
 
+    /// Notes that the parts made a request of this stream that cannot be carried out.
+    pub(super) fn parts_are_lost(&mut self, stream: u32) {
+        let end = entry(Kind::Request, 0, &[]);
+        self.append_pending(stream, entry(Kind::Lost, stream, &[]), &end);
+        self.is_amid = false;
+    }
+
     /// Notes that the parts made nothing that has to be answered.
     pub(super) fn parts_are_nothing(&mut self) {
-        self.append(Kind::Request, 0, &[]);
+        self.append(&entry(Kind::Request, 0, &[]));
         self.is_amid = false;
         self.cut();
     }
@@ -172,13 +195,15 @@ impl Journal {
     /// Notes what is still to be sent of an answer.
     pub(super) fn rest(&mut self, bytes: &[u8]) {
         self.has_rest = true;
-        self.append(Kind::Rest, 0, bytes);
+        self.append(&entry(Kind::Rest, 0, bytes).repeat(2));
     }
 
     /// Notes a refusal before it is sent, and with that its request as answered: who has been refused must not see it begin anew under
     /// our successor.
     pub(super) fn refused(&mut self, stream: u32, answer: &[u8]) {
-        if self.pending.contains_key(&stream) && self.append(Kind::Rest, stream, answer) {
+        if self.pending.contains_key(&stream)
+            && self.append(&entry(Kind::Rest, stream, answer).repeat(2))
+        {
             self.has_rest = true;
             self.pending.remove(&stream);
             self.outcomes.remove(&stream);
@@ -193,7 +218,7 @@ impl Journal {
         if self.pending.is_empty() && !self.is_amid {
             self.cut();
         } else {
-            self.append(Kind::RestSent, 0, &[]);
+            self.append(&entry(Kind::RestSent, 0, &[]));
             self.compact();
         }
     }
@@ -201,7 +226,7 @@ impl Journal {
     /// Notes what this stream's request will be answered.
     pub(super) fn outcome(&mut self, stream: u32, answer: &[u8]) {
         if self.pending.contains_key(&stream) {
-            self.append(Kind::Outcome, stream, answer);
+            self.append(&entry(Kind::Outcome, stream, answer).repeat(2));
             self.outcomes.insert(stream);
         }
     }
@@ -215,7 +240,7 @@ impl Journal {
         if self.pending.is_empty() && !self.is_amid && !self.has_rest {
             self.cut();
         } else {
-            self.append(Kind::Answered, stream, &[]);
+            self.append(&entry(Kind::Answered, stream, &[]));
             self.compact();
         }
     }
@@ -223,7 +248,7 @@ impl Journal {
     /// Notes the namespace that the connection's calls are in.
     pub(super) fn namespace(&mut self, namespace: &Namespace) {
         if let Some(file) = &self.file
-            && let Err(error) = file.write_all_at(&header(Some(namespace)), 0)
+            && let Err(error) = write_header(file, Some(namespace))
         {
             warn!(path = %self.path.display(), %error, "cannot note a connection's namespace");
         }
@@ -249,6 +274,39 @@ impl Journal {
         }
     }
 
+    /// What a journal of the first format said, as one of this format in its place.
+    fn written_again(path: &Path, recovered: &Recovered) -> io::Result<Self> {
+        let draft = path.with_extension("draft");
+        let file = new_file(&draft)?;
+        write_header(&file, recovered.namespace.as_ref())?;
+        let mut journal = Self::new(path.to_owned(), Some(file), HEADER);
+        if !recovered.rest.is_empty() {
+            journal.rest(&recovered.rest);
+        }
+        for &stream in &recovered.unreadable {
+            journal.lost(stream);
+        }
+        // In order, so that the doubtful one, if there is, is the last entry.
+        for (&stream, request) in &recovered.pending {
+            journal.request(stream, request);
+            if let Some(Some(outcome)) = recovered.outcomes.get(&stream) {
+                journal.outcome(stream, outcome);
+            }
+        }
+        let partial = &recovered.partial;
+        if !partial.bytes.is_empty() {
+            journal.part(&[], &partial.bytes);
+        }
+        if partial.skipped > 0 {
+            journal.skipped(partial.skipped);
+        }
+        if !partial.bytes.is_empty() && !recovered.part_is_doubtful {
+            journal.part_consumed();
+        }
+        fs::rename(&draft, path)?;
+        Ok(journal)
+    }
+
     /// The connection is over.
     pub(super) fn remove(self) {
         if self.file.is_some() {
@@ -256,15 +314,23 @@ impl Journal {
         }
     }
 
-    fn append(&mut self, kind: Kind, stream: u32, payload: &[u8]) -> bool {
+    /// Appends the entry of a request that is to be answered, and what comes with it.
+    fn append_pending(&mut self, stream: u32, mut entry: Vec<u8>, and: &[u8]) {
+        let place = (self.length, entry.len());
+        entry.extend_from_slice(and);
+        if self.append(&entry) {
+            self.pending.insert(stream, place);
+        }
+    }
+
+    fn append(&mut self, entries: &[u8]) -> bool {
         let Some(file) = &self.file else { return false };
         failpoint::step("before a request's fate is noted");
-        let entry = entry(kind, stream, payload);
-        let length = self.length.saturating_add(entry.len() as u64);
+        let length = self.length.saturating_add(entries.len() as u64);
         let written = if length > LONGEST {
             Err(io::ErrorKind::FileTooLarge.into())
         } else {
-            file.write_all_at(&entry, self.length)
+            file.write_all_at(entries, self.length)
         };
         match written {
             Ok(()) => {
@@ -306,7 +372,7 @@ impl Journal {
         };
         let draft = self.path.with_extension("draft");
         let shorter = new_file(&draft)?;
-        let mut head = [0; HEADER_SIZE];
+        let mut head = header(None);
         file.read_exact_at(&mut head, 0)?;
         shorter.write_all_at(&head, 0)?;
         let mut length = HEADER;
@@ -332,139 +398,10 @@ fn new_file(path: &Path) -> io::Result<File> {
         .truncate(true)
         .mode(0o600)
         .open(path)?;
-    file.write_all_at(&header(None), 0)?;
+    write_header(&file, None)?;
     Ok(file)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn journals() -> (tempfile::TempDir, Journals) {
-        let directory = tempfile::tempdir().unwrap();
-        let journals = Journals::open(directory.path().join("connections")).unwrap();
-        (directory, journals)
-    }
-
-    #[test]
-    fn a_connection_that_comes_while_the_directory_is_gone_is_noted_when_it_is_back() {
-        let (directory, journals) = journals();
-        fs::remove_dir_all(directory.path()).unwrap();
-        let mut journal = journals.begin(7);
-        journal.request(1, b"asked meanwhile");
-        journals.make().unwrap();
-        journal.write_again();
-        journal.request(3, b"asked afterwards");
-        drop(journal);
-        let (_, recovered) = journals.resume(7);
-        let streams: Vec<u32> = recovered.pending.keys().copied().collect();
-        assert_eq!(streams, [1, 3]);
-    }
-
-    #[test]
-    fn what_is_not_answered_comes_back() {
-        let (_directory, journals) = journals();
-        let mut journal = journals.begin(7);
-        journal.namespace(&"k8s.io".parse().unwrap());
-        journal.request(1, b"one");
-        journal.request(3, b"three");
-        journal.answered(1);
-        journal.request(5, b"five");
-        drop(journal);
-        let (mut journal, recovered) = journals.resume(7);
-        assert_eq!(recovered.namespace, Some("k8s.io".parse().unwrap()));
-        let pending: Vec<_> = recovered.pending.into_iter().collect();
-        assert_eq!(pending, [(3, b"three".to_vec()), (5, b"five".to_vec())]);
-        assert_eq!(recovered.doubtful, Some(5));
-        journal.answered(3);
-        journal.answered(5);
-        assert_eq!(fs::metadata(&journal.path).unwrap().len(), HEADER);
-        let (_, recovered) = journals.resume(7);
-        assert!(recovered.pending.is_empty() && recovered.namespace.is_some());
-    }
-
-    #[test]
-    fn a_refusal_comes_back_and_its_request_does_not() {
-        let (_directory, journals) = journals();
-        let mut journal = journals.begin(7);
-        journal.request(1, b"one");
-        journal.request(3, b"three");
-        journal.refused(3, b"no");
-        let (mut journal, owed) = journals.resume(7);
-        assert_eq!(owed.rest, b"no");
-        assert_eq!(owed.pending.into_keys().collect::<Vec<_>>(), [1]);
-        journal.rest_sent();
-        let (mut journal, owed) = journals.resume(7);
-        assert!(owed.rest.is_empty() && owed.pending.len() == 1);
-        journal.refused(1, b"no");
-        journal.rest_sent();
-        journal.answered(1);
-        assert_eq!(journal.length, HEADER, "nothing is owed any more");
-    }
-
-    #[test]
-    fn what_a_deletion_was_about_to_answer_comes_back() {
-        let (_directory, journals) = journals();
-        let mut journal = journals.begin(7);
-        journal.request(1, b"wait");
-        journal.request(3, b"delete");
-        journal.outcome(3, b"code 9");
-        let (mut journal, recovered) = journals.resume(7);
-        assert_eq!(recovered.outcomes.get(&3), Some(&b"code 9".to_vec()));
-        journal.answered(3);
-        let (_, recovered) = journals.resume(7);
-        assert!(recovered.outcomes.is_empty() && recovered.pending.contains_key(&1));
-    }
-
-    #[test]
-    fn a_long_journal_is_shortened_and_loses_nothing() {
-        let (_directory, journals) = journals();
-        let mut journal = journals.begin(1);
-        journal.request(1, b"a Wait that takes for ever");
-        for stream in (3..20_000).step_by(2) {
-            journal.request(stream, &[b'x'; 100]);
-            journal.answered(stream);
-        }
-        assert!(journal.length < 2 * COMPACT_FROM, "{}", journal.length);
-        let (_, recovered) = journals.resume(1);
-        let streams: Vec<u32> = recovered.pending.into_keys().collect();
-        assert_eq!(streams, [1]);
-    }
-
-    #[test]
-    fn a_damaged_request_is_lost_alone_and_by_name() {
-        let (_directory, journals) = journals();
-        let mut journal = journals.begin(1);
-        for stream in [1, 3, 5] {
-            journal.request(stream, b"payload");
-        }
-        let path = journal.path.clone();
-        let middle = HEADER + 20 + 15;
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[usize::try_from(middle).unwrap()] ^= 0xff;
-        fs::write(&path, bytes).unwrap();
-        let (_, recovered) = journals.resume(1);
-        assert_eq!(recovered.unreadable, [3]);
-        let streams: Vec<u32> = recovered.pending.into_keys().collect();
-        assert_eq!(streams, [1, 5]);
-    }
-
-    #[test]
-    fn any_piece_of_a_journal_can_be_read() {
-        let (_directory, journals) = journals();
-        let mut journal = journals.begin(1);
-        journal.request(1, b"whole");
-        journal.part(b"half");
-        journal.part_consumed();
-        journal.rest(b"of an answer");
-        let bytes = fs::read(&journal.path).unwrap();
-        for length in 0..=bytes.len() {
-            fs::write(&journal.path, &bytes[..length]).unwrap();
-            let (after, recovered) = journals.resume(1);
-            assert!(recovered.pending.len() <= 1);
-            drop(after);
-            let (_, again) = journals.resume(1);
-            assert_eq!(again.pending, recovered.pending, "{length} bytes");
-        }
-    }
+fn write_header(file: &File, namespace: Option<&Namespace>) -> io::Result<()> {
+    file.write_all_at(&header(namespace), 0)
 }
