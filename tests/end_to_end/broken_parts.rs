@@ -252,7 +252,7 @@ fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
                 .into_iter()
                 .flatten()
                 .filter_map(|entry| Some(entry.ok()?.metadata().ok()?.len()));
-            lengths.any(|length| length > 200)
+            lengths.any(|length| length > 420)
         };
         let gone_on = || {
             until("the wait is noted", || Ok(is_noted()))?;
@@ -290,8 +290,8 @@ fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
 /// Two clients wait while the daemon dies, and a byte of each one's journal is wrong: of what was asked, or of how long that is. Neither
 /// waits in vain, and both connections go on.
 fn a_damaged_journal_costs_a_request_its_answer_at_most(stage: &Stage) -> anyhow::Result<()> {
-    const IN_THE_LENGTH: usize = 256 + 5;
-    const IN_THE_REQUEST: usize = 256 + 34 + 12;
+    const IN_THE_LENGTH: usize = 384 + 5;
+    const IN_THE_REQUEST: usize = 384 + 34 + 12;
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;
     let shim = Shim::connect(&sandbox)?;
@@ -309,7 +309,7 @@ fn a_damaged_journal_costs_a_request_its_answer_at_most(stage: &Stage) -> anyhow
         until("the wait is noted", || {
             for entry in fs::read_dir(sandbox.state_dir().join("connections"))? {
                 let path = entry?.path();
-                if !journals.contains(&path) && path.metadata()?.len() > 300 {
+                if !journals.contains(&path) && path.metadata()?.len() > 420 {
                     journals.push(path);
                     return Ok(true);
                 }

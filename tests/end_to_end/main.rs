@@ -40,6 +40,7 @@ mod strangers;
 mod streams;
 mod survival;
 mod terminals;
+mod two_containerds;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -93,6 +94,7 @@ fn main() -> ExitCode {
         &pipes::OURS,
         &terminals::TESTS,
         &terminals::OURS,
+        &two_containerds::TESTS,
         &survival::TESTS,
         &survival::OURS,
         &survival::UPGRADES,

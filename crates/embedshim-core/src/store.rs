@@ -57,6 +57,22 @@ pub(crate) struct TaskRecord {
     pub(crate) unknown: serde_json::Map<String, serde_json::Value>,
 }
 
+/// Which directory a bundle is, whatever its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BundleId {
+    /// The file system's device number.
+    pub device: u64,
+    /// The directory's number there.
+    pub inode: u64,
+}
+
+impl BundleId {
+    /// Of the directory at `path`. Blocks on the file system.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        Bundle::open(path).map(|bundle| bundle.id())
+    }
+}
+
 /// A bundle directory, and which one of that name: the same id can get a new bundle of the same path.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Bundle {
@@ -77,6 +93,13 @@ impl Bundle {
             device: metadata.dev(),
             inode: metadata.ino(),
         })
+    }
+
+    pub(crate) fn id(&self) -> BundleId {
+        BundleId {
+            device: self.device,
+            inode: self.inode,
+        }
     }
 }
 

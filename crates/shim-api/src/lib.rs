@@ -18,5 +18,6 @@ mod launcher_service;
 mod metrics;
 mod options;
 mod peek_off;
+mod task_scope;
 mod task_service;
 mod timestamp;

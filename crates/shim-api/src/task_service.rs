@@ -7,12 +7,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::ProcessDetails;
-use embedshim_core::id::{ExecId, Namespace, ProcessKey, TaskKey};
+use embedshim_core::id::Namespace;
 use embedshim_core::rootfs::Mount;
 use embedshim_core::stdio::StdioPaths;
 use embedshim_core::task::{
-    CheckpointTask, CreateTask, Deleted, Errand, ExecProcess, Node, ProcessEntry, ProcessStatus,
-    RuntimeOptions, Witness,
+    BundleId, CheckpointTask, CreateTask, Deleted, Errand, ExecProcess, Node, ProcessEntry,
+    ProcessStatus, RuntimeOptions, Witness,
 };
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -20,12 +20,10 @@ use tracing::warn;
 use ttrpc::{Code, Status};
 
 use crate::bundle::BundleNote;
-use crate::server::{Call, Outcomes};
+use crate::server::{Call, Creation, Outcomes};
 use crate::services::unknown_method;
+use crate::task_scope::{Scope, invalid_id};
 use crate::{any, metrics, options, status, timestamp};
-
-/// How the namespace travels: in no request, but in the metadata.
-const NAMESPACE: &str = "containerd-namespace-ttrpc";
 
 type Answer<T> = Result<T, Status>;
 
@@ -54,7 +52,7 @@ impl TaskService {
     }
 
     async fn carry_out(&self, call: &Call) -> Answer<Vec<u8>> {
-        let scope = || Scope::of(call);
+        let scope = || Scope::of(call, &self.node);
         match call.method.as_str() {
             "State" => encode(&self.state(&scope()?, decode(call)?)?),
             "Create" => encode(&self.create(call, decode(call)?).await?),
@@ -78,7 +76,7 @@ impl TaskService {
         }
     }
 
-    fn state(&self, scope: &Scope, request: api::StateRequest) -> Answer<api::StateResponse> {
+    fn state(&self, scope: &Scope<'_>, request: api::StateRequest) -> Answer<api::StateResponse> {
         let now = self
             .node
             .state(&scope.process(&request.id, &request.exec_id)?)
@@ -116,7 +114,11 @@ impl TaskService {
         if let Some(Ok(namespace)) = note.as_ref().map(|note| note.namespace.parse()) {
             call.session.namespace.get_or_init(|| namespace);
         }
-        let key = Scope::of(call)?.task(&request.id)?;
+        let key = Scope::of(call, &self.node)?.key(&request.id)?;
+        if let Some(bundle) = bundle_id(&bundle).await {
+            let id = key.id.clone();
+            *call.session.creation() = Some(Creation { id, bundle });
+        }
         let mut runtime = decode_options(request.options.as_ref()).await?;
         if let Some(note) = &note {
             runtime.context.clone_from(&note.context);
@@ -148,7 +150,11 @@ impl TaskService {
         })
     }
 
-    async fn start(&self, scope: &Scope, request: api::StartRequest) -> Answer<api::StartResponse> {
+    async fn start(
+        &self,
+        scope: &Scope<'_>,
+        request: api::StartRequest,
+    ) -> Answer<api::StartResponse> {
         let pid = self
             .node
             .start(&scope.process(&request.id, &request.exec_id)?)
@@ -162,7 +168,7 @@ impl TaskService {
 
     async fn delete(
         &self,
-        scope: &Scope,
+        scope: &Scope<'_>,
         request: api::DeleteRequest,
     ) -> Answer<api::DeleteResponse> {
         let gone = self
@@ -173,7 +179,11 @@ impl TaskService {
         Ok(delete_response(gone))
     }
 
-    async fn pids(&self, scope: &Scope, request: api::PidsRequest) -> Answer<api::PidsResponse> {
+    async fn pids(
+        &self,
+        scope: &Scope<'_>,
+        request: api::PidsRequest,
+    ) -> Answer<api::PidsResponse> {
         let entries = self
             .node
             .pids(&scope.task(&request.id)?)
@@ -189,21 +199,25 @@ impl TaskService {
         })
     }
 
-    async fn pause(&self, scope: &Scope, request: api::PauseRequest) -> Answer<()> {
+    async fn pause(&self, scope: &Scope<'_>, request: api::PauseRequest) -> Answer<()> {
         self.node
             .pause(&scope.task(&request.id)?)
             .await
             .map_err(status::from)
     }
 
-    async fn resume(&self, scope: &Scope, request: api::ResumeRequest) -> Answer<()> {
+    async fn resume(&self, scope: &Scope<'_>, request: api::ResumeRequest) -> Answer<()> {
         self.node
             .resume(&scope.task(&request.id)?)
             .await
             .map_err(status::from)
     }
 
-    async fn checkpoint(&self, scope: &Scope, request: api::CheckpointTaskRequest) -> Answer<()> {
+    async fn checkpoint(
+        &self,
+        scope: &Scope<'_>,
+        request: api::CheckpointTaskRequest,
+    ) -> Answer<()> {
         let key = scope.task(&request.id)?;
         let options = options::decode_checkpoint(request.options.as_ref())?;
         let request = CheckpointTask {
@@ -223,7 +237,7 @@ impl TaskService {
             .map_err(status::from)
     }
 
-    async fn kill(&self, scope: &Scope, request: api::KillRequest) -> Answer<()> {
+    async fn kill(&self, scope: &Scope<'_>, request: api::KillRequest) -> Answer<()> {
         let key = scope.process(&request.id, &request.exec_id)?;
         self.node
             .kill(&key, request.signal, request.all)
@@ -231,7 +245,7 @@ impl TaskService {
             .map_err(status::from)
     }
 
-    async fn exec(&self, scope: &Scope, request: api::ExecProcessRequest) -> Answer<()> {
+    async fn exec(&self, scope: &Scope<'_>, request: api::ExecProcessRequest) -> Answer<()> {
         let request = ExecProcess {
             task: scope.task(&request.id)?,
             exec: request.exec_id.parse().map_err(invalid_id)?,
@@ -246,7 +260,7 @@ impl TaskService {
         self.node.exec(request).await.map_err(status::from)
     }
 
-    fn resize_pty(&self, scope: &Scope, request: &api::ResizePtyRequest) -> Answer<()> {
+    fn resize_pty(&self, scope: &Scope<'_>, request: &api::ResizePtyRequest) -> Answer<()> {
         let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
         let key = scope.process(&request.id, &request.exec_id)?;
         self.node
@@ -254,14 +268,14 @@ impl TaskService {
             .map_err(status::from)
     }
 
-    async fn close_io(&self, scope: &Scope, request: api::CloseIORequest) -> Answer<()> {
+    async fn close_io(&self, scope: &Scope<'_>, request: api::CloseIORequest) -> Answer<()> {
         self.node
             .close_stdin(&scope.process(&request.id, &request.exec_id)?)
             .await
             .map_err(status::from)
     }
 
-    async fn update(&self, scope: &Scope, request: api::UpdateTaskRequest) -> Answer<()> {
+    async fn update(&self, scope: &Scope<'_>, request: api::UpdateTaskRequest) -> Answer<()> {
         let resources = any::json(request.resources.as_ref(), "LinuxResources")?;
         self.node
             .update(&scope.task(&request.id)?, resources)
@@ -269,7 +283,11 @@ impl TaskService {
             .map_err(status::from)
     }
 
-    async fn wait(&self, scope: &Scope, request: api::WaitRequest) -> Answer<api::WaitResponse> {
+    async fn wait(
+        &self,
+        scope: &Scope<'_>,
+        request: api::WaitRequest,
+    ) -> Answer<api::WaitResponse> {
         let exit = self
             .node
             .wait(&scope.process(&request.id, &request.exec_id)?)
@@ -282,7 +300,11 @@ impl TaskService {
         })
     }
 
-    async fn stats(&self, scope: &Scope, request: api::StatsRequest) -> Answer<api::StatsResponse> {
+    async fn stats(
+        &self,
+        scope: &Scope<'_>,
+        request: api::StatsRequest,
+    ) -> Answer<api::StatsResponse> {
         let now = self
             .node
             .stats(&scope.task(&request.id)?)
@@ -298,7 +320,7 @@ impl TaskService {
     /// For a task there is not, runc-v2 answers pid 0 and no error.
     fn connect(
         &self,
-        scope: &Scope,
+        scope: &Scope<'_>,
         request: &api::ConnectRequest,
     ) -> Answer<api::ConnectResponse> {
         Ok(api::ConnectResponse {
@@ -306,54 +328,6 @@ impl TaskService {
             task_pid: self.node.init_pid(&scope.task(&request.id)?),
             version: env!("CARGO_PKG_VERSION").into(),
             ..api::ConnectResponse::default()
-        })
-    }
-}
-
-/// The namespace of a call, and with it the way from ids to keys.
-struct Scope {
-    namespace: Namespace,
-}
-
-impl Scope {
-    /// Debian's containerd 1.6.20 lacks the interceptor that puts the namespace into a call's metadata (its packaging removes
-    /// it); only the calls of its start-up have it. What a connection has told once holds for all its calls.
-    fn of(call: &Call) -> Answer<Self> {
-        let name = call
-            .metadata
-            .get(NAMESPACE)
-            .map(String::as_str)
-            .unwrap_or_default();
-        if !name.is_empty() {
-            let namespace: Namespace = name.parse().map_err(invalid_id)?;
-            call.session.namespace.get_or_init(|| namespace.clone());
-            return Ok(Self { namespace });
-        }
-        let told = call.session.namespace.get().cloned();
-        told.map(|namespace| Self { namespace }).ok_or_else(|| {
-            if call.session.is_namespace_lost {
-                return status::damaged("this connection's namespace");
-            }
-            let text = "namespace is required: failed precondition";
-            ttrpc::get_status(Code::FAILED_PRECONDITION, text)
-        })
-    }
-
-    fn task(&self, id: &str) -> Answer<TaskKey> {
-        Ok(TaskKey {
-            namespace: self.namespace.clone(),
-            id: id.parse().map_err(invalid_id)?,
-        })
-    }
-
-    fn process(&self, id: &str, exec: &str) -> Answer<ProcessKey> {
-        let exec = match exec {
-            "" => None,
-            exec => Some(exec.parse::<ExecId>().map_err(invalid_id)?),
-        };
-        Ok(ProcessKey {
-            task: self.task(id)?,
-            exec,
         })
     }
 }
@@ -372,10 +346,6 @@ fn encode(message: &impl Message) -> Answer<Vec<u8>> {
 /// `google.protobuf.Empty` has no bytes.
 fn empty((): ()) -> Vec<u8> {
     Vec::new()
-}
-
-fn invalid_id(error: embedshim_core::id::InvalidId) -> Status {
-    status::of(&error.into())
 }
 
 pub(crate) fn mount(mount: api::Mount) -> Mount {
@@ -436,6 +406,12 @@ fn process_info(entry: ProcessEntry) -> Answer<api::ProcessInfo> {
         info,
         ..api::ProcessInfo::default()
     })
+}
+
+/// Which directory it is, if it is there: without one nothing is created.
+async fn bundle_id(bundle: &Path) -> Option<BundleId> {
+    let path = bundle.to_owned();
+    blocking(move || BundleId::of(&path)).await.ok()
 }
 
 /// The launcher's note in a bundle; one that cannot be read is as good as none.

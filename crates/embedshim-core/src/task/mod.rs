@@ -28,4 +28,4 @@ pub use request::{
 pub(crate) use state::Phase;
 
 pub use crate::orphans::Awaited;
-pub use crate::store::discard_record;
+pub use crate::store::{BundleId, discard_record};

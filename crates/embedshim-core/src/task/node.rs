@@ -27,7 +27,7 @@ use crate::exit::ExitMonitor;
 use crate::fdstore::{FdStore, InheritedFds, NoFdStore};
 use crate::id::{ProcessKey, TaskKey};
 use crate::orphans::Awaited;
-use crate::store::{Store, boot_id};
+use crate::store::{BundleId, Store, boot_id};
 
 /// How long a read may take to look into a cgroup: the threads for such work can be taken by mounts that hang, and
 /// containerd waits 2 s for an answer. Without the look, what is known answers.
@@ -291,6 +291,12 @@ impl Node {
             stdio: process.stdio.clone(),
             exit: now.exit,
         })
+    }
+
+    /// Which bundle a task was created from, or is being; `None` for a task there is not.
+    pub fn bundle_id(&self, key: &TaskKey) -> Option<BundleId> {
+        let task = self.shared.task_even_unfinished(key)?;
+        Some(task.bundle.id())
     }
 
     /// The init's pid, 0 for a task there is not.

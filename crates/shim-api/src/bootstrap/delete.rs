@@ -24,6 +24,7 @@ const START_LIMIT: Duration = Duration::from_millis(2500);
 /// The daemon goes on with the work when we have to leave.
 const ASK_LIMIT: Duration = Duration::from_millis(4500);
 const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
+const STATE_LIMIT: Duration = Duration::from_millis(500);
 /// For telling a daemon that came late what we have done.
 const LAST_WORD: Duration = Duration::from_millis(200);
 /// What runc-v2 says of a container whose shim died.
@@ -137,8 +138,9 @@ fn without_daemon(
     let pid = std::fs::read_to_string(bundle.join("init.pid"))
         .ok()
         .and_then(|text| text.trim().parse().ok());
-    if root.join(id.as_str()).exists() {
-        let binary = defaults.binary_or_default();
+    let binary = defaults.binary_or_default();
+    // Another containerd's may have the same id.
+    if root.join(id.as_str()).exists() && !is_of_another_bundle(binary, &root, id, bundle) {
         let mut command = Command::new(binary);
         command
             .arg("--root")
@@ -155,6 +157,25 @@ fn without_daemon(
     }
     unmount_recursive(&bundle.join("rootfs"))?;
     Ok(response(pid.unwrap_or(0), KILLED, SystemTime::now()))
+}
+
+/// Whether the runtime's container of this id was made from another bundle. What is not known is not
+/// another one.
+fn is_of_another_bundle(binary: &str, root: &Path, id: &ContainerId, bundle: &Path) -> bool {
+    #[derive(serde::Deserialize)]
+    struct State {
+        bundle: PathBuf,
+    }
+    let mut command = Command::new(binary);
+    command.arg("--root").arg(root).args(["state", id.as_str()]);
+    let answer = output(command, binary, STATE_LIMIT);
+    let state = answer
+        .ok()
+        .and_then(|output| serde_json::from_slice::<State>(&output.stdout).ok());
+    state.is_some_and(|state| {
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        real(&state.bundle) != real(bundle)
+    })
 }
 
 /// Runs a short command of the OCI runtime and kills it at the limit.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use embedshim_core::failpoint;
-use embedshim_core::task::RequestId;
+use embedshim_core::task::{BundleId, RequestId};
 use protobuf::Message;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -18,7 +18,7 @@ use tracing::{debug, error, warn};
 use ttrpc::{Code, Request, Status};
 
 use super::intake::{self, Frame, Intake};
-use super::journal::{Journal, Recovered, Unknown};
+use super::journal::{Identity, Journal, Recovered, Unknown};
 use super::{Call, Course, Handler, Session};
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
 use crate::status;
@@ -68,7 +68,8 @@ struct Calls {
     tasks: JoinSet<Answer>,
     streams: HashMap<Id, u32>,
     session: Arc<Session>,
-    is_namespace_noted: bool,
+    /// Whether the connection's namespace is noted, and which bundle.
+    noted: (bool, Option<BundleId>),
     outcomes: mpsc::Sender<Outcome>,
 }
 
@@ -147,9 +148,10 @@ impl Connection {
             ..Session::default()
         };
         let (calls, outcomes) = Calls::new(Some(number), session);
-        if let Some(namespace) = owed.namespace.clone() {
+        if let Some(namespace) = owed.identity.namespace.clone() {
             calls.session.namespace.get_or_init(|| namespace);
         }
+        calls.session.creation().clone_from(&owed.identity.creation);
         let last_stream = owed.pending.keys().next_back().copied().unwrap_or(0);
         Ok(Self {
             stream,
@@ -198,7 +200,7 @@ impl Connection {
             tokio::select! {
                 Some(ended) = self.calls.tasks.join_next_with_id() => {
                     if let Some((stream, answer)) = self.calls.take(ended) {
-                        self.note_namespace();
+                        self.note_identity();
                         self.answer(stream, answer).await?;
                     }
                 }
@@ -313,12 +315,19 @@ impl Connection {
         Ok(())
     }
 
-    fn note_namespace(&mut self) {
-        if !self.calls.is_namespace_noted
-            && let Some(namespace) = self.calls.session.namespace.get()
-        {
-            self.journal.namespace(namespace);
-            self.calls.is_namespace_noted = true;
+    fn note_identity(&mut self) {
+        let session = &self.calls.session;
+        let (namespace, creation) = (session.namespace.get(), session.creation());
+        let now = (
+            namespace.is_some(),
+            creation.as_ref().map(|creation| creation.bundle),
+        );
+        if now != self.calls.noted {
+            self.journal.identity(&Identity {
+                namespace: namespace.cloned(),
+                creation: creation.clone(),
+            });
+            self.calls.noted = now;
         }
     }
 }
@@ -423,7 +432,7 @@ impl Calls {
             tasks: JoinSet::new(),
             streams: HashMap::new(),
             session: Arc::new(session),
-            is_namespace_noted: false,
+            noted: (false, None),
             outcomes,
         };
         (calls, receiver)

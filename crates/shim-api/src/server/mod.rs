@@ -25,8 +25,8 @@ use async_trait::async_trait;
 use embedshim_core::clock::Numbers;
 use embedshim_core::failpoint;
 use embedshim_core::fdstore::{FdName, FdStore};
-use embedshim_core::id::Namespace;
-use embedshim_core::task::RequestId;
+use embedshim_core::id::{ContainerId, Namespace};
+use embedshim_core::task::{BundleId, RequestId};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -70,10 +70,29 @@ pub struct Session {
     /// The namespace of its calls, once one of them has told it. containerd uses a connection for
     /// one container only.
     pub namespace: OnceLock<Namespace>,
-    /// A daemon before this one knew it, and its note of it is damaged.
+    /// The last `Create` of this connection, whatever it was answered.
+    pub creation: Mutex<Option<Creation>>,
+    /// A daemon before this one knew the namespace, and its note of it is damaged.
     pub is_namespace_lost: bool,
     /// Why it will be lost with this process though others are not. No container may depend on it.
     pub not_kept: OnceLock<String>,
+}
+
+/// What a container was to be created from. No container of another bundle is meant by the calls of
+/// that connection, though it has the same id: two containerds can use one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Creation {
+    /// The container's.
+    pub id: ContainerId,
+    /// Its bundle.
+    pub bundle: BundleId,
+}
+
+impl Session {
+    /// The last `Create`.
+    pub fn creation(&self) -> MutexGuard<'_, Option<Creation>> {
+        self.creation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What answers calls.

@@ -231,7 +231,7 @@ fn a_call_that_was_taken_is_answered_by_the_next_daemon() {
         assert_eq!(answer(&mut client).await.unwrap().0, 3);
         send(&mut client, 5, "kill", 0).await;
         // The header, and entries for three requests and one answer.
-        taken(directory.path(), 256 + 190).await;
+        taken(directory.path(), 384 + 190).await;
     });
     generation(&shelf, directory.path(), None, async || {
         let mut client = client(&ours);
@@ -270,7 +270,7 @@ fn a_frame_in_pieces_is_put_together_by_several_daemons() {
     for end in [3, 10, 11, 70_000, 500_000, 1_000_000] {
         generation(&shelf, directory.path(), theirs.take(), async || {
             client(&ours).write_all(&frame[sent..end]).await.unwrap();
-            let noted = u64::try_from(end).unwrap() + 256;
+            let noted = u64::try_from(end).unwrap() + 384;
             taken(directory.path(), noted).await;
         });
         sent = end;

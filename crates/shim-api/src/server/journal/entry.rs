@@ -4,14 +4,19 @@
 //! there twice as well; so a reader finds the next entry, and whose request it was about, if one of
 //! the two is sound. If neither is, it searches for the next entry.
 
-use embedshim_core::id::Namespace;
+use embedshim_core::id::{ContainerId, Namespace};
+use embedshim_core::task::BundleId;
 
 use super::first_format;
+use crate::server::Creation;
 
 /// The format, by its name in the header.
 const MAGIC: [u8; 8] = *b"embconn2";
-/// One of the two headers: the format, the namespace's length, the namespace and a checksum.
-const HALF: usize = 128;
+/// One of the two headers: the format; the namespace and the container's id, each with its length;
+/// the bundle's device and inode; and a checksum.
+const HALF: usize = 192;
+const ID_AT: usize = 88;
+const BUNDLE_AT: usize = HALF - 20;
 const HEADER_SIZE: usize = 2 * HALF;
 pub(super) const HEADER: u64 = HEADER_SIZE as u64;
 /// A head: kind, stream, length and checksum of the payload, and the head's own checksum.
@@ -172,13 +177,20 @@ pub(super) fn entry(kind: Kind, stream: u32, payload: &[u8]) -> Vec<u8> {
     [head.as_slice(), &head, payload].concat()
 }
 
+/// Whose connection it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in crate::server) struct Identity {
+    pub(in crate::server) namespace: Option<Namespace>,
+    pub(in crate::server) creation: Option<Creation>,
+}
+
 /// What a header says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Header {
-    Sound(Option<Namespace>),
+    Sound(Identity),
     /// Of the first format, which had no second header.
-    FirstFormat(Option<Namespace>),
-    /// The connection's namespace is lost.
+    FirstFormat(Identity),
+    /// Whose connection it is is lost.
     Damaged,
 }
 
@@ -187,34 +199,62 @@ impl Header {
     /// written.
     pub(super) fn split(bytes: &[u8]) -> Option<(Self, &[u8])> {
         if let Some((namespace, entries)) = first_format::split_header(bytes) {
-            return Some((Self::FirstFormat(namespace), entries));
+            let identity = Identity {
+                namespace,
+                creation: None,
+            };
+            return Some((Self::FirstFormat(identity), entries));
         }
         let (halves, entries) = bytes.split_first_chunk::<HEADER_SIZE>()?;
         let (first, second) = halves.split_at_checked(HALF)?;
-        let namespace = decode_half(first).or_else(|| decode_half(second));
-        Some((namespace.map_or(Self::Damaged, Self::Sound), entries))
+        let identity = decode_half(first).or_else(|| decode_half(second));
+        Some((identity.map_or(Self::Damaged, Self::Sound), entries))
     }
 }
 
-fn decode_half(half: &[u8]) -> Option<Option<Namespace>> {
+fn decode_half(half: &[u8]) -> Option<Identity> {
     let (fields, own) = half.split_last_chunk()?;
     if crc32fast::hash(fields) != u32::from_le_bytes(*own) {
         return None;
     }
-    let (&length, rest) = fields.strip_prefix(&MAGIC)?.split_first()?;
-    match rest.get(..usize::from(length))? {
-        [] => Some(None),
-        name => std::str::from_utf8(name).ok()?.parse().ok().map(Some),
-    }
+    let namespace = name_in(fields.strip_prefix(&MAGIC)?)?;
+    let id = name_in(fields.get(ID_AT..)?)?;
+    let (device, inode) = fields.get(BUNDLE_AT..)?.split_first_chunk()?;
+    let (inode, _) = inode.split_first_chunk()?;
+    let bundle = BundleId {
+        device: u64::from_le_bytes(*device),
+        inode: u64::from_le_bytes(*inode),
+    };
+    Some(Identity {
+        namespace: namespace.parse().ok(),
+        creation: id.parse().ok().map(|id| Creation { id, bundle }),
+    })
 }
 
-pub(super) fn header(namespace: Option<&Namespace>) -> Vec<u8> {
+/// The text that begins with its length.
+fn name_in(bytes: &[u8]) -> Option<&str> {
+    let (&length, rest) = bytes.split_first()?;
+    std::str::from_utf8(rest.get(..usize::from(length))?).ok()
+}
+
+pub(super) fn header(identity: &Identity) -> Vec<u8> {
+    let namespace = identity.namespace.as_ref();
+    let id = identity.creation.as_ref().map(|creation| &creation.id);
+    // Each has at most 76 bytes.
     let name = namespace.map_or("", Namespace::as_str).as_bytes();
+    let id = id.map_or("", ContainerId::as_str).as_bytes();
     let mut half = Vec::with_capacity(HALF);
     half.extend(MAGIC);
     half.extend(u8::try_from(name.len()));
     half.extend(name);
-    half.resize(HALF - size_of::<u32>(), 0);
+    half.resize(ID_AT, 0);
+    half.extend(u8::try_from(id.len()));
+    half.extend(id);
+    half.resize(BUNDLE_AT, 0);
+    let bundle = identity.creation.as_ref().map(|creation| creation.bundle);
+    let (device, inode) = bundle.map_or((0, 0), |bundle| (bundle.device, bundle.inode));
+    half.extend(device.to_le_bytes());
+    half.extend(inode.to_le_bytes());
     half.extend(crc32fast::hash(&half).to_le_bytes());
     half.repeat(2)
 }

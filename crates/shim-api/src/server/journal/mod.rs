@@ -1,7 +1,7 @@
 //! [`Journal`]: what was read from one connection and is not answered yet, on disk, so that another daemon can answer it.
 //! Owns the file, its format and its bounds; never looks into a request.
 //!
-//! A file begins with a header that holds the connection's namespace; entries follow, each with its length and checksums. When
+//! A file begins with a header that says whose connection it is; entries follow, each with its length and checksums. When
 //! everything is answered, the file is cut back to the header, so it rarely outgrows its first page. Writes go to tmpfs: they take
 //! microseconds and are not waited for elsewhere.
 
@@ -18,10 +18,10 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use embedshim_core::failpoint;
-use embedshim_core::id::Namespace;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::warn;
 
+pub(super) use self::entry::Identity;
 use self::entry::{HEADER, Kind, entry, header};
 pub(super) use self::recovery::{Framing, Partial, Recovered, Unknown};
 use crate::frame;
@@ -95,7 +95,7 @@ impl Journals {
 /// What stands in for a journal whose directory was removed, until that is made again.
 fn memory() -> io::Result<File> {
     let memory = File::from(memfd_create(c"journal", MFdFlags::MFD_CLOEXEC)?);
-    write_header(&memory, None)?;
+    write_header(&memory, &Identity::default())?;
     Ok(memory)
 }
 
@@ -245,12 +245,12 @@ impl Journal {
         }
     }
 
-    /// Notes the namespace that the connection's calls are in.
-    pub(super) fn namespace(&mut self, namespace: &Namespace) {
+    /// Notes whose connection it is.
+    pub(super) fn identity(&mut self, identity: &Identity) {
         if let Some(file) = &self.file
-            && let Err(error) = write_header(file, Some(namespace))
+            && let Err(error) = write_header(file, identity)
         {
-            warn!(path = %self.path.display(), %error, "cannot note a connection's namespace");
+            warn!(path = %self.path.display(), %error, "cannot note whose a connection is");
         }
     }
 
@@ -278,7 +278,7 @@ impl Journal {
     fn written_again(path: &Path, recovered: &Recovered) -> io::Result<Self> {
         let draft = path.with_extension("draft");
         let file = new_file(&draft)?;
-        write_header(&file, recovered.namespace.as_ref())?;
+        write_header(&file, &recovered.identity)?;
         let mut journal = Self::new(path.to_owned(), Some(file), HEADER);
         if !recovered.rest.is_empty() {
             journal.rest(&recovered.rest);
@@ -372,7 +372,7 @@ impl Journal {
         };
         let draft = self.path.with_extension("draft");
         let shorter = new_file(&draft)?;
-        let mut head = header(None);
+        let mut head = header(&Identity::default());
         file.read_exact_at(&mut head, 0)?;
         shorter.write_all_at(&head, 0)?;
         let mut length = HEADER;
@@ -398,10 +398,10 @@ fn new_file(path: &Path) -> io::Result<File> {
         .truncate(true)
         .mode(0o600)
         .open(path)?;
-    write_header(&file, None)?;
+    write_header(&file, &Identity::default())?;
     Ok(file)
 }
 
-fn write_header(file: &File, namespace: Option<&Namespace>) -> io::Result<()> {
-    file.write_all_at(&header(namespace), 0)
+fn write_header(file: &File, identity: &Identity) -> io::Result<()> {
+    file.write_all_at(&header(identity), 0)
 }

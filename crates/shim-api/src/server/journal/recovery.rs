@@ -7,10 +7,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::path::Path;
 
-use embedshim_core::id::Namespace;
 use tracing::warn;
 
-use super::entry::{self, Entry, HEADER, Header, Kind, PREFIX, Piece};
+use super::entry::{self, Entry, HEADER, Header, Identity, Kind, PREFIX, Piece};
 use super::{Journal, LONGEST, first_format};
 use crate::frame;
 
@@ -20,7 +19,7 @@ const MOST_LOST: u32 = 1024;
 /// What a journal says.
 #[derive(Debug, Default)]
 pub(in crate::server) struct Recovered {
-    pub(in crate::server) namespace: Option<Namespace>,
+    pub(in crate::server) identity: Identity,
     /// The header was damaged, and with it the namespace.
     pub(in crate::server) is_namespace_lost: bool,
     /// Whole request frames that nobody has answered, by stream.
@@ -121,13 +120,13 @@ impl Recovered {
         match Header::split(&bytes) {
             // Nothing is read from a connection before its journal has a header.
             None => {
-                super::write_header(&file, None)?;
+                super::write_header(&file, &Identity::default())?;
                 let journal = Journal::new(path.to_owned(), Some(file), HEADER);
                 Ok((journal, Self::default()))
             }
-            Some((Header::FirstFormat(namespace), entries)) => {
+            Some((Header::FirstFormat(identity), entries)) => {
                 let mut scratch = Journal::none();
-                let recovered = Self::of(namespace, entries, first_format::split, &mut scratch);
+                let recovered = Self::of(identity, entries, first_format::split, &mut scratch);
                 let journal = Journal::written_again(path, &recovered)?;
                 Ok((journal, recovered))
             }
@@ -142,11 +141,11 @@ impl Recovered {
         entries: &[u8],
     ) -> io::Result<(Journal, Self)> {
         let mut journal = Journal::new(path.to_owned(), Some(file), HEADER);
-        let (namespace, is_damaged) = match header {
-            Header::Sound(namespace) | Header::FirstFormat(namespace) => (namespace, false),
-            Header::Damaged => (None, true),
+        let (identity, is_damaged) = match header {
+            Header::Sound(identity) | Header::FirstFormat(identity) => (identity, false),
+            Header::Damaged => (Identity::default(), true),
         };
-        let mut recovered = Self::of(namespace, entries, entry::split, &mut journal);
+        let mut recovered = Self::of(identity, entries, entry::split, &mut journal);
         if is_damaged {
             warn!(path = %path.display(), "a connection's namespace was damaged in its journal");
             recovered.is_namespace_lost = true;
@@ -162,13 +161,13 @@ impl Recovered {
     }
 
     fn of(
-        namespace: Option<Namespace>,
+        identity: Identity,
         entries: &[u8],
         split: fn(&[u8]) -> Option<(Piece<'_>, &[u8])>,
         journal: &mut Journal,
     ) -> Self {
         let mut recovered = Self {
-            namespace,
+            identity,
             ..Self::default()
         };
         let mut rest = entries;

@@ -1,6 +1,9 @@
 //! What a journal says after its daemon.
 
+use embedshim_core::task::BundleId;
+
 use super::*;
+use crate::server::Creation;
 
 fn journals() -> (tempfile::TempDir, Journals) {
     let directory = tempfile::tempdir().unwrap();
@@ -27,14 +30,24 @@ fn a_connection_that_comes_while_the_directory_is_gone_is_noted_when_it_is_back(
 fn what_is_not_answered_comes_back() {
     let (_directory, journals) = journals();
     let mut journal = journals.begin(7);
-    journal.namespace(&"k8s.io".parse().unwrap());
+    let identity = Identity {
+        namespace: Some("k8s.io".parse().unwrap()),
+        creation: Some(Creation {
+            id: "x".repeat(76).parse().unwrap(),
+            bundle: BundleId {
+                device: 7,
+                inode: u64::MAX,
+            },
+        }),
+    };
+    journal.identity(&identity);
     journal.request(1, b"one");
     journal.request(3, b"three");
     journal.answered(1);
     journal.request(5, b"five");
     drop(journal);
     let (mut journal, recovered) = journals.resume(7);
-    assert_eq!(recovered.namespace, Some("k8s.io".parse().unwrap()));
+    assert_eq!(recovered.identity, identity);
     let pending: Vec<_> = recovered.pending.into_iter().collect();
     assert_eq!(pending, [(3, b"three".to_vec()), (5, b"five".to_vec())]);
     assert_eq!(recovered.doubtful, Some(5));
@@ -42,7 +55,7 @@ fn what_is_not_answered_comes_back() {
     journal.answered(5);
     assert_eq!(fs::metadata(&journal.path).unwrap().len(), HEADER);
     let (_, recovered) = journals.resume(7);
-    assert!(recovered.pending.is_empty() && recovered.namespace.is_some());
+    assert!(recovered.pending.is_empty() && recovered.identity.namespace.is_some());
 }
 
 #[test]

@@ -40,7 +40,10 @@ fn note(talk: impl FnOnce(&mut Journal)) -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let journals = Journals::open(directory.path().join("connections")).unwrap();
     let mut journal = journals.begin(4);
-    journal.namespace(&"k8s.io".parse().unwrap());
+    journal.identity(&journal::Identity {
+        namespace: Some("k8s.io".parse().unwrap()),
+        creation: None,
+    });
     talk(&mut journal);
     std::fs::read(directory.path().join("connections/4")).unwrap()
 }
@@ -216,7 +219,7 @@ fn an_entry_of_a_newer_version_costs_its_request_its_answer() {
     newer.extend(crc32fast::hash(&newer).to_le_bytes());
     let newer = [newer.repeat(2), first].concat();
     let mut journal = left.bytes.clone();
-    journal.splice(256..256 + newer.len(), newer);
+    journal.splice(384..384 + newer.len(), newer);
     let answered = answers(&left, &journal).unwrap();
     assert_eq!(answered[&1].0, Code::DATA_LOSS);
     assert_eq!(
