@@ -9,10 +9,11 @@ use crate::backends::{Kind, Place, next};
 use crate::subject::Family;
 use crate::{Check, checks};
 
-pub(crate) fn checks() -> [Check; 3] {
+pub(crate) fn checks() -> [Check; 4] {
     checks!(|_| true;
         a_number_that_is_used_again_is_another_process,
         a_number_with_another_start_time_is_another_process,
+        of_two_processes_with_one_number_the_living_one_is_taken_over,
         an_unwatched_process_is_never_told,
     )
 }
@@ -64,6 +65,38 @@ async fn a_number_with_another_start_time_is_another_process(kind: Kind) {
         while !family.first().has_ended().unwrap() {
             tokio::task::yield_now().await;
         }
+    }
+}
+
+/// A successor finds two processes of one number in its records; in which order is not said.
+async fn of_two_processes_with_one_number_the_living_one_is_taken_over(kind: Kind) {
+    for is_dead_first in [true, false] {
+        let place = Place::new();
+        let mut family = Family::of_one(&["leader-first"]);
+        let living = family.identity();
+        let monitor = place.open(kind);
+        monitor.watch(Arc::clone(family.first())).await.unwrap();
+        drop(monitor);
+        let mut dead = living;
+        dead.start_ticks -= 1;
+        let mut known = vec![living.into(), dead.into()];
+        if is_dead_first {
+            known.reverse();
+        }
+        let monitor = place.open(kind);
+        let adopted = monitor.adopt(known).await.unwrap();
+        let is_armed = |found: &Adopted| matches!(found, Adopted::Armed(_));
+        let armed: Vec<bool> = adopted.iter().map(is_armed).collect();
+        assert_eq!(armed, [!is_dead_first, is_dead_first], "{adopted:?}");
+        monitor.confirm(dead).await.unwrap();
+        let verdict = family.end(None);
+        let record = next(&monitor, 1).await.remove(0);
+        assert_eq!(record.process, living);
+        verdict.check(&record, monitor.guarantees(), "the living one");
+        assert!(
+            monitor.guarantees().others != Exactness::Always || record.status.is_known(),
+            "{record:?}"
+        );
     }
 }
 

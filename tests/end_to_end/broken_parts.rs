@@ -300,21 +300,25 @@ fn a_damaged_journal_costs_a_request_its_answer_at_most(stage: &Stage) -> anyhow
     shim.start("c")?;
     let mut waits = Vec::new();
     let mut journals = Vec::<PathBuf>::new();
+    let directory = sandbox.state_dir().join("connections");
+    let all = || -> anyhow::Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(&directory)?;
+        entries.map(|entry| Ok(entry?.path())).collect()
+    };
     for _ in 0..2 {
+        let others = all()?;
         let (client, (ended, has_ended)) = (Shim::connect(&sandbox)?, mpsc::channel());
         std::thread::spawn(move || {
             let code = client.wait("c");
             ended.send((code, client.state("c").map(|state| state.exit_status)))
         });
         until("the wait is noted", || {
-            for entry in fs::read_dir(sandbox.state_dir().join("connections"))? {
-                let path = entry?.path();
-                if !journals.contains(&path) && path.metadata()?.len() > 420 {
-                    journals.push(path);
-                    return Ok(true);
-                }
-            }
-            Ok(false)
+            let noted = all()?.into_iter().find(|path| {
+                let length = path.metadata().map_or(0, |found| found.len());
+                !others.contains(path) && length > 420
+            });
+            journals.extend(noted.clone());
+            Ok(noted.is_some())
         })?;
         waits.push(has_ended);
     }

@@ -1,19 +1,30 @@
 //! OCI runtimes and specs that are not runc's usual ones, and clients that read less than there is.
 
+use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test, binary_name, write_program};
+use containerd_shim_protos::api;
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim::oci::Options;
+use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test, binary_name, options, write_program};
 use nix::sys::signal::Signal;
-use xtask::sandbox::{PATIENCE, Running, Sandbox};
+use xtask::image;
+use xtask::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
     a_runtime_that_says_much_is_read_to_the_end,
     a_reason_over_several_lines_reaches_the_client,
     fields_that_are_null_are_as_fields_that_are_missing,
     a_probe_whose_reader_has_gone_does_not_panic,
+    an_update_that_the_runtime_does_not_read_ends_at_the_deadline,
+    an_explicit_systemd_cgroup_option_beats_the_cgroup_parents_form,
+    a_cgroup_parent_of_systemd_form_starts_as_with_runc_v2,
 );
 
 fn start(stage: &Stage) -> anyhow::Result<(Sandbox, Shim)> {
@@ -95,5 +106,120 @@ fn a_probe_whose_reader_has_gone_does_not_panic(stage: &Stage) -> anyhow::Result
     let mut probe = Command::new(stage.binary("embedshimd"));
     let whole = Running::capture(probe.args(["probe", "--json"]))?.finish(PATIENCE)?;
     serde_json::from_str::<serde_json::Value>(&whole.stdout)?;
+    Ok(())
+}
+
+/// A document that does not fit into a pipe, for a runtime that does not take it.
+fn an_update_that_the_runtime_does_not_read_ends_at_the_deadline(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let mut sandbox = stage.bare_sandbox()?;
+    let config = sandbox.directory().join("config.toml");
+    fs::write(&config, "[runtime]\ndeadline_seconds = 3\n")?;
+    sandbox.set_environment("EMBEDSHIM_CONFIG", &config.to_string_lossy());
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let runtime = sandbox.directory().join("deaf");
+    let text =
+        "#!/bin/sh\ncase \" $* \" in *' update '*) exec sleep 1000;; esac\nexec runc \"$@\"\n";
+    write_program(&runtime, text)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    shim.create_with("c", bundle.path(), |request| {
+        request.options = binary_name(&runtime);
+    })?;
+    shim.start("c")?;
+    let resources = Any {
+        type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+        value: vec![b' '; 1 << 20],
+        ..Any::default()
+    };
+    let request = api::UpdateTaskRequest {
+        id: "c".into(),
+        resources: MessageField::some(resources),
+        ..api::UpdateTaskRequest::default()
+    };
+    let (metadata, tasks) = (shim.metadata(), shim.tasks.clone());
+    let (answered, has_answered) = mpsc::channel();
+    std::thread::spawn(move || answered.send(tasks.update(metadata, &request).map(drop)));
+    let answer = has_answered.recv_timeout(PATIENCE).context("it hangs")?;
+    let error = answer.err().context("it was updated")?.to_string();
+    ensure!(error.contains("did not finish within 3 s"), "{error}");
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(shim.wait("c")? == 137 && shim.delete("c")? == 137, "no 137");
+    Ok(())
+}
+
+/// Without an option the form decides, but where systemd is not the init system nothing can be asked of it.
+fn an_explicit_systemd_cgroup_option_beats_the_cgroup_parents_form(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let mut sandbox = stage.bare_sandbox()?;
+    let (programs, said) = (
+        sandbox.directory().join("programs"),
+        sandbox.directory().join("said"),
+    );
+    fs::create_dir(&programs)?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let text = format!(
+        "#!/bin/sh\necho \"$*\" >>{}\nPATH={path}\nshift_systemd() {{ for a; do shift; [ \"$a\" = --systemd-cgroup ] || set -- \"$@\" \"$a\"; done; \
+         exec runc \"$@\"; }}\nshift_systemd \"$@\"\n",
+        said.display()
+    );
+    write_program(&programs.join("runc"), &text)?;
+    sandbox.set_environment("PATH", &format!("{}:{path}", programs.display()));
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let has_systemd = Path::new("/run/systemd/system").is_dir();
+    for (number, (option, is_asked)) in [
+        (Some(false), false),
+        (Some(true), true),
+        (None, has_systemd),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let id = format!("c{number}");
+        fs::write(&said, "")?;
+        let bundle = Bundle::new(&sandbox, &id, &["true"])?;
+        let parent = format!("{}.slice:embedshim:{id}", sandbox.namespace());
+        bundle.edit(|spec| spec["linux"]["cgroupsPath"] = parent.clone().into())?;
+        shim.create_with(&id, bundle.path(), |request| {
+            if let Some(systemd_cgroup) = option {
+                request.options = options(&Options {
+                    systemd_cgroup,
+                    ..Options::default()
+                });
+            }
+        })?;
+        let said = fs::read_to_string(&said)?;
+        ensure!(said.contains(" create "), "{said}");
+        ensure!(
+            said.contains("--systemd-cgroup") == is_asked,
+            "{option:?}: {said}"
+        );
+        shim.start(&id)?;
+        ensure!(shim.wait(&id)? == 0 && shim.delete(&id)? == 0, "no 0");
+    }
+    Ok(())
+}
+
+/// By containerd, with the options that it sends.
+fn a_cgroup_parent_of_systemd_form_starts_as_with_runc_v2(stage: &Stage) -> anyhow::Result<()> {
+    if Path::new("/run/systemd/system").is_dir() {
+        println!("skipped, because systemd is the init system here");
+        return Ok(());
+    }
+    let sandbox = stage.sandbox()?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let has_runc_v2 = std::env::split_paths(&path)
+        .any(|directory| directory.join("containerd-shim-runc-v2").exists());
+    let runtimes = [EMBEDSHIM, RUNC_V2];
+    for runtime in runtimes.into_iter().take(1 + usize::from(has_runc_v2)) {
+        let parent = format!("{}.slice:embedshim:c", sandbox.namespace());
+        let mut ctr = sandbox.ctr(["run", "--rm", "--runtime", runtime]);
+        ctr.args(["--cgroup", &parent, image::NAME, "c", "sh", "-c", "exit 4"]);
+        let finished = Running::capture(&mut ctr)?.finish(PATIENCE)?;
+        ensure!(finished.code == Some(4), "{runtime}: {finished:?}");
+    }
     Ok(())
 }

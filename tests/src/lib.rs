@@ -13,6 +13,6 @@ pub use cri::{Cri, Executed, Namespaces, Pod};
 pub use ends::{Reader, ensure_counted, on_a_terminal, writer};
 pub use footprint::Footprint;
 pub use listener::{Heard, Listener};
-pub use shim::{Bundle, Shim, binary_name, write_program};
+pub use shim::{Bundle, Shim, binary_name, options, write_program};
 pub use stage::{Scope, Stage, Test};
 pub use streaming::Streaming;

@@ -212,10 +212,14 @@ impl Shim {
 
 /// The options of a task that name another OCI runtime.
 pub fn binary_name(program: &Path) -> MessageField<Any> {
-    let options = Options {
+    options(&Options {
         binary_name: program.to_string_lossy().into_owned(),
         ..Options::default()
-    };
+    })
+}
+
+/// The options of a task.
+pub fn options(options: &Options) -> MessageField<Any> {
     MessageField::some(Any {
         type_url: "containerd.runc.v1.Options".into(),
         value: options.write_to_bytes().unwrap_or_default(),

@@ -28,6 +28,20 @@ pub enum ErrorKind {
     Other,
 }
 
+/// An error with its causes, each once: some errors say their cause themselves.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let told = cause.to_string();
+        if !text.ends_with(&told) {
+            text = format!("{text}: {told}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
 /// What went wrong with a task. The texts are runc-v2's where it has one (`containerd.md` 4.2).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -98,4 +98,4 @@ mod store;
 mod sys;
 
 pub use child_context::{ChildContext, Inherited};
-pub use error::{Error, ErrorKind};
+pub use error::{Error, ErrorKind, chain};

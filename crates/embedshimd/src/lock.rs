@@ -1,10 +1,10 @@
 //! The lock files of a state directory: one daemon (`lock`), one keeper (`keeper.lock`). Each begins with its owner's pid and
 //! version, one a line; a file that nobody has locked says nothing.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -26,11 +26,8 @@ pub(crate) fn of_keeper(state_dir: &Path) -> PathBuf {
 
 /// Makes the state directory and takes one of its locks; `None` if somebody else has it.
 pub(crate) fn take(state_dir: &Path, path: &Path) -> anyhow::Result<Option<Flock<File>>> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(state_dir)
-        .with_context(|| format!("cannot create the state directory {}", state_dir.display()))?;
+    shim_api::state_dir::make(state_dir)
+        .with_context(|| format!("cannot use the state directory {}", state_dir.display()))?;
     let file = OpenOptions::new()
         .write(true)
         .create(true)

@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code.into(),
         Err(Failure { code, error }) => {
-            eprintln!("embedshimd: {error:#}");
+            eprintln!("embedshimd: {}", embedshim_core::chain(error.as_ref()));
             code.into()
         }
     }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use embedshim_core::chain;
 use embedshim_core::fdstore::{FdName, FdStore};
 use embedshim_core::task::Node;
 use nix::fcntl::Flock;
@@ -123,7 +124,7 @@ impl StateDir<'_> {
                     info!(state_dir = %self.path.display(), "state directory: everything was made again; what was removed with a container that has ended is lost");
                 }
                 Err(failure) => {
-                    let failure = format!("{failure:#}");
+                    let failure = chain(failure.as_ref());
                     if failure != last_failure {
                         error!(state_dir = %self.path.display(), error = failure, "state directory: cannot make its files again; trying on");
                     }

@@ -245,7 +245,22 @@ impl ExitMonitor for BpfMonitor {
             for number in present.collect::<HashSet<_>>().difference(&numbers) {
                 state.maps().forget(*number);
             }
+            // Of several with one number only the youngest can live, and it may be recorded over the others.
+            let mut youngest = HashMap::new();
             for identity in known.iter().map(|known| known.identity) {
+                let found = youngest.entry(number(identity)).or_insert(identity);
+                let older = if identity.start_ticks > found.start_ticks {
+                    std::mem::replace(found, identity)
+                } else {
+                    identity
+                };
+                if older != *found
+                    && let Some(record) = state.maps().record(older)
+                {
+                    state.replaced.insert(older, record);
+                }
+            }
+            for identity in youngest.into_values() {
                 // Where the pins were lost it is tracked only from here on; where not, this writes what is there.
                 if let Err(error) = state.track(identity) {
                     warn!(pid = identity.pid, %error, "its exit is known by other means only");

@@ -8,6 +8,7 @@ pub mod frame;
 pub mod server;
 pub mod services;
 pub mod socket;
+pub mod state_dir;
 pub mod status;
 
 #[cfg(fuzzing)]

@@ -1,6 +1,6 @@
 //! The one mapping from the core's errors to ttrpc's codes and containerd's words.
 
-use embedshim_core::{Error, ErrorKind};
+use embedshim_core::{Error, ErrorKind, chain};
 use ttrpc::{Code, Status};
 
 /// The status that tells this error. The text has its causes, and for the classes that Go's `errdefs` knows
@@ -27,14 +27,6 @@ pub fn of(error: &Error) -> Status {
 )]
 pub(crate) fn from(error: Error) -> Status {
     of(&error)
-}
-
-/// The error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        None => error.to_string(),
-        Some(source) => format!("{error}: {}", chain(source)),
-    }
 }
 
 pub(crate) fn invalid(text: impl Into<String>) -> Status {

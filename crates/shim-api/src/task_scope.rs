@@ -44,8 +44,7 @@ impl<'a> Scope<'a> {
             if call.session.is_namespace_lost {
                 return status::damaged("this connection's namespace");
             }
-            let text = "namespace is required: failed precondition";
-            ttrpc::get_status(Code::FAILED_PRECONDITION, text)
+            required("neither its metadata nor an earlier call of its connection names one")
         })
     }
 
@@ -81,6 +80,12 @@ impl<'a> Scope<'a> {
             exec,
         })
     }
+}
+
+/// A call in no namespace; `why` none is known.
+pub(crate) fn required(why: &str) -> Status {
+    let text = format!("namespace is required for this call, and {why}: failed precondition");
+    ttrpc::get_status(Code::FAILED_PRECONDITION, text)
 }
 
 pub(crate) fn invalid_id(error: embedshim_core::id::InvalidId) -> Status {

@@ -22,7 +22,7 @@ use ttrpc::{Code, Status};
 use crate::bundle::BundleNote;
 use crate::server::{Call, Creation, Outcomes};
 use crate::services::unknown_method;
-use crate::task_scope::{Scope, invalid_id};
+use crate::task_scope::{Scope, invalid_id, required};
 use crate::{any, metrics, options, status, timestamp};
 
 type Answer<T> = Result<T, Status>;
@@ -110,11 +110,12 @@ impl TaskService {
             return Err(ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text));
         }
         let bundle = PathBuf::from(&request.bundle);
-        let note = read_note(&bundle).await;
-        if let Some(Ok(namespace)) = note.as_ref().map(|note| note.namespace.parse()) {
-            call.session.namespace.get_or_init(|| namespace);
-        }
-        let key = Scope::of(call, &self.node)?.key(&request.id)?;
+        let (note, unnamed) = read_note(call, &bundle).await;
+        let scope = Scope::of(call, &self.node).map_err(|error| match unnamed {
+            Some(why) if error.code() == Code::FAILED_PRECONDITION => required(&why),
+            _ => error,
+        })?;
+        let key = scope.key(&request.id)?;
         if let Some(bundle) = bundle_id(&bundle).await {
             let id = key.id.clone();
             *call.session.creation() = Some(Creation { id, bundle });
@@ -414,13 +415,27 @@ async fn bundle_id(bundle: &Path) -> Option<BundleId> {
     blocking(move || BundleId::of(&path)).await.ok()
 }
 
-/// The launcher's note in a bundle; one that cannot be read is as good as none.
-async fn read_note(bundle: &Path) -> Option<BundleNote> {
-    let path = bundle.to_owned();
-    blocking(move || BundleNote::read(&path)).await.unwrap_or_else(|error| {
-        warn!(bundle = %bundle.display(), %error, "the launcher's note is not readable: no events for this task");
-        None
-    })
+/// The launcher's note in a bundle, whose namespace is the connection's; and why that is not known.
+async fn read_note(call: &Call, bundle: &Path) -> (Option<BundleNote>, Option<String>) {
+    let (path, at) = (bundle.to_owned(), bundle.display());
+    match blocking(move || BundleNote::read(&path)).await {
+        Ok(Some(note)) => match note.namespace.parse::<Namespace>() {
+            Ok(namespace) => {
+                call.session.namespace.get_or_init(|| namespace);
+                (Some(note), None)
+            }
+            Err(error) => (
+                Some(note),
+                Some(format!("the launcher's note in {at}: {error}")),
+            ),
+        },
+        Ok(None) => (None, Some(format!("the launcher has left no note in {at}"))),
+        Err(error) => {
+            warn!(bundle = %at, %error, "the launcher's note is not readable: no events for this task");
+            let text = format!("the launcher's note in {at} cannot be read: {error}");
+            (None, Some(text))
+        }
+    }
 }
 
 /// Adds to the note what the launcher's `delete` needs if it has to do without us.

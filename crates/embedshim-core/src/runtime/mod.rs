@@ -309,17 +309,20 @@ impl Runtime {
         // Where a shim of the container's own would be: wrappers read `config.json` there.
         let directory = log.parent().unwrap_or(Path::new("/")).to_owned();
         let mut child = self.spawn(command, directory).await?;
-        if let (Some(document), Some(mut stdin)) = (input, child.stdin.take()) {
-            // A runtime that does not read its input says why by its status.
-            let _ = stdin.write_all(&document).await;
-        }
         let output = [
             Collected::begin(child.stdout.take()),
             Collected::begin(child.stderr.take()),
         ];
-        let Ok(status) =
-            tokio::time::timeout(self.deadline.saturating_sub(begun.elapsed()), child.wait()).await
-        else {
+        let stdin = child.stdin.take();
+        let ended = async {
+            if let (Some(document), Some(mut stdin)) = (input, stdin) {
+                // A runtime that does not read its input says why by its status, or is late.
+                let _ = stdin.write_all(&document).await;
+            }
+            child.wait().await
+        };
+        let left = self.deadline.saturating_sub(begun.elapsed());
+        let Ok(status) = tokio::time::timeout(left, ended).await else {
             kill_group(&child);
             return Err(Failure::Late);
         };

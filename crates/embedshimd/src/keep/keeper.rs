@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use embedshim_core::chain;
 use nix::fcntl::Flock;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -193,7 +194,7 @@ impl Keeper {
         self.daemon = match started {
             Ok(pid) => Daemon::Running(Running::new(pid, false)),
             Err(failure) => {
-                error!("embedshimd is not started: {failure:#}");
+                error!("embedshimd is not started: {}", chain(failure.as_ref()));
                 if !self.was_ever_ready {
                     return Some(Code::Failed);
                 }
@@ -227,7 +228,10 @@ impl Keeper {
         match lock::take(state_dir, &path) {
             Ok(Some(lock)) => self.lock = lock,
             Ok(None) => return error!("another keeper has taken the state directory"),
-            Err(failure) => return error!("the keeper's lock cannot be made again: {failure:#}"),
+            Err(failure) => {
+                let failure = chain(failure.as_ref());
+                return error!("the keeper's lock cannot be made again: {failure}");
+            }
         }
         self.tell();
     }

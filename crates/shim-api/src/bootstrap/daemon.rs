@@ -2,9 +2,9 @@
 //! daemon and keeps it running, detached from containerd's session, process group and environment
 //! (but in its cgroup). Owns the lock that lets one of many launchers do it.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -120,15 +120,11 @@ fn kept_environment() -> impl Iterator<Item = (std::ffi::OsString, std::ffi::OsS
 }
 
 fn make_state_dir(path: &Path) -> Result<(), Failure> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| Failure::Path {
-            doing: "cannot create the state directory",
-            path: path.into(),
-            source,
-        })
+    crate::state_dir::make(path).map_err(|source| Failure::Path {
+        doing: "cannot use the state directory",
+        path: path.into(),
+        source,
+    })
 }
 
 /// Takes the lock, waiting for other launchers that start the daemon.

@@ -32,7 +32,7 @@ enum Failure {
     Usage(String),
     #[error(transparent)]
     InvalidId(#[from] InvalidId),
-    #[error("{doing} {path}: {source}", path = .path.display())]
+    #[error("{doing} {path}", path = .path.display())]
     Path {
         doing: &'static str,
         path: PathBuf,
@@ -42,11 +42,11 @@ enum Failure {
     Daemon(String),
     #[error("embedshimd refused: {0}")]
     Refused(String),
-    #[error("{0}")]
+    #[error(transparent)]
     Rootfs(#[from] MountError),
     #[error("OCI runtime {binary}: {why}")]
     Runtime { binary: String, why: String },
-    #[error("cannot read or write standard streams: {0}")]
+    #[error("cannot read or write standard streams")]
     Streams(#[from] io::Error),
 }
 
@@ -57,7 +57,10 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("containerd-shim-embed-v1: {failure}");
+            eprintln!(
+                "containerd-shim-embed-v1: {}",
+                embedshim_core::chain(&failure)
+            );
             ExitCode::FAILURE
         }
     }

@@ -2,7 +2,7 @@
 //! send them. Owns the file and its length; never sends, and never looks into an event.
 //!
 //! Events are appended; the header says where the first unacknowledged one begins. When everything
-//! is acknowledged, the file is cut back to the header, so it rarely outgrows its first page.
+//! is acknowledged, the file is removed: there is one for each containerd that has not heard all.
 //! Writes go to tmpfs: they take microseconds and are done in place.
 
 use std::fs::{self, File, OpenOptions};
@@ -189,14 +189,15 @@ impl Ledger {
         self.compact();
     }
 
-    /// Cuts back to the header when nothing else is needed, which acknowledges everything whatever
-    /// the header says, and closes the file: of a containerd that we have nothing for, no
-    /// descriptor is held. The next event begins the file anew.
+    /// Removes the file when nothing of it is needed, which acknowledges everything: of a containerd
+    /// that we have nothing for, there is neither a file nor a descriptor. The next event begins
+    /// another one.
     fn cut(&mut self) -> io::Result<()> {
-        if let Some(file) = &self.file
-            && self.first == self.end
-        {
-            file.set_len(HEADER)?;
+        if self.file.is_some() && self.first == self.end {
+            match fs::remove_file(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             self.file = None;
             (self.first, self.noted, self.end) = (HEADER, HEADER, HEADER);
         }
@@ -298,9 +299,11 @@ mod tests {
         ledger.acknowledge(spans[2]);
         assert_eq!(left(directory.path()), [b"ten"]);
         ledger.acknowledge(span);
-        assert_eq!(fs::metadata(&ledger.path).unwrap().len(), HEADER);
         assert!(ledger.file.is_none(), "an idle outbox holds a descriptor");
-        assert!(left(directory.path()).is_empty());
+        assert!(!ledger.path.exists(), "an empty outbox stays");
+        let span = ledger.append(b"eve");
+        assert_eq!(left(directory.path()), [b"eve"]);
+        ledger.acknowledge(span);
         assert!(!ledger.path.exists(), "an empty outbox stays");
     }
 
