@@ -81,6 +81,8 @@ pub enum FdName {
     Listener,
     /// A connection, by a number that is never used again: `c/` and the number to the base of 36.
     Connection(u64),
+    /// An answer on this connection that is not sent as a whole yet: `a/` and its number.
+    Answer(u64),
     /// The descriptors of one process of a container, by a number that its record holds and that is
     /// never used again in this boot: `p/` and the number to the base of 36.
     Process(u64),
@@ -98,6 +100,7 @@ impl fmt::Display for FdName {
         let (kind, mut rest) = match self {
             Self::Listener => return f.write_str("listener"),
             Self::Connection(number) => ("c/", *number),
+            Self::Answer(number) => ("a/", *number),
             Self::Process(number) => ("p/", *number),
         };
         // 36^13 > 2^64.
@@ -127,6 +130,7 @@ impl FromStr for FdName {
         let name = match text.split_once('/') {
             None if text == "listener" => Self::Listener,
             Some(("c", digits)) => Self::Connection(number(digits)?),
+            Some(("a", digits)) => Self::Answer(number(digits)?),
             Some(("p", digits)) => Self::Process(number(digits)?),
             _ => return Err(invalid()),
         };
@@ -170,8 +174,8 @@ impl InheritedFds {
         self.0.remove(name).unwrap_or_default()
     }
 
-    /// Takes all connections.
-    pub fn take_connections(&mut self) -> Vec<(u64, OwnedFd)> {
+    /// Takes all connections, each with the answer that it was about to send.
+    pub fn take_connections(&mut self) -> Vec<(u64, OwnedFd, Option<OwnedFd>)> {
         let numbers: Vec<u64> = self
             .0
             .keys()
@@ -180,7 +184,10 @@ impl InheritedFds {
                 _ => None,
             })
             .collect();
-        let take = |number| Some((number, self.take(&FdName::Connection(number))?));
+        let take = |number| {
+            let connection = self.take(&FdName::Connection(number))?;
+            Some((number, connection, self.take(&FdName::Answer(number))))
+        };
         numbers.into_iter().filter_map(take).collect()
     }
 
@@ -237,13 +244,17 @@ mod tests {
     proptest! {
         #[test]
         fn a_name_is_read_as_it_was_written(number: u64) {
-            for name in [FdName::Connection(number), FdName::Process(number)] {
+            for name in [
+                FdName::Connection(number),
+                FdName::Answer(number),
+                FdName::Process(number),
+            ] {
                 prop_assert_eq!(name.to_string().parse::<FdName>(), Ok(name));
             }
         }
 
         #[test]
-        fn any_text_is_one_name_or_none(text in "(listener|(c|p|x)(/[0-9a-z.:]{1,20}){0,2})") {
+        fn any_text_is_one_name_or_none(text in "(listener|(a|c|p|x)(/[0-9a-z.:]{1,20}){0,2})") {
             if let Ok(name) = text.parse::<FdName>() {
                 prop_assert_eq!(name.to_string(), text);
             }

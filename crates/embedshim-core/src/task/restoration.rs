@@ -288,7 +288,7 @@ fn take_client_ends(shared: &Arc<Shared>, inherited: &mut InheritedFds) {
         .counts()
         .filter_map(|(name, _)| match name {
             FdName::Process(number) => Some(number),
-            FdName::Listener | FdName::Connection(_) => None,
+            FdName::Listener | FdName::Connection(_) | FdName::Answer(_) => None,
         })
         .collect();
     for number in numbers {

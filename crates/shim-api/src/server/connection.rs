@@ -17,6 +17,7 @@ use tokio::task::{Id, JoinError, JoinSet};
 use tracing::{debug, error, warn};
 use ttrpc::{Code, Request, Status};
 
+use super::answer::{self, AnswerStore, StoredAnswer};
 use super::intake::{self, Frame, Intake};
 use super::journal::{Identity, Journal, Recovered, Unknown};
 use super::{Call, Course, Handler, Session};
@@ -82,6 +83,16 @@ struct Begin<'a> {
     outcome: Option<Answer>,
 }
 
+/// What another daemon has left of a connection, beside its socket.
+#[derive(Debug)]
+pub(super) struct Left {
+    pub(super) answers: AnswerStore,
+    /// The answer that it was about to send.
+    pub(super) answer: Option<StoredAnswer>,
+    pub(super) journal: Journal,
+    pub(super) owed: Recovered,
+}
+
 /// One connection, new or taken over.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -95,16 +106,21 @@ pub(super) struct Connection {
     owed: Recovered,
     /// Requests before the next one are lost, and are answered when that tells which.
     unknown: Option<Unknown>,
+    /// Holds long answers while they are sent, if the connection is kept.
+    answers: Option<AnswerStore>,
+    /// One that a predecessor, or this daemon, has not sent as a whole.
+    answer: Option<StoredAnswer>,
 }
 
 impl Connection {
     /// One that was just accepted.
     pub(super) fn new(
         stream: UnixStream,
-        number: Option<u64>,
+        answers: Option<AnswerStore>,
         journal: Journal,
         session: Session,
     ) -> Self {
+        let number = answers.as_ref().map(|answers| answers.connection);
         let (calls, outcomes) = Calls::new(number, session);
         Self {
             stream,
@@ -115,16 +131,19 @@ impl Connection {
             last_stream: 0,
             owed: Recovered::default(),
             unknown: None,
+            answers,
+            answer: None,
         }
     }
 
     /// One that another daemon has left.
-    pub(super) fn resume(
-        stream: UnixStream,
-        number: u64,
-        mut journal: Journal,
-        mut owed: Recovered,
-    ) -> io::Result<Self> {
+    pub(super) fn resume(stream: UnixStream, left: Left) -> io::Result<Self> {
+        let Left {
+            answers,
+            answer,
+            mut journal,
+            mut owed,
+        } = left;
         let intake = Intake::resume(&stream, &owed)?;
         let mut unknown = owed.unknown.take();
         if let Some(next) = intake.next_request(&stream)? {
@@ -147,7 +166,7 @@ impl Connection {
             is_namespace_lost: owed.is_namespace_lost,
             ..Session::default()
         };
-        let (calls, outcomes) = Calls::new(Some(number), session);
+        let (calls, outcomes) = Calls::new(Some(answers.connection), session);
         if let Some(namespace) = owed.identity.namespace.clone() {
             calls.session.namespace.get_or_init(|| namespace);
         }
@@ -162,6 +181,8 @@ impl Connection {
             last_stream,
             owed,
             unknown,
+            answers: Some(answers),
+            answer,
         })
     }
 
@@ -175,6 +196,7 @@ impl Connection {
     ) -> io::Result<()> {
         let result = self.converse(&handler, &mut course, noted).await;
         if !course.borrow().is_stopping {
+            self.forget_answer();
             self.journal.remove();
         }
         result
@@ -225,7 +247,22 @@ impl Connection {
 
     /// Does what another daemon has begun, and answers for it.
     async fn pay<H: Handler>(&mut self, handler: &Arc<H>) -> io::Result<()> {
-        let owed = std::mem::take(&mut self.owed);
+        let mut owed = std::mem::take(&mut self.owed);
+        if let Some(answer) = &mut self.answer {
+            // Its request is answered by this, whatever else is noted of it.
+            let stream = answer.stream()?;
+            answer.send(&self.stream).await?;
+            // The same, if it is a refusal.
+            let rest = owed.rest.first_chunk().copied().map(Header::decode);
+            if rest.is_some_and(|rest| rest.stream == stream) {
+                owed.rest.clear();
+            }
+            owed.pending.remove(&stream);
+            owed.unreadable.remove(&stream);
+            self.journal.rest_sent();
+            self.journal.answered(stream);
+            self.forget_answer();
+        }
         if !owed.rest.is_empty() {
             self.write(&owed.rest).await?;
             self.journal.rest_sent();
@@ -283,11 +320,37 @@ impl Connection {
         if is_refusal {
             self.journal.refused(stream, &frame);
         }
-        self.write(&frame).await?;
+        self.send(&frame).await?;
         failpoint::step("after an answer was sent");
         self.journal.rest_sent();
         self.journal.answered(stream);
+        self.forget_answer();
         Ok(())
+    }
+
+    /// Sends an answer, so that a successor knows at any instant how much of it is sent.
+    async fn send(&mut self, frame: &[u8]) -> io::Result<()> {
+        let is_whole = answer::is_sent_whole(&self.stream, frame.len());
+        let Some(answers) = self.answers.as_ref().filter(|_| !is_whole) else {
+            return self.write(frame).await;
+        };
+        match answers.store(frame) {
+            Ok(answer) => self.answer.insert(answer).send(&self.stream).await,
+            Err(error) => {
+                let connection = answers.connection;
+                warn!(connection, %error, "a long answer is not stored: a kill while it is sent would break the connection");
+                self.write(frame).await
+            }
+        }
+    }
+
+    fn forget_answer(&mut self) {
+        let answers = self.answers.as_ref();
+        if let Some(answers) = answers.filter(|_| self.answer.take().is_some())
+            && let Err(error) = answers.forget()
+        {
+            debug!(%error, connection = answers.connection, "an answer that is sent is still stored");
+        }
     }
 
     /// Sends all of it. What does not fit into the socket is noted until it does, or a successor

@@ -6,6 +6,7 @@
 //! is lost, so every connection is kept by somebody else before its first byte is read, and what
 //! was read is noted until it is answered ([`Keeping`]).
 
+mod answer;
 mod connection;
 mod intake;
 mod journal;
@@ -32,8 +33,9 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 use ttrpc::Status;
 
-use connection::Connection;
+use answer::{AnswerStore, StoredAnswer};
 pub use connection::Outcomes;
+use connection::{Connection, Left};
 use journal::{Journal, Journals};
 
 /// After a failed accept: descriptors or memory are short, and the next attempt would fail at once.
@@ -193,16 +195,22 @@ impl<H: Handler> Server<H> {
 
     /// Goes on with the connections that another daemon has left, and does what it owes them. Needs
     /// a tokio runtime.
-    pub fn resume(&self, connections: Vec<(u64, OwnedFd)>) {
+    pub fn resume(&self, connections: Vec<(u64, OwnedFd, Option<OwnedFd>)>) {
         let Some(kept) = &self.kept else { return };
-        let numbers: Vec<u64> = connections.iter().map(|(number, _)| *number).collect();
+        let numbers: Vec<u64> = connections.iter().map(|(number, ..)| *number).collect();
         kept.journals.keep_only(&numbers);
         info!(connections = numbers.len(), "connections taken over");
-        for (number, descriptor) in connections {
+        for (number, descriptor, answer) in connections {
             kept.numbers.skip(number);
             let (journal, owed) = kept.journals.resume(number);
-            let connection = take_over(descriptor)
-                .and_then(|stream| Connection::resume(stream, number, journal, owed));
+            let left = Left {
+                answers: kept.answers(number),
+                answer: answer.map(StoredAnswer::inherited),
+                journal,
+                owed,
+            };
+            let connection =
+                take_over(descriptor).and_then(|stream| Connection::resume(stream, left));
             match connection {
                 Ok(connection) => self.spawn(connection, Some(number)),
                 Err(error) => {
@@ -265,7 +273,7 @@ impl<H: Handler> Server<H> {
             return;
         }
         let session = Session::default();
-        let (number, journal) = match &self.kept {
+        let (answers, journal) = match &self.kept {
             None => (None, Journal::none()),
             Some(kept) => {
                 let number = kept.numbers.draw();
@@ -273,10 +281,11 @@ impl<H: Handler> Server<H> {
                     warn!(connection = number, %error, "connection is not stored: it ends with this daemon, and no container is created on it");
                     let _ = session.not_kept.set(error.to_string());
                 }
-                (Some(number), kept.journals.begin(number))
+                (Some(kept.answers(number)), kept.journals.begin(number))
             }
         };
-        self.spawn(Connection::new(stream, number, journal, session), number);
+        let number = answers.as_ref().map(|answers| answers.connection);
+        self.spawn(Connection::new(stream, answers, journal, session), number);
     }
 
     fn spawn(&self, connection: Connection, number: Option<u64>) {
@@ -309,6 +318,13 @@ impl Kept {
         failpoint::step("before a connection is kept");
         self.store
             .keep(&FdName::Connection(number), &[stream.as_fd()])
+    }
+
+    fn answers(&self, connection: u64) -> AnswerStore {
+        AnswerStore {
+            store: Arc::clone(&self.store),
+            connection,
+        }
     }
 
     fn forget(&self, number: u64) {

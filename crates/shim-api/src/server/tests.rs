@@ -143,10 +143,18 @@ impl FdStore for Shelf {
 }
 
 impl Shelf {
-    fn connections(&self) -> Vec<(u64, OwnedFd)> {
+    fn connections(&self) -> Vec<(u64, OwnedFd, Option<OwnedFd>)> {
         let kept = self.0.lock().unwrap();
+        let answer = |number| {
+            let name = FdName::Answer(number);
+            let mut stored = kept.iter().filter(|(stored, _)| *stored == name);
+            Some(stored.next()?.1.try_clone().unwrap())
+        };
         let connections = kept.iter().filter_map(|(name, descriptor)| match name {
-            FdName::Connection(number) => Some((*number, descriptor.try_clone().unwrap())),
+            FdName::Connection(number) => {
+                let descriptor = descriptor.try_clone().unwrap();
+                Some((*number, descriptor, answer(*number)))
+            }
             _ => None,
         });
         connections.collect()
@@ -159,7 +167,8 @@ struct Mortal;
 #[async_trait]
 impl Handler for Mortal {
     async fn call(&self, call: Call) -> Result<Vec<u8>, Status> {
-        if !call.is_again && !["echo", "where", "parts"].contains(&call.method.as_str()) {
+        if !call.is_again && !["echo", "where", "parts", "numbers"].contains(&call.method.as_str())
+        {
             std::future::pending::<()>().await;
         }
         match call.method.as_str() {
@@ -167,6 +176,7 @@ impl Handler for Mortal {
                 Some(namespace) => Ok(namespace.as_str().into()),
                 None => Err(ttrpc::get_status(Code::DATA_LOSS, "no namespace")),
             },
+            "numbers" => Ok((0..700_000_u32).flat_map(u32::to_le_bytes).collect()),
             "gone" => Err(ttrpc::get_status(Code::NOT_FOUND, "gone")),
             _ => Ok(call.payload),
         }
@@ -309,6 +319,47 @@ fn what_was_noted_and_not_taken_counts_once() {
         // Nothing in between: the first call was not made again.
         assert_eq!(answer(&mut client).await.unwrap().0, 3);
     });
+}
+
+/// A daemon is killed while its client has read a part of a long answer, again and again.
+#[test]
+fn an_answer_that_is_half_sent_arrives_once_and_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let shelf = Arc::<Shelf>::default();
+    let (ours, theirs) = Blocking::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut theirs = Some(theirs);
+    let mut received = Vec::new();
+    let whole = frame::response(1, Ok((0..700_000_u32).flat_map(u32::to_le_bytes).collect()));
+    for part in [0, 1, 9, 100_000, 700_000, 1_500_000] {
+        generation(&shelf, directory.path(), theirs.take(), async || {
+            let mut client = client(&ours);
+            if received.is_empty() && part == 0 {
+                send(&mut client, 1, "numbers", 0).await;
+            }
+            let mut bytes = vec![0; part];
+            client.read_exact(&mut bytes).await.unwrap();
+            received.extend(bytes);
+            // As much as the socket takes.
+            for _ in 0..20 {
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+    generation(&shelf, directory.path(), None, async || {
+        let mut client = client(&ours);
+        let mut bytes = vec![0; whole.len() - received.len()];
+        client.read_exact(&mut bytes).await.unwrap();
+        received.extend(bytes);
+        assert!(received == whole, "other bytes");
+        send(&mut client, 3, "echo", 0).await;
+        assert_eq!(answer(&mut client).await.unwrap().0, 3);
+    });
+    let is_answer = |(name, _): &(FdName, OwnedFd)| matches!(name, FdName::Answer(_));
+    assert!(
+        !shelf.0.lock().unwrap().iter().any(is_answer),
+        "it is still stored"
+    );
 }
 
 #[test]
