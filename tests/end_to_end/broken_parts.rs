@@ -310,7 +310,7 @@ fn a_damaged_journal_costs_a_request_its_answer_at_most(stage: &Stage) -> anyhow
         let (client, (ended, has_ended)) = (Shim::connect(&sandbox)?, mpsc::channel());
         std::thread::spawn(move || {
             let code = client.wait("c");
-            ended.send((code, client.state("c").map(|state| state.exit_status)))
+            let _ = ended.send((code, client.state("c").map(|state| state.exit_status)));
         });
         until("the wait is noted", || {
             let noted = all()?.into_iter().find(|path| {

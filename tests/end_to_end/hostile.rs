@@ -1,5 +1,6 @@
 //! Bytes, names and paths that containerd would never send: refused as Go's server does, and the daemon unharmed.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -9,12 +10,13 @@ use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use protobuf::Message;
 use shim_api::frame::{self, HEADER, Header, Kind};
+use ttrpc::context::Context as Metadata;
 use ttrpc::{Code, Request, Response};
 use xtask::sandbox::{PATIENCE, Sandbox};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     frames_that_are_not_calls_are_refused_and_the_connection_goes_on,
     an_oversized_frame_is_skipped_and_refused,
     a_truncated_frame_ends_its_connection_only,
@@ -22,6 +24,7 @@ pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
     unknown_services_and_methods_are_unimplemented,
     names_that_are_no_identifiers_are_refused,
     a_call_without_a_namespace_is_refused,
+    a_create_whose_namespace_is_not_known_names_what_is_wrong_with_the_note,
 );
 
 /// A connection on which anything can be said.
@@ -233,8 +236,43 @@ fn a_call_without_a_namespace_is_refused(stage: &Stage) -> anyhow::Result<()> {
     let status = answer.status();
     ensure!(
         status.code() == Code::FAILED_PRECONDITION
-            && status.message.contains("namespace is required"),
+            && status.message.contains("namespace is required")
+            && status.message.contains("its metadata"),
         "{status:?}"
     );
+    Ok(())
+}
+
+/// Debian's containerd says the namespace to the launcher only.
+fn a_create_whose_namespace_is_not_known_names_what_is_wrong_with_the_note(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = with_daemon(stage)?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["true"])?;
+    let create = || {
+        let request = api::CreateTaskRequest {
+            id: "c".into(),
+            bundle: bundle.path().to_string_lossy().into_owned(),
+            ..api::CreateTaskRequest::default()
+        };
+        let created = shim.tasks.create(Metadata::default(), &request);
+        created.map_or_else(|error| error.to_string(), |_| "it was created".into())
+    };
+    let at = bundle.path().display().to_string();
+    for (note, words) in [
+        (None, "has left no note in"),
+        (Some("{ no json"), "cannot be read: key must be a string"),
+        (Some(r#"{"namespace": "../x"}"#), "../x"),
+    ] {
+        if let Some(note) = note {
+            fs::write(bundle.path().join("embedshim.json"), note)?;
+        }
+        let refusal = create();
+        ensure!(
+            refusal.contains(&at) && refusal.contains(words),
+            "{words}: {refusal}"
+        );
+    }
     Ok(())
 }

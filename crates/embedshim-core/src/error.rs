@@ -181,3 +181,32 @@ impl Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    /// Says its cause itself, and tells it as well.
+    #[derive(Debug, thiserror::Error)]
+    #[error("level is wrong: {0}")]
+    struct Talkative(#[source] io::Error);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot read the configuration")]
+    struct Outer(#[source] Talkative);
+
+    #[test]
+    fn each_cause_is_told_once() {
+        let error = Outer(Talkative(io::Error::other("no such level")));
+        assert_eq!(
+            super::chain(&error),
+            "cannot read the configuration: level is wrong: no such level"
+        );
+        // What `io::Error` was made of is not its cause, but itself.
+        let wrapped = io::Error::other(error);
+        assert_eq!(
+            super::chain(&wrapped),
+            "cannot read the configuration: level is wrong: no such level"
+        );
+    }
+}

@@ -32,6 +32,7 @@ pub fn make(path: &Path) -> io::Result<()> {
         let owner = entry.metadata()?.uid();
         if owner != own {
             let name = entry.file_name();
+            let name = name.to_string_lossy();
             return foreign(&format!("others could write into it, and {name:?}"), owner);
         }
     }

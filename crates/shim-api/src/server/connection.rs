@@ -2,86 +2,23 @@
 //! stream ids, and what is done again for a daemon that died. When the peer goes, so do the tasks
 //! that nobody waits for any more.
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use embedshim_core::failpoint;
-use embedshim_core::task::{BundleId, RequestId};
-use protobuf::Message;
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{Id, JoinError, JoinSet};
-use tracing::{debug, error, warn};
-use ttrpc::{Code, Request, Status};
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, warn};
+use ttrpc::{Code, Status};
 
 use super::answer::{self, AnswerStore, StoredAnswer};
+use super::calls::{Answer, Begin, Calls, Outcome, begin};
 use super::intake::{self, Frame, Intake};
 use super::journal::{Identity, Journal, Recovered, Unknown};
-use super::{Call, Course, Handler, Session};
+use super::{Course, Handler, Session};
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
 use crate::status;
-
-/// Calls under way on one connection. One container has a handful; a `Wait` for each of its execs
-/// is the most.
-const MAX_CALLS: usize = 1024;
-
-type Answer = Result<Vec<u8>, Status>;
-
-/// The way of an answer into the journal before it is given: for a deletion, after which nobody
-/// could tell any more how the process ended.
-#[derive(Clone, Debug)]
-pub struct Outcomes {
-    stream: u32,
-    sender: mpsc::Sender<Outcome>,
-}
-
-/// An answer that is to be noted.
-#[derive(Debug)]
-struct Outcome {
-    stream: u32,
-    answer: Vec<u8>,
-    noted: oneshot::Sender<()>,
-}
-
-impl Outcomes {
-    /// Returns when the answer is noted, or when its connection is gone and nobody waits for it.
-    pub async fn note(&self, answer: Vec<u8>) {
-        let (noted, is_noted) = oneshot::channel();
-        let outcome = Outcome {
-            stream: self.stream,
-            answer,
-            noted,
-        };
-        if self.sender.send(outcome).await.is_ok() {
-            let _ = is_noted.await;
-        }
-    }
-}
-
-/// The calls under way: what each answers, and on which stream.
-#[derive(Debug)]
-struct Calls {
-    /// Of the connection, if it is kept.
-    number: Option<u64>,
-    tasks: JoinSet<Answer>,
-    streams: HashMap<Id, u32>,
-    session: Arc<Session>,
-    /// Whether the connection's namespace is noted, and which bundle.
-    noted: (bool, Option<BundleId>),
-    outcomes: mpsc::Sender<Outcome>,
-}
-
-/// A request frame, and what is known of it beside.
-struct Begin<'a> {
-    header: Header,
-    payload: &'a [u8],
-    is_again: bool,
-    /// What another daemon was about to answer, or that its note of that is damaged.
-    outcome: Option<Answer>,
-}
 
 /// What another daemon has left of a connection, beside its socket.
 #[derive(Debug)]
@@ -155,7 +92,7 @@ impl Connection {
             );
             // It and what follows was not begun, whatever is noted of it.
             owed.unreadable.retain(|&stream| stream < next);
-        } else if let Some(lost) = unknown.and_then(Unknown::from_last) {
+        } else if let Some(lost) = unknown.and_then(Unknown::after_last) {
             owed.unreadable.extend(lost);
             unknown = None;
         }
@@ -442,105 +379,4 @@ fn receive<H: Handler>(
         outcome: None,
     };
     begin(new, calls, handler).map_err(|refusal| (header.stream, refusal))
-}
-
-/// Starts the call that a request frame asks for.
-fn begin<H: Handler>(frame: Begin<'_>, calls: &mut Calls, handler: &Arc<H>) -> Result<(), Status> {
-    let Begin {
-        header,
-        payload,
-        is_again,
-        outcome,
-    } = frame;
-    let request = Request::parse_from_bytes(payload)
-        .map_err(|error| status::invalid(format!("unmarshal request error: {error}")))?;
-    if calls.tasks.len() >= MAX_CALLS {
-        let text = format!("{MAX_CALLS} calls are under way on this connection");
-        return Err(ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text));
-    }
-    // What was begun is brought to its end, though its deadline has passed meanwhile.
-    let limit = u64::try_from(request.timeout_nano)
-        .ok()
-        .filter(|&nanos| nanos > 0 && !is_again)
-        .map(Duration::from_nanos);
-    let handler = Arc::clone(handler);
-    let call = calls.call(request, header.stream, is_again);
-    let task = calls.tasks.spawn(async move {
-        match limit {
-            None => match (handler.call(call).await, outcome) {
-                // What was to be deleted is gone: it was this request that did it, in an earlier
-                // life.
-                (Err(refusal), Some(outcome)) if refusal.code() == Code::NOT_FOUND => outcome,
-                (answer, _) => answer,
-            },
-            Some(limit) => tokio::time::timeout(limit, handler.call(call))
-                .await
-                .unwrap_or_else(|_| {
-                    Err(ttrpc::get_status(
-                        Code::DEADLINE_EXCEEDED,
-                        "context deadline exceeded",
-                    ))
-                }),
-        }
-    });
-    calls.streams.insert(task.id(), header.stream);
-    Ok(())
-}
-
-impl Calls {
-    fn new(number: Option<u64>, session: Session) -> (Self, mpsc::Receiver<Outcome>) {
-        let (outcomes, receiver) = mpsc::channel(1);
-        let calls = Self {
-            number,
-            tasks: JoinSet::new(),
-            streams: HashMap::new(),
-            session: Arc::new(session),
-            noted: (false, None),
-            outcomes,
-        };
-        (calls, receiver)
-    }
-
-    fn call(&self, request: Request, stream: u32, is_again: bool) -> Call {
-        let mut metadata = HashMap::new();
-        for pair in request.metadata {
-            metadata.entry(pair.key).or_insert(pair.value);
-        }
-        let request_id = self
-            .number
-            .map(|connection| RequestId { connection, stream });
-        Call {
-            service: request.service,
-            method: request.method,
-            payload: request.payload,
-            metadata,
-            request: request_id,
-            is_again,
-            outcomes: self.number.map(|_| Outcomes {
-                stream,
-                sender: self.outcomes.clone(),
-            }),
-            session: Arc::clone(&self.session),
-        }
-    }
-
-    /// The answer of a call that ended, and where it belongs.
-    fn take(&mut self, ended: Result<(Id, Answer), JoinError>) -> Option<(u32, Answer)> {
-        let (id, answer) = ended.unwrap_or_else(|failure| {
-            error!(%failure, "a call panicked");
-            (
-                failure.id(),
-                Err(status::internal(
-                    "internal error: the call panicked; see embedshimd's log",
-                )),
-            )
-        });
-        // Maps and vectors keep the capacity of their busiest moment; a connection is idle for most
-        // of its life.
-        let stream = self.streams.remove(&id);
-        if self.streams.is_empty() {
-            self.streams = HashMap::new();
-        }
-        stream.map(|stream| (stream, answer))
-    }
 }

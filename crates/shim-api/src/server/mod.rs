@@ -7,6 +7,7 @@
 //! was read is noted until it is answered ([`Keeping`]).
 
 mod answer;
+mod calls;
 mod connection;
 mod intake;
 mod journal;
@@ -34,7 +35,7 @@ use tracing::{debug, info, warn};
 use ttrpc::Status;
 
 use answer::{AnswerStore, StoredAnswer};
-pub use connection::Outcomes;
+pub use calls::Outcomes;
 use connection::{Connection, Left};
 use journal::{Journal, Journals};
 

@@ -362,6 +362,41 @@ fn an_answer_that_is_half_sent_arrives_once_and_whole() {
     );
 }
 
+/// The kernel has taken a part of an answer, and the daemon has died before it could note anything.
+#[test]
+fn what_the_kernel_took_of_an_answer_is_not_sent_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let shelf = Arc::<Shelf>::default();
+    let (ours, theirs) = Blocking::pair().unwrap();
+    let journals = Journals::open(directory.path().join("connections")).unwrap();
+    let request = Request {
+        method: "numbers".into(),
+        ..Request::default()
+    };
+    let bytes = frame::request(1, &request).unwrap();
+    journals.begin(4).request(1, &bytes);
+    let payload: Vec<u8> = (0..700_000_u32).flat_map(u32::to_le_bytes).collect();
+    let frame = frame::response(1, Ok(payload.clone()));
+    let answers = AnswerStore {
+        store: Arc::<Shelf>::clone(&shelf),
+        connection: 4,
+    };
+    drop(answers.store(&frame).unwrap());
+    shelf
+        .keep(&FdName::Connection(4), &[theirs.as_fd()])
+        .unwrap();
+    let (_, _, stored) = shelf.connections().remove(0);
+    let sent = rustix::fs::sendfile(&theirs, stored.unwrap(), None, 50_000).unwrap();
+    assert_eq!(sent, 50_000);
+    generation(&shelf, directory.path(), None, async || {
+        let mut client = client(&ours);
+        let (stream, response) = answer(&mut client).await.unwrap();
+        assert!(stream == 1 && response.payload == payload, "other bytes");
+        send(&mut client, 3, "echo", 0).await;
+        assert_eq!(answer(&mut client).await.unwrap().0, 3);
+    });
+}
+
 #[test]
 fn who_has_left_is_forgotten_by_all() {
     let directory = tempfile::tempdir().unwrap();

@@ -16,6 +16,9 @@ use crate::frame;
 /// The most requests that are taken for lost in a gap: as many as a connection has under way.
 const MOST_LOST: u32 = 1024;
 
+/// Takes the next piece from the bytes of a journal.
+type Split = fn(&[u8]) -> Option<(Piece<'_>, &[u8])>;
+
 /// What a journal says.
 #[derive(Debug, Default)]
 pub(in crate::server) struct Recovered {
@@ -95,7 +98,7 @@ impl Unknown {
     }
 
     /// Their streams, if nothing is known of what came after them, but of what came before.
-    pub(in crate::server) fn from_last(self) -> Option<impl Iterator<Item = u32>> {
+    pub(in crate::server) fn after_last(self) -> Option<impl Iterator<Item = u32>> {
         let after = self.after?;
         let span = self.at_most.saturating_mul(2);
         Some(self.before(after.saturating_add(span).saturating_add(1)))
@@ -160,12 +163,7 @@ impl Recovered {
         Ok((journal, recovered))
     }
 
-    fn of(
-        identity: Identity,
-        entries: &[u8],
-        split: fn(&[u8]) -> Option<(Piece<'_>, &[u8])>,
-        journal: &mut Journal,
-    ) -> Self {
+    fn of(identity: Identity, entries: &[u8], split: Split, journal: &mut Journal) -> Self {
         let mut recovered = Self {
             identity,
             ..Self::default()
@@ -210,14 +208,13 @@ impl Recovered {
                 let before = usize::try_from(stream).unwrap_or_default();
                 self.frame_header = Some((entry.payload.to_vec(), before));
             }
-            Kind::FrameHeader => {}
             Kind::Part => self.add_part(entry),
             Kind::Skipped => {
                 self.part_is_doubtful = true;
                 let count = usize::try_from(stream).unwrap_or_default();
                 self.partial.skipped = self.partial.skipped.saturating_add(count);
             }
-            Kind::PartConsumed => {}
+            Kind::FrameHeader | Kind::PartConsumed => {}
             Kind::Rest if entry.is_sound => {
                 self.rest = entry.payload.to_vec();
                 self.damaged_rest = None;
