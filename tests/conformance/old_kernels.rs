@@ -1,5 +1,6 @@
 //! Old kernels, and containers that forbid things, on this machine: a seccomp filter answers system calls as they would, and the suite
-//! runs behind it. So each fallback runs wherever the tests do. And a pid namespace of our own, where the kernel's numbers are not ours.
+//! runs behind it. So each fallback runs wherever the tests do. And a pid and a time
+//! namespace of our own, where the kernel's numbers and times are not ours.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -27,16 +28,26 @@ struct Emulation {
 impl Emulation {
     /// What starts the program that runs behind it.
     fn starter(&self) -> &'static [&'static str] {
-        if self.name == NESTED {
-            &["unshare", "--pid", "--fork", "--mount-proc"]
-        } else {
-            &["env"]
+        match self.name {
+            NESTED => &["unshare", "--pid", "--fork", "--mount-proc"],
+            OTHER_TIME => &[
+                "/usr/bin/unshare",
+                "--time",
+                "--boottime",
+                "1000",
+                "--monotonic",
+                "70",
+                "--fork",
+            ],
+            _ => &["env"],
         }
     }
 }
 
 /// Lacks nothing, but numbers its processes itself.
 const NESTED: &str = "nested_pid_namespace";
+/// Nor does this lack anything, but its clocks are ahead of the kernel's, by two different times.
+const OTHER_TIME: &str = "time_namespace";
 
 struct Refused {
     call: libc::c_long,
@@ -64,7 +75,7 @@ const NO_EXIT_INFO: Refused = with(libc::SYS_ioctl, libc::ENOTTY, 1, PIDFD_GET_I
 const NO_WAIT_BY_PIDFD: Refused = with(libc::SYS_waitid, libc::EINVAL, 0, libc::P_PIDFD as u64);
 const BPF_OBJ_PIN: u64 = 6;
 
-const EMULATIONS: [Emulation; 7] = [
+const EMULATIONS: [Emulation; 8] = [
     Emulation {
         name: "linux_6_14",
         refused: &[NO_EXIT_INFO],
@@ -112,6 +123,12 @@ const EMULATIONS: [Emulation; 7] = [
         passes: &["pidfd", "bpf-alone", "ptrace"],
         skips: &[],
     },
+    Emulation {
+        name: OTHER_TIME,
+        refused: &[],
+        passes: &["pidfd", "bpf-alone", "bpf-old-clock", "ptrace"],
+        skips: &[],
+    },
 ];
 
 /// One trial for each emulation, which runs this very program behind it.
@@ -123,7 +140,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     let is_guest = std::env::var_os("EMBEDSHIM_TEST_SLOW").is_some();
     EMULATIONS
         .iter()
-        .filter(|emulation| !is_guest || emulation.name == NESTED)
+        .filter(|emulation| !is_guest || [NESTED, OTHER_TIME].contains(&emulation.name))
         .map(|emulation| {
             let name = format!("{}::the_suite_passes", emulation.name);
             Trial::test(name, move || emulation.run())

@@ -6,7 +6,9 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
-use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
@@ -14,7 +16,7 @@ pub(crate) const TESTS: [Test; 2] = tests!(AnyRuntime:
     a_program_that_is_not_in_the_image_is_named,
     an_exec_of_a_program_that_is_not_in_the_image_is_named,
 );
-pub(crate) const OURS: [Test; 11] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 13] = tests!(EmbedshimOnly:
     a_daemon_that_cannot_listen_attaches_nothing,
     a_missing_runc_is_named,
     a_mount_that_fails_is_named,
@@ -25,6 +27,8 @@ pub(crate) const OURS: [Test; 11] = tests!(EmbedshimOnly:
     a_wrong_configuration_is_named,
     without_bpffs_containers_run_and_probe_says_what_would_help,
     without_bpf_permission_containers_run_and_probe_says_so,
+    in_a_time_namespace_exits_are_recorded_and_probe_promises_it,
+    what_records_no_exit_is_not_promised,
     a_second_daemon_is_refused,
 );
 
@@ -304,10 +308,30 @@ const WITHOUT_BPFFS: [&str; 6] = [
 ];
 const WITHOUT_BPF: [&str; 3] = ["setpriv", "--bounding-set", "-bpf,-perfmon,-sys_admin"];
 
-/// Serves by way of a wrapper and runs a bundle; the daemon's log must name `words`.
-fn serve_under(stage: &Stage, wrapper: &[&str], words: &str) -> anyhow::Result<()> {
-    let sandbox = stage.bare_sandbox()?;
-    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "exit 19"])?;
+/// In a namespace whose clocks are ahead by two different times.
+const IN_A_TIME_NAMESPACE: [&str; 6] = [
+    "unshare",
+    "--time",
+    "--boottime",
+    "1000",
+    "--monotonic=70",
+    "--kill-child",
+];
+/// The same, where it cannot be told how far they are ahead.
+const IN_AN_UNKNOWN_TIME: [&str; 9] = [
+    "unshare",
+    "--time",
+    "--boottime=1000",
+    "--mount",
+    "--kill-child",
+    "sh",
+    "-c",
+    "mount --bind /dev/null /proc/$$/timens_offsets && exec \"$@\"",
+    "sh",
+];
+
+/// A daemon that is started by way of a wrapper, once it serves.
+fn start_under(stage: &Stage, sandbox: &Sandbox, wrapper: &[&str]) -> anyhow::Result<Running> {
     fs::create_dir_all(sandbox.state_dir())?;
     let log = fs::File::create(sandbox.state_dir().join("embedshimd.log"))?;
     let (program, arguments) = wrapper.split_first().context("no wrapper")?;
@@ -318,11 +342,19 @@ fn serve_under(stage: &Stage, wrapper: &[&str], words: &str) -> anyhow::Result<(
         .args(["serve", "--state-dir"])
         .arg(sandbox.state_dir())
         .stderr(log);
-    let _daemon = Running::spawn(&mut command)?;
-    xtask::sandbox::until("embedshimd serves", || {
+    let daemon = Running::spawn(&mut command)?;
+    until("embedshimd serves", || {
         Ok(sandbox.daemon_log().contains(" serving "))
     })
     .with_context(|| sandbox.daemon_log())?;
+    Ok(daemon)
+}
+
+/// Serves by way of a wrapper and runs a bundle; the daemon's log must say how exits can be kept.
+fn serve_under(stage: &Stage, wrapper: &[&str], words: &str) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "exit 19"])?;
+    let _daemon = start_under(stage, &sandbox, wrapper)?;
     let log = sandbox.daemon_log();
     ensure!(
         log.contains(words) && log.contains("exits can be lost"),
@@ -356,6 +388,47 @@ fn without_bpf_permission_containers_run_and_probe_says_so(stage: &Stage) -> any
     ensure!(probed.stdout.contains("bpf: cannot run"), "{probed:?}");
     // runc needs CAP_SYS_ADMIN for a container, so there is nothing to serve here.
     Ok(())
+}
+
+fn in_a_time_namespace_exits_are_recorded_and_probe_promises_it(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let probed = probe_under(stage, &IN_A_TIME_NAMESPACE)?;
+    ensure!(
+        probed.code == Some(0) && probed.stdout.contains("1. bpf, chosen"),
+        "{probed:?}"
+    );
+    let sandbox = stage.bare_sandbox()?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let daemon = start_under(stage, &sandbox, &IN_A_TIME_NAMESPACE)?;
+    let shim = Shim::connect(&sandbox)?;
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    let init = Pid::from_raw(i32::try_from(shim.state("c")?.pid)?);
+    let pid = sandbox.daemon_pid().context("no daemon")?;
+    drop(daemon);
+    until("the daemon is gone", || Ok(!is_alive(pid)))?;
+    kill(init, Signal::SIGKILL)?;
+    until("the container ends", || Ok(!is_alive(init.as_raw())))?;
+    let _daemon = start_under(stage, &sandbox, &IN_A_TIME_NAMESPACE)?;
+    let shim = Shim::connect(&sandbox)?;
+    let code = shim.wait("c")?;
+    let log = sandbox.daemon_log();
+    // A zombie that is left would tell the code, too.
+    ensure!(code == 137 && log.contains("evidence=Bpf"), "{code}: {log}");
+    shim.delete("c")?;
+    Ok(())
+}
+
+/// Where BPF attaches and records nothing, neither probe nor daemon promises that it does.
+fn what_records_no_exit_is_not_promised(stage: &Stage) -> anyhow::Result<()> {
+    let probed = probe_under(stage, &IN_AN_UNKNOWN_TIME)?;
+    let reason = "bpf: cannot run: exits are not recorded here: in a time namespace";
+    ensure!(
+        probed.code == Some(7) && probed.stdout.contains(reason),
+        "{probed:?}"
+    );
+    serve_under(stage, &IN_AN_UNKNOWN_TIME, "exits can be lost")
 }
 
 fn a_daemon_that_cannot_listen_attaches_nothing(stage: &Stage) -> anyhow::Result<()> {

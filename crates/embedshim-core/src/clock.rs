@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-/// Nanoseconds on `CLOCK_BOOTTIME`: since boot, suspension included, the same for every process
-/// (time namespaces aside).
+/// Nanoseconds on `CLOCK_BOOTTIME`: since boot, suspension included, the same for every process of
+/// one time namespace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct BootTime(pub u64);

@@ -25,7 +25,8 @@ const PIDFS_MAGIC: FsType = FsType(0x5049_4446);
 pub struct ProcessIdentity {
     /// The thread-group id in the observer's pid namespace.
     pub pid: i32,
-    /// Field 22 of `/proc/PID/stat`: start time in clock ticks (1/100 s) since boot.
+    /// Field 22 of `/proc/PID/stat`: start time in clock ticks (1/100 s) since boot, as
+    /// the time namespace of the reader has it.
     pub start_ticks: u64,
     /// The pidfs inode number, where the kernel has pidfs (6.9).
     pub inode: Option<u64>,

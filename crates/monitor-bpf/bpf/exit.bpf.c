@@ -50,12 +50,14 @@ struct {
 	__type(value, struct exit_record);
 } exited SEC(".maps");
 
-/* The daemon's pid namespace; 0 for the initial one. Set before loading, as are the next two. */
+/* The daemon's pid namespace; 0 for the initial one. Set before loading, as is the rest. */
 const volatile __u32 pid_namespace = 0;
 /* Before 5.8 there is no bpf_ktime_get_boot_ns(): then the verifier finds its call unreachable. */
 const volatile __u32 has_boot_clock = 1;
 /* And time asleep until the loading, in nanoseconds, is added to the monotonic clock. */
 const volatile __u64 asleep_ns = 0;
+/* The daemon's boot clock is ahead of the kernel's, in its time namespace; may wrap around. */
+const volatile __u64 boot_offset_ns = 0;
 
 /* The process's number as the daemon knows it; 0 if it is in none of the daemon's namespaces. */
 static __always_inline __u32 number_of(struct task_struct *task, struct signal_struct *signal)
@@ -82,7 +84,7 @@ static __always_inline __u32 number_of(struct task_struct *task, struct signal_s
 	return 0;
 }
 
-/* On the boot clock. */
+/* On the kernel's boot clock. */
 static __always_inline __u64 start_time(struct task_struct *leader)
 {
 	struct task_struct___before_5_5 *older = (void *)leader;
@@ -126,13 +128,15 @@ static __always_inline int record_once(struct task_struct *task)
 		return 0;
 	/* An execve() by another thread makes that thread the leader, with the old leader's start time. */
 	leader = BPF_CORE_READ(task, group_leader);
-	record.start_ticks = start_time(leader) / NS_PER_TICK;
+	/* As timens_add_boottime_ns() does before the kernel prints field 22. */
+	record.start_ticks = (start_time(leader) + boot_offset_ns) / NS_PER_TICK;
 	if (record.start_ticks != *start_ticks)
 		return 0; /* another process with a tracked number that is free again */
 	if (has_boot_clock)
 		record.at_boot_ns = bpf_ktime_get_boot_ns();
 	else
 		record.at_boot_ns = bpf_ktime_get_ns() + asleep_ns;
+	record.at_boot_ns += boot_offset_ns;
 	if (BPF_CORE_READ(signal, flags) & SIGNAL_GROUP_EXIT) {
 		/* As in wait_task_zombie(): without that flag the group's code does not count. */
 		record.wait_status = (__u32)rebooted_by(signal);

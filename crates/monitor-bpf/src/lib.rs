@@ -31,12 +31,15 @@
 
 #![allow(clippy::doc_markdown, reason = "capability names are words here")]
 
+mod clocks;
 mod loader;
 mod maps;
 mod monitor;
 mod pins;
 mod probe;
 mod program;
+mod proof;
+mod sys;
 
 pub use loader::Loader;
 pub use monitor::{BpfConfig, BpfMonitor};

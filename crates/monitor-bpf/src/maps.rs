@@ -6,9 +6,10 @@ use embedshim_core::clock::BootTime;
 use embedshim_core::exit::ExitStatus;
 use embedshim_core::process::ProcessIdentity;
 
-/// The program's constants in their section: offset and size of `pid_namespace`, `has_boot_clock` and `asleep_ns`.
+/// The program's constants in their section: offset and size of `pid_namespace`, `has_boot_clock`,
+/// `asleep_ns` and `boot_offset_ns`.
 #[cfg(feature = "libbpf")]
-pub(crate) const GLOBALS: [(usize, usize); 3] = [(0, 4), (4, 4), (8, 8)];
+pub(crate) const GLOBALS: [(usize, usize); 4] = [(0, 4), (4, 4), (8, 8), (16, 8)];
 /// `struct exit_record` of the program: start ticks, boot-clock nanoseconds, wait status.
 type RawRecord = [u64; 3];
 
@@ -54,6 +55,11 @@ impl Maps {
     /// The numbers of all recorded exits.
     pub(crate) fn recorded(&self) -> Vec<u32> {
         self.exited.keys().filter_map(Result::ok).collect()
+    }
+
+    /// Whether there is anything under this number.
+    pub(crate) fn knows(&self, number: u32) -> bool {
+        self.tracked.get(&number, 0).is_ok() || self.exited.get(&number, 0).is_ok()
     }
 
     /// From here on the exit of this process is recorded.

@@ -63,8 +63,8 @@ impl BpfMonitor {
         Ok(Self::with(program, readiness, Survives::Everything))
     }
 
-    /// Takes over the program pinned by a predecessor of the same version; `None` if there is none. It records at this moment, so there is
-    /// nothing to probe for, which would take a new daemon longer than everything else it does.
+    /// Takes over the program pinned by a predecessor of the same version; `None` if there is none. That it records is
+    /// shown by the exit of a child; there is nothing else to probe for, which would take a new daemon longer than everything else it does.
     pub fn resume(config: &BpfConfig, readiness: Arc<dyn ExitMonitor>) -> Option<Self> {
         let program = Program::resume(&Pins::new(&config.pin_dir), config.capacity)?;
         Some(Self::with(program, readiness, Survives::Everything))

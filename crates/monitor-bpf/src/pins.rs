@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FsType, statfs};
 
+use crate::clocks::Offsets;
 use crate::loader::{OBJECT, PROGRAMS, own_pid_namespace};
 
 /// Where bpffs is expected.
@@ -97,10 +98,11 @@ impl Pins {
         self.directory.join("exited")
     }
 
-    /// Of this very program's copies: another version, or one for another pid namespace, has other names, so that both can be there
-    /// while one replaces the other.
+    /// Of this very program's copies: another version, or one for another pid or time namespace, has
+    /// other names, so that both can be there while one replaces the other.
     pub(crate) fn links(&self) -> Vec<PathBuf> {
         let version = fnv1a(OBJECT) ^ u64::from(own_pid_namespace());
+        let version = version ^ Offsets::own().boot().rotate_left(32);
         let name = |copy| format!("{LINK}{version:016x}-{copy}");
         (1..=PROGRAMS.len())
             .map(|copy| self.directory.join(name(copy)))

@@ -1,4 +1,5 @@
-//! What this machine allows of BPF, found out by loading, attaching and pinning for real, and taking it all back.
+//! What this machine allows of BPF, found out by loading, attaching, recording an exit and pinning for real, and
+//! taking it all back.
 
 use std::error::Error;
 use std::path::Path;
@@ -30,28 +31,29 @@ pub fn probe(wanted: &BpfConfig, readiness: Survives) -> Availability {
     } else {
         Ok(())
     };
-    let attached: Tried = program
-        .as_ref()
-        .map(|_| ())
-        .map_err(|error| (chain(error), remedy(error)));
+    let not_tried = || Err(("not tried: the program cannot be loaded".into(), None));
+    let (attached, recorded): (Tried, Tried) = match &program {
+        Ok(_) => (Ok(()), Ok(())),
+        Err(error @ OpenError::RecordsNothing(_)) => (Ok(()), Err((chain(error), None))),
+        Err(error) => (Err((chain(error), remedy(error))), not_tried()),
+    };
     let pinned: Tried = match program {
         Ok(program) => try_pinning(program, &wanted.pin_dir),
-        Err(_) => Err(("not tried: the program cannot be loaded".into(), None)),
+        Err(OpenError::RecordsNothing(_)) => Err(("not tried: it would be of no use".into(), None)),
+        Err(_) => not_tried(),
     };
-    let verdict = match (&attached, &pinned) {
-        (Err((why, _)), _) => Err(why.clone()),
-        (Ok(()), pinned) => {
-            let survives = if pinned.is_ok() {
-                Survives::Everything
-            } else {
-                readiness
-            };
-            Ok(Guarantees {
-                survives,
-                others: Exactness::Always,
-                exact_time: true,
-            })
-        }
+    let survives = if pinned.is_ok() {
+        Survives::Everything
+    } else {
+        readiness
+    };
+    let verdict = match (&attached, &recorded) {
+        (Err((why, _)), _) | (_, Err((why, _))) => Err(why.clone()),
+        (Ok(()), Ok(())) => Ok(Guarantees {
+            survives,
+            others: Exactness::Always,
+            exact_time: true,
+        }),
     };
     let remedies = [&attached, &pinned]
         .into_iter()
@@ -59,7 +61,7 @@ pub fn probe(wanted: &BpfConfig, readiness: Survives) -> Availability {
         .collect();
     let room: Tried = match &attached {
         Ok(()) => Ok(()),
-        Err(_) => Err(("not tried: the program cannot be loaded".into(), None)),
+        Err(_) => not_tried(),
     };
     let purpose = format!("room for {} watched processes", wanted.capacity);
     let features = vec![
@@ -67,6 +69,12 @@ pub fn probe(wanted: &BpfConfig, readiness: Survives) -> Availability {
         Feature::tried("raw tracepoint", "4.17", "to see every exit", attached),
         Feature::tried("hash maps", "4.6", &purpose, room),
         Feature::tried("bpf_ktime_get_boot_ns", "5.8", "the time of an exit", clock),
+        Feature::tried(
+            "record of an exit",
+            "5.2",
+            "to know how a process ended",
+            recorded,
+        ),
         Feature::tried("pinned link", "5.7", "to record while nobody runs", pinned),
     ];
     Availability {

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 use crate::loader::{self, Link, LoadError, Loader, Plan};
 use crate::maps::Maps;
 use crate::pins::Pins;
+use crate::proof::{self, Proof};
 
 /// Where the kernel describes its types (5.2, `CONFIG_DEBUG_INFO_BTF`).
 pub(crate) const OWN_BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -36,6 +37,9 @@ pub enum OpenError {
     /// The kernel refused the program or a map; the message has its reason.
     #[error("the kernel does not take the BPF program")]
     Refused(#[source] LoadError),
+    /// It is attached, and the exit of a child of ours was not recorded.
+    #[error("exits are not recorded here: {0}")]
+    RecordsNothing(String),
     /// A directory or pin below bpffs.
     #[error("cannot {doing} {path}", path = .path.display())]
     Pin {
@@ -135,8 +139,17 @@ impl Program {
         });
         let loaded = loaded.map_err(|error| refused(error, how.btf.is_some()))?;
         let maps = Maps::new(loaded.tracked, loaded.exited);
+        let mut maps = maps.map_err(|error| refused(error.into(), true))?;
+        match proof::records_an_exit(&mut maps) {
+            Proof::Recorded => {}
+            // A predecessor's maps may be full, which is no reason to record nothing.
+            Proof::NotTried(why) if pins.is_some() => warn!("the BPF program is not tried: {why}"),
+            Proof::NotRecorded(why) | Proof::NotTried(why) => {
+                return Err(OpenError::RecordsNothing(why));
+            }
+        }
         Ok(Self {
-            maps: maps.map_err(|error| refused(error.into(), true))?,
+            maps,
             has_boot_clock: plan.has_boot_clock,
             links: loaded.links,
         })
@@ -164,7 +177,7 @@ impl Program {
         };
         let found = MapData::from_pin(pins.tracked())
             .and_then(|tracked| Maps::new(tracked, MapData::from_pin(pins.exited())?));
-        let maps = match found {
+        let mut maps = match found {
             Ok(maps) => maps,
             Err(error) => return Ok(unusable(pins, &error)),
         };
@@ -184,6 +197,9 @@ impl Program {
                 configured = capacity,
                 "the BPF maps keep their capacity as long as processes are watched"
             );
+        }
+        if let Proof::NotRecorded(why) = proof::records_an_exit(&mut maps) {
+            return Ok(unusable(pins, &io::Error::other(why)));
         }
         info!(pins = %pins.directory().display(), "took over the pinned BPF program");
         Ok(Some(Self {

@@ -1,4 +1,4 @@
-//! What a guest is made of: busybox, the test programs with the libraries they are linked to, runc and crun, and an init that runs
+//! What a guest is made of: busybox, the test programs with the libraries they are linked to, runc, crun and unshare, and an init that runs
 //! them and says on the console how it went. No disk, no network, no modules.
 
 use std::collections::BTreeSet;
@@ -82,10 +82,11 @@ pub(super) fn build(binaries: &Path) -> anyhow::Result<PathBuf> {
         libraries.extend(libraries_of(program)?);
     }
     image::compile_shapes(&root.join("tests/shapes"))?;
-    for runtime in ["runc", "crun"] {
-        let program = find_on_path(runtime).with_context(|| format!("{runtime} is needed"))?;
+    // busybox's unshare has no time namespaces.
+    for name in ["runc", "crun", "unshare"] {
+        let program = find_on_path(name).with_context(|| format!("{name} is needed"))?;
         let program = fs::canonicalize(program)?;
-        fs::copy(&program, root.join("usr/bin").join(runtime))?;
+        fs::copy(&program, root.join("usr/bin").join(name))?;
         libraries.extend(libraries_of(&program)?);
     }
     for library in libraries {

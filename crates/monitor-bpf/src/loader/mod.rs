@@ -8,11 +8,9 @@ mod with_libbpf;
 use std::error::Error;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use aya::include_bytes_aligned;
 use aya::maps::MapData;
-use nix::time::{ClockId, clock_gettime};
 
 use crate::pins::Pins;
 
@@ -104,14 +102,4 @@ pub(crate) fn own_pid_namespace() -> u32 {
     } else {
         u32::try_from(inode).unwrap_or(0)
     }
-}
-
-/// How long this machine has slept since it was booted: what the boot clock is ahead of the monotonic one.
-fn asleep() -> Duration {
-    let now = |clock| clock_gettime(clock).map(Duration::from).unwrap_or_default();
-    now(ClockId::CLOCK_BOOTTIME).saturating_sub(now(ClockId::CLOCK_MONOTONIC))
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

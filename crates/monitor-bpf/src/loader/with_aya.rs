@@ -6,14 +6,13 @@ use aya::maps::{Map, MapData};
 use aya::programs::RawTracePoint;
 use aya::{Btf, Ebpf, EbpfLoader};
 
-use super::{
-    Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, asleep, nanoseconds,
-    own_pid_namespace,
-};
+use super::{Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, own_pid_namespace};
+use crate::clocks::Offsets;
 
 pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
     let (namespace, has_boot_clock) = (own_pid_namespace(), u32::from(plan.has_boot_clock));
-    let asleep = nanoseconds(asleep());
+    let offsets = Offsets::own();
+    let (asleep, boot_offset) = (offsets.asleep(), offsets.boot());
     let btf = plan
         .btf
         .map(|path| Btf::parse_file(path, aya::Endianness::default()))
@@ -24,7 +23,8 @@ pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
         .map_max_entries("exited", plan.capacity)
         .override_global("pid_namespace", &namespace, true)
         .override_global("has_boot_clock", &has_boot_clock, true)
-        .override_global("asleep_ns", &asleep, true);
+        .override_global("asleep_ns", &asleep, true)
+        .override_global("boot_offset_ns", &boot_offset, true);
     if btf.is_some() {
         loader.btf(btf.as_ref());
     }

@@ -7,10 +7,8 @@ use aya::maps::MapData;
 use libbpf_rs::{MapCore, ObjectBuilder, OpenMapMut, OpenObject, PrintLevel, set_print};
 use tracing::{debug, warn};
 
-use super::{
-    Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, asleep, nanoseconds,
-    own_pid_namespace,
-};
+use super::{Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, own_pid_namespace};
+use crate::clocks::Offsets;
 use crate::maps::GLOBALS;
 
 pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
@@ -83,10 +81,12 @@ fn set_globals(object: &mut OpenObject, plan: &Plan<'_>) -> Result<(), LoadError
     let bytes = globals
         .initial_value_mut()
         .ok_or_else(|| missing(".rodata"))?;
+    let offsets = Offsets::own();
     let values = [
         u64::from(own_pid_namespace()),
         u64::from(plan.has_boot_clock),
-        nanoseconds(asleep()),
+        offsets.asleep(),
+        offsets.boot(),
     ];
     for ((offset, size), value) in GLOBALS.into_iter().zip(values) {
         let value = value.to_ne_bytes();
