@@ -6,7 +6,7 @@ use embedshim_core::exit::{ExitStatus, Watched};
 use embedshim_core::process::Process;
 
 use crate::backends::{Kind, Place, next};
-use crate::subject::{Family, program};
+use crate::subject::{Family, check_status, program};
 use crate::{Check, checks, old_kernels};
 
 /// Every shape of `shapes.c`, with the signal its parent sends once it has begun to end, if any.
@@ -56,10 +56,11 @@ const OF_INITS: [(&[&str], Option<i32>); 14] = [
 ];
 const ROUNDS: usize = 3;
 
-pub(crate) fn checks() -> [Check; 5] {
+pub(crate) fn checks() -> [Check; 6] {
     checks!(|_| true;
         every_shape_of_an_exit_is_what_the_parent_sees,
         a_process_in_a_pid_namespace_of_its_own_is_known_by_our_number,
+        a_zombie_in_or_out_of_a_pid_namespace_shows_what_its_parent_will_see,
         an_exit_before_or_during_the_watch_is_told_once,
         our_own_children_are_exact_and_reaped,
         a_process_that_is_traced_by_another_is_right_or_refused,
@@ -89,6 +90,28 @@ async fn every_shape_of_an_exit_is_what_the_parent_sees(kind: Kind) {
 
 async fn a_process_in_a_pid_namespace_of_its_own_is_known_by_our_number(kind: Kind) {
     play(kind, "nested", &OF_INITS).await;
+}
+
+/// As long as the parent has not waited, the status is there to be known.
+async fn a_zombie_in_or_out_of_a_pid_namespace_shows_what_its_parent_will_see(kind: Kind) {
+    let place = Place::new();
+    let monitor = place.open(kind);
+    let roles = [("parent", SHAPES.as_slice()), ("nested", &OF_INITS)];
+    for (role, shapes) in roles {
+        for (shape, signal) in shapes {
+            let mut family = Family::new(role, 1, shape);
+            monitor.watch(Arc::clone(family.first())).await.unwrap();
+            family.let_go();
+            if let Some(signal) = signal {
+                family.signal(*signal);
+            }
+            let record = next(&monitor, 1).await.remove(0);
+            let verdict = family.verdicts()[0];
+            check_status(&record, verdict, monitor.guarantees(), shape[0]);
+            assert!(record.status.is_known(), "{role} {shape:?}: {record:?}");
+            monitor.confirm(record.process).await.unwrap();
+        }
+    }
 }
 
 /// The end comes at any moment around the watch: it is told by the watch itself or afterwards, never twice, never not.

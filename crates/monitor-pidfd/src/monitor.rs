@@ -150,16 +150,16 @@ impl PidfdMonitor {
     /// written its status down, the zombie still tells our successor.
     fn record(&self, process: &Arc<Process>) -> ExitRecord {
         let at = BootTime::now();
-        let (status, evidence) = status::of_ended(process);
+        let ended = status::of_ended(process);
         let identity = process.identity();
-        if evidence == Evidence::Wait {
+        if ended.is_our_zombie {
             self.watches().zombies.insert(identity, Arc::clone(process));
         }
         ExitRecord {
             process: identity,
-            status,
+            status: ended.status,
             at,
-            evidence,
+            evidence: ended.evidence,
         }
     }
 

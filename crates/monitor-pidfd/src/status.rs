@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io;
+use std::sync::LazyLock;
 
 use embedshim_core::exit::{Evidence, ExitStatus, UnknownReason};
 use embedshim_core::process::{Process, parse_stat_field};
+use nix::sys::utsname::uname;
 use tracing::debug;
 
 use crate::sys::{self, Target, Zombie};
@@ -13,12 +15,47 @@ use crate::sys::{self, Target, Zombie};
 const START_TIME: usize = 22;
 const EXIT_CODE: usize = 52;
 
+/// How a process ended, and who says so.
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) evidence: Evidence,
+    /// It is our child, a zombie until it is reaped.
+    pub(crate) is_our_zombie: bool,
+}
+
+/// The kernel shows the group's status of a zombie that stays one. Before 5.17, waitid(2) with WNOWAIT and field 52 of
+/// `/proc/PID/stat` have the main thread's own.
+static ZOMBIES_SHOW_THE_GROUP: LazyLock<bool> = LazyLock::new(|| {
+    let release = uname().map(|found| found.release().to_string_lossy().into_owned());
+    release.is_ok_and(|release| is_at_least(&release, (5, 17)))
+});
+
+fn is_at_least(release: &str, wanted: (u32, u32)) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= wanted,
+        _ => false,
+    }
+}
+
 /// The status of a process whose pidfd is readable.
-pub(crate) fn of_ended(process: &Process) -> (ExitStatus, Evidence) {
-    let known = |raw, evidence| (ExitStatus::from_wait_status(raw), evidence);
+pub(crate) fn of_ended(process: &Process) -> Ended {
+    let known = |raw, evidence| Ended {
+        status: ExitStatus::from_wait_status(raw),
+        evidence,
+        is_our_zombie: false,
+    };
     // Our child. It stays a zombie, which is all there is of its status until somebody has written that down.
     if let Some(raw) = logged("waitid", process, wait(process, Zombie::Stays)) {
-        return known(raw, Evidence::Wait);
+        let evidence = if *ZOMBIES_SHOW_THE_GROUP {
+            Evidence::Wait
+        } else {
+            Evidence::Zombie
+        };
+        return Ended {
+            is_our_zombie: true,
+            ..known(raw, evidence)
+        };
     }
     // Before what the kernel keeps, which is right almost always only.
     if let Some(raw) = of_zombie(process) {
@@ -27,12 +64,13 @@ pub(crate) fn of_ended(process: &Process) -> (ExitStatus, Evidence) {
     if let Some(raw) = exit_info(process) {
         return known(raw, Evidence::PidfdInfo);
     }
-    (
-        ExitStatus::Unknown {
+    Ended {
+        status: ExitStatus::Unknown {
             reason: UnknownReason::NotOurChild,
         },
-        Evidence::None,
-    )
+        evidence: Evidence::None,
+        is_our_zombie: false,
+    }
 }
 
 /// Reaps our child, if it is that and has ended.
@@ -85,4 +123,19 @@ fn logged(call: &'static str, process: &Process, result: io::Result<Option<i32>>
         debug!(call, pid = process.identity().pid, %error, "does not tell the exit status");
         None
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_are_compared_as_numbers() {
+        for new in ["5.17.0", "5.17-rc1", "6.1.0-32-amd64", "10.0.1"] {
+            assert!(is_at_least(new, (5, 17)), "{new}");
+        }
+        for old in ["5.10.0-32-cloud-amd64", "5.9", "4.19.0", "", "five"] {
+            assert!(!is_at_least(old, (5, 17)), "{old}");
+        }
+    }
 }

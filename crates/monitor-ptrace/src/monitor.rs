@@ -49,8 +49,11 @@ impl PtraceMonitor {
     }
 
     async fn improve(&self, mut record: ExitRecord) -> ExitRecord {
-        // The kernel's own memory of it can be the main thread's code: see Evidence::PidfdInfo.
-        let is_better = matches!(record.evidence, Evidence::PidfdInfo | Evidence::None);
+        // Those can have the main thread's code: see Evidence::Zombie and Evidence::PidfdInfo.
+        let is_better = matches!(
+            record.evidence,
+            Evidence::Zombie | Evidence::PidfdInfo | Evidence::None
+        );
         if is_better && let Some(status) = self.tracer.status(record.process).await {
             (record.status, record.evidence) = (status, Evidence::Ptrace);
         }
