@@ -13,15 +13,16 @@ use containerd_shim_protos::shim::oci::Options;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test, binary_name, options, write_program};
 use nix::sys::signal::Signal;
 use xtask::image;
-use xtask::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
+use xtask::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     a_runtime_that_says_much_is_read_to_the_end,
     a_reason_over_several_lines_reaches_the_client,
     fields_that_are_null_are_as_fields_that_are_missing,
     a_probe_whose_reader_has_gone_does_not_panic,
+    a_container_that_is_frozen_before_it_takes_a_sigkill_ends,
     an_update_that_the_runtime_does_not_read_ends_at_the_deadline,
     an_explicit_systemd_cgroup_option_beats_the_cgroup_parents_form,
     a_cgroup_parent_of_systemd_form_starts_as_with_runc_v2,
@@ -107,6 +108,43 @@ fn a_probe_whose_reader_has_gone_does_not_panic(stage: &Stage) -> anyhow::Result
     let whole = Running::capture(probe.args(["probe", "--json"]))?.finish(PATIENCE)?;
     serde_json::from_str::<serde_json::Value>(&whole.stdout)?;
     Ok(())
+}
+
+/// The freeze of this runtime is done before the init takes the signal that it is sent. In cgroup version 1 it stays pending.
+fn a_container_that_is_frozen_before_it_takes_a_sigkill_ends(stage: &Stage) -> anyhow::Result<()> {
+    if !Path::new("/sys/fs/cgroup/freezer").is_dir() {
+        eprintln!("skipped, because there is no freezer of cgroup version 1");
+        return Ok(());
+    }
+    let (sandbox, shim) = start(stage)?;
+    let runtime = sandbox.directory().join("late");
+    let text = "#!/bin/sh\ncase \" $* \" in *' pause '*)\n\
+                pid=$(cat init.pid)\n\
+                state=/sys/fs/cgroup/freezer$(sed -n 's/^[0-9]*:freezer://p' /proc/$pid/cgroup)/freezer.state\n\
+                echo FROZEN >$state\nuntil [ \"$(cat $state)\" = FROZEN ]; do :; done\nkill -9 $pid\nexit 0;; esac\n\
+                exec runc \"$@\"\n";
+    write_program(&runtime, text)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let before = Footprint::of(&sandbox);
+    shim.create_with("c", bundle.path(), |request| {
+        request.options = binary_name(&runtime);
+    })?;
+    shim.start("c")?;
+    let pause = api::PauseRequest {
+        id: "c".into(),
+        ..api::PauseRequest::default()
+    };
+    let paused = shim.tasks.pause(shim.metadata(), &pause);
+    let refusal = paused.map_or_else(|error| error.to_string(), |_| "paused".into());
+    ensure!(
+        refusal.contains("cannot pause a stopped container"),
+        "{refusal}"
+    );
+    until("it has ended", || {
+        Ok(shim.state("c")?.status() == api::Status::STOPPED)
+    })?;
+    ensure!(shim.delete("c")? == 137, "not 137");
+    before.wait_for_return(&sandbox)
 }
 
 /// A document that does not fit into a pipe, for a runtime that does not take it.

@@ -55,3 +55,113 @@ impl Cgroup {
 fn is_frozen(directory: &Path) -> bool {
     fs::read_to_string(directory.join(STATE)).is_ok_and(|state| state.trim() != THAWED)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::process::{Child, Command};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    const ROOT: &str = "/sys/fs/cgroup/freezer";
+
+    /// A cgroup with one below it and a process in each, gone when it is dropped.
+    struct Two {
+        directories: [PathBuf; 2],
+        children: [Child; 2],
+    }
+
+    impl Two {
+        fn new(name: &str) -> Self {
+            let own = Path::new(ROOT).join(format!("embedshim-{name}-{}", std::process::id()));
+            let directories = [own.clone(), own.join("below")];
+            let children = directories.each_ref().map(|directory| {
+                fs::create_dir_all(directory).unwrap();
+                let child = Command::new("sleep").arg("1000").spawn().unwrap();
+                fs::write(directory.join("cgroup.procs"), child.id().to_string()).unwrap();
+                child
+            });
+            Self {
+                directories,
+                children,
+            }
+        }
+
+        fn cgroup(&self) -> Cgroup {
+            let freezer = ("freezer".to_owned(), self.directories[0].clone());
+            Cgroup::V1(BTreeMap::from([freezer]))
+        }
+
+        fn freeze(&self) {
+            for directory in &self.directories {
+                fs::write(directory.join(STATE), "FROZEN").unwrap();
+            }
+        }
+
+        fn ends(child: &mut Child) -> bool {
+            let give_up = Instant::now() + Duration::from_secs(20);
+            while child.try_wait().unwrap().is_none() {
+                if Instant::now() > give_up {
+                    return false;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            true
+        }
+    }
+
+    impl Drop for Two {
+        fn drop(&mut self) {
+            self.cgroup().thaw();
+            for child in &mut self.children {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            for directory in self.directories.iter().rev() {
+                let _ = fs::remove_dir(directory);
+            }
+        }
+    }
+
+    fn has_freezer() -> bool {
+        let is_there = Path::new(ROOT).is_dir();
+        if !is_there {
+            eprintln!("skipped, because there is no freezer of cgroup version 1");
+        }
+        is_there
+    }
+
+    #[test]
+    fn what_was_killed_in_frozen_cgroups_ends_when_they_are_thawed() {
+        if !has_freezer() {
+            return;
+        }
+        let mut two = Two::new("thaw");
+        two.freeze();
+        for child in &mut two.children {
+            child.kill().unwrap();
+        }
+        two.cgroup().thaw();
+        assert!(two.children.iter_mut().all(Two::ends));
+    }
+
+    #[test]
+    fn a_killed_process_is_taken_out_of_the_freezer_and_no_other() {
+        if !has_freezer() {
+            return;
+        }
+        let mut two = Two::new("release");
+        two.freeze();
+        let [other, killed] = &mut two.children;
+        killed.kill().unwrap();
+        let cgroup = Cgroup::V1(BTreeMap::from([(
+            "freezer".to_owned(),
+            two.directories[0].clone(),
+        )]));
+        cgroup.release_killed(i32::try_from(killed.id()).unwrap());
+        assert!(Two::ends(killed));
+        assert!(other.try_wait().unwrap().is_none());
+        assert!(two.directories.iter().all(|directory| is_frozen(directory)));
+    }
+}
