@@ -14,6 +14,7 @@ mod checkpoint;
 mod containers;
 mod control;
 mod creations;
+mod docker;
 mod embedding;
 mod events;
 mod exits;
@@ -119,29 +120,44 @@ fn main() -> ExitCode {
     let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
     let is_other = std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").is_some();
     let is_unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    let fits = |test: &&Test| match test.scope {
+    let fits = |test: &Test| match test.scope {
         Scope::AnyRuntime => true,
         Scope::EmbedshimOnly => runtime == EMBEDSHIM,
         Scope::OtherContainerd => is_other && runtime == EMBEDSHIM,
         Scope::UnifiedCgroups => is_unified && runtime == EMBEDSHIM,
     };
-    let is_root = nix::unistd::geteuid().is_root();
+    let no_root = (!nix::unistd::geteuid().is_root()).then_some("containers need root");
+    let no_docker = embedshim_tests::docker()
+        .is_none()
+        .then_some("Docker is not fetched (cargo xtask setup)");
+    let with_all = std::env::var_os("EMBEDSHIM_TEST_CLIENTS").is_some();
+    let docker = [
+        docker::life::TESTS.as_slice(),
+        &docker::options::OURS,
+        &docker::survival::TESTS,
+        &docker::survival::OURS,
+    ];
+    let in_full = if with_all {
+        docker::options::IN_FULL.as_slice()
+    } else {
+        &[]
+    };
+    let docker = docker.concat().into_iter().chain(in_full.iter().copied());
     let stage: Arc<OnceLock<Result<Stage, String>>> = Arc::default();
-    let trials = all
-        .concat()
-        .iter()
-        .filter(fits)
-        .map(|test| trial(*test, &stage, is_root))
-        .collect();
+    let all = all.concat().into_iter().filter(fits);
+    let all = all.map(|test| trial(test, &stage, no_root));
+    let docker = docker.filter(fits);
+    let docker = docker.map(|test| trial(test, &stage, no_root.or(no_docker)));
+    let trials = all.chain(docker).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     clean_up_all();
     conclusion.exit_code()
 }
 
-fn trial(test: Test, stage: &Arc<OnceLock<Result<Stage, String>>>, is_root: bool) -> Trial {
+fn trial(test: Test, stage: &Arc<OnceLock<Result<Stage, String>>>, missing: Option<&str>) -> Trial {
     let name = test.name.trim_start_matches("end_to_end::").to_owned();
-    if !is_root {
-        let name = format!("{name} (skipped, because containers need root)");
+    if let Some(missing) = missing {
+        let name = format!("{name} (skipped, because {missing})");
         return Trial::test(name, || Ok(())).with_ignored_flag(true);
     }
     let stage = Arc::clone(stage);

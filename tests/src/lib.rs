@@ -2,6 +2,7 @@
 //! `end_to_end/`.
 
 mod cri;
+mod docker;
 mod ends;
 mod footprint;
 mod listener;
@@ -10,9 +11,10 @@ mod stage;
 mod streaming;
 
 pub use cri::{Cri, Executed, Namespaces, Pod};
+pub use docker::{Docker, DockerSetup, runtime_path, runtime_type};
 pub use ends::{Reader, ensure_counted, on_a_terminal, writer};
 pub use footprint::Footprint;
 pub use listener::{Heard, Listener};
 pub use shim::{Bundle, Shim, binary_name, options, write_program};
-pub use stage::{Scope, Stage, Test};
+pub use stage::{Scope, Stage, Test, docker};
 pub use streaming::Streaming;

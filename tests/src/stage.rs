@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use xtask::engines::Engine;
 use xtask::image;
 use xtask::products::{self, Profile};
+use xtask::releases::Release;
 use xtask::sandbox::{EMBEDSHIM, Sandbox};
 
 /// What a test needs to begin.
@@ -102,6 +104,11 @@ impl Stage {
         })
     }
 
+    /// The root file system in it, as an archive without anything around it.
+    pub fn layer(&self) -> PathBuf {
+        self.archive().with_file_name("layer.tar")
+    }
+
     /// Where our binaries are.
     pub fn binary(&self, name: &str) -> PathBuf {
         self.binaries.join(name)
@@ -119,5 +126,13 @@ impl Stage {
     /// The runtime under test.
     pub fn runtime(&self) -> &str {
         &self.runtime
+    }
+}
+
+/// Docker, if it was fetched: that of `EMBEDSHIM_TEST_DOCKER`, or Debian 12's.
+pub fn docker() -> Option<Engine> {
+    match std::env::var_os("EMBEDSHIM_TEST_DOCKER") {
+        Some(root) => Path::new(&root).is_dir().then(|| Engine::at(root.into())),
+        None => Engine::fetched(Release::Installed),
     }
 }

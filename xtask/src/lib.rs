@@ -2,6 +2,7 @@
 //! spot, and a private containerd. Depends on nothing of the product, so that it can install what building that needs.
 
 pub mod chaos;
+pub mod engines;
 pub mod image;
 pub mod machine;
 pub mod products;

@@ -53,7 +53,7 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = xtask::sandbox::clean_up_on_signals().and_then(|()| match &cli.command {
-        Command::Setup => xtask::machine::prepare(),
+        Command::Setup => suite::set_up(),
         Command::Demo => demo::run(),
         Command::Test(options) => suite::run(options),
         Command::Chaos(options) => chaos::run(options),

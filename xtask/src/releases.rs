@@ -15,6 +15,8 @@ const MIRROR: &str = "http://deb.debian.org/debian";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// What containerd's programs are linked to is in the second package.
 const CONTAINERD: [&str; 2] = ["containerd", "libc6"];
+/// The file that says that a directory of the cache has everything.
+const COMPLETE: &str = "complete";
 const CONTAINERD_PROGRAMS: [&str; 3] = [
     "usr/bin/containerd",
     "usr/bin/ctr",
@@ -128,7 +130,15 @@ impl Suite {
     pub fn download_and_unpack(&self, package: &str) -> anyhow::Result<PathBuf> {
         let directory = self.cache.join("unpacked");
         let _ = fs::remove_dir_all(&directory);
+        self.download_and_extract(package, &directory)?;
+        Ok(directory)
+    }
+
+    fn download_and_extract(&self, package: &str, into: &Path) -> anyhow::Result<()> {
+        let directory = self.cache.join("download");
+        let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory)?;
+        fs::create_dir_all(into)?;
         let mut apt = Command::new("apt-get");
         apt.args(self.options())
             .args(["--quiet", "download", package]);
@@ -137,9 +147,9 @@ impl Suite {
             run(Command::new("dpkg-deb")
                 .arg("--extract")
                 .arg(file.path())
-                .arg(&directory))?;
+                .arg(into))?;
         }
-        Ok(directory)
+        Ok(fs::remove_dir_all(&directory)?)
     }
 
     fn update(&self) -> anyhow::Result<()> {
@@ -170,14 +180,52 @@ impl Suite {
         arguments.to_vec()
     }
 
+    /// Fetches these packages alone, verified by apt, for programs that run with this machine's own
+    /// libraries; returns the directory that they are unpacked in. What is there is not fetched again.
+    pub fn unpack(&self, packages: &[&str]) -> anyhow::Result<PathBuf> {
+        let directory = self.unpacked();
+        let _one_at_a_time = self.lock()?;
+        if self.is_unpacked() {
+            return Ok(directory);
+        }
+        println!(
+            "Fetching {} of Debian {} into {}",
+            packages.join(", "),
+            self.suite,
+            self.cache.display()
+        );
+        self.update()?;
+        for package in packages {
+            self.download_and_extract(package, &directory)
+                .with_context(|| format!("cannot fetch {package} of Debian {}", self.suite))?;
+        }
+        fs::write(directory.join(COMPLETE), "")?;
+        Ok(directory)
+    }
+
+    /// Where [`Suite::unpack`] puts them.
+    pub fn unpacked(&self) -> PathBuf {
+        self.cache.join("packages")
+    }
+
+    /// Whether [`Suite::unpack`] has nothing to fetch.
+    pub fn is_unpacked(&self) -> bool {
+        self.unpacked().join(COMPLETE).exists()
+    }
+
+    /// Tests run in parallel, and each may be the first to ask.
+    fn lock(&self) -> anyhow::Result<fs::File> {
+        fs::create_dir_all(&self.cache)?;
+        let lock = fs::File::create(self.cache.join("lock"))?;
+        lock.lock()?;
+        Ok(lock)
+    }
+
     /// The directory with scripts that start these programs; what is not there yet is fetched.
     fn fetch(&self, packages: &[&str], programs: &[&str]) -> anyhow::Result<PathBuf> {
         let scripts = self.cache.join("bin");
-        // Tests run in parallel, and each may be the first to ask.
-        fs::create_dir_all(&self.cache)?;
-        let one_at_a_time = fs::File::create(self.cache.join("lock"))?;
-        one_at_a_time.lock()?;
-        if !scripts.join("complete").exists() {
+        let _one_at_a_time = self.lock()?;
+        if !scripts.join(COMPLETE).exists() {
             println!(
                 "Fetching {} of Debian {} into {}",
                 packages.join(", "),
@@ -187,7 +235,7 @@ impl Suite {
             self.download(packages)
                 .with_context(|| format!("cannot fetch packages of Debian {}", self.suite))?;
             self.wrap(programs, &scripts)?;
-            fs::write(scripts.join("complete"), "")?;
+            fs::write(scripts.join(COMPLETE), "")?;
         }
         Ok(scripts)
     }

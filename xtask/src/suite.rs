@@ -2,14 +2,24 @@
 //! (environment variable `CI`) counts as failed.
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
+use xtask::engines::Engine;
 use xtask::machine;
 use xtask::products::{self, Profile};
 use xtask::releases::Release;
 use xtask::sandbox::EMBEDSHIM;
+
+/// What `--clients` runs.
+const CLIENTS: &str = "docker::";
+/// The same, in full: for the end-to-end suite.
+const IN_FULL: [(&str, &str); 2] = [
+    ("EMBEDSHIM_TEST_CLIENTS", "1"),
+    ("EMBEDSHIM_TEST_DOCKER_RUNS", "200"),
+];
 
 /// The libbpf-rs loader goes through the conformance suite, too.
 const BOTH_LOADERS: &str = "embedshim-tests/libbpf";
@@ -23,6 +33,10 @@ pub(crate) struct Options {
     /// Run the end-to-end suite only, with this containerd; those of other releases are fetched
     #[arg(long, value_enum)]
     containerd: Option<Containerd>,
+    /// Run the tests with Docker only, in full (200 runs while the daemon is killed, checkpoints),
+    /// with Docker 20.10, 26.1 and 28.5, each with its release's containerd; --containerd takes one
+    #[arg(long)]
+    clients: bool,
     /// Run only tests whose name contains this
     filter: Option<String>,
 }
@@ -58,6 +72,20 @@ struct Counts {
     skipped: u32,
 }
 
+/// `cargo xtask setup`: what tests need, also what they can do without.
+pub(crate) fn set_up() -> anyhow::Result<()> {
+    machine::prepare()?;
+    fetch_docker(Release::Installed);
+    Ok(())
+}
+
+/// Docker of a release. Where it cannot be fetched, its tests are skipped.
+fn fetch_docker(release: Release) -> Option<Engine> {
+    Engine::fetch(release)
+        .inspect_err(|error| println!("Tests with Docker are skipped, because {error:#}"))
+        .ok()
+}
+
 /// Runs the tests.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     machine::prepare()?;
@@ -71,7 +99,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             .stdout(Stdio::piped());
         cargo
     };
-    if options.runtime.is_none() && options.containerd.is_none() {
+    if options.runtime.is_none() && options.containerd.is_none() && !options.clients {
+        fetch_docker(Release::Installed);
         // The same features as the binaries were built with, or they would be built anew without.
         let features = format!("{BOTH_LOADERS},{}", products::FAILPOINTS);
         let mut cargo = command(&["--workspace", "--all-targets", "--features", &features]);
@@ -82,13 +111,16 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         return verdict(targets.plus(documentation));
     }
     let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);
+    let default = if options.clients {
+        Containerd::All
+    } else {
+        Containerd::Installed
+    };
+    let clients = options.clients.then(|| CLIENTS.to_owned());
+    let filter = options.filter.clone().or(clients);
     let mut table = Vec::new();
     let mut sum = Counts::default();
-    for release in options
-        .containerd
-        .unwrap_or(Containerd::Installed)
-        .releases()
-    {
+    for release in options.containerd.unwrap_or(default).releases() {
         let mut cargo = command(&["--package", "embedshim-tests", "--test", "end_to_end"]);
         cargo.env("EMBEDSHIM_TEST_RUNTIME", runtime);
         if let Some(programs) = release.programs()? {
@@ -96,7 +128,17 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         }
         let version = release.version()?;
         println!("\ncontainerd {version}, {runtime}");
-        let counts = count(cargo.arg("--").args(&options.filter))?;
+        // Never that of another release instead.
+        let docker = fetch_docker(*release);
+        if let Some(engine) = &docker {
+            println!("Docker {}", engine.version()?);
+        }
+        let root = docker.as_ref().map(Engine::root);
+        cargo.env("EMBEDSHIM_TEST_DOCKER", root.unwrap_or(Path::new("")));
+        if options.clients {
+            cargo.envs(IN_FULL);
+        }
+        let counts = count(cargo.arg("--").args(&filter))?;
         sum = sum.plus(counts);
         table.push((version, counts));
     }

@@ -39,6 +39,7 @@ pub struct Sandbox {
     runtime: String,
     binaries: PathBuf,
     programs: Option<PathBuf>,
+    shims: Option<PathBuf>,
     containerd: Option<Running>,
     environment: Vec<(String, String)>,
 }
@@ -71,6 +72,7 @@ impl Sandbox {
             runtime: runtime.into(),
             binaries: binaries.into(),
             programs: None,
+            shims: None,
             containerd: None,
             environment: Vec::new(),
         };
@@ -81,6 +83,11 @@ impl Sandbox {
     /// Takes `containerd` and `ctr` from this directory, from their next start on.
     pub fn use_programs(&mut self, directory: Option<PathBuf>) {
         self.programs = directory;
+    }
+
+    /// Lets containerd look for shims in this directory first, from its next start on.
+    pub fn use_shims(&mut self, directory: PathBuf) {
+        self.shims = Some(directory);
     }
 
     /// Where everything is.
@@ -133,11 +140,9 @@ impl Sandbox {
             || std::env::var("PATH").unwrap_or_default(),
             |(_, path)| path.clone(),
         );
-        let first = self
-            .programs
-            .as_ref()
-            .map_or_else(String::new, |programs| format!("{}:", programs.display()));
-        let path = format!("{first}{}:{usual}", self.binaries.display());
+        let own = [&self.shims, &self.programs, &Some(self.binaries.clone())];
+        let own = own.into_iter().flatten().cloned();
+        let path = std::env::join_paths(own.chain(std::env::split_paths(&usual)))?;
         let mut command = Command::new("containerd");
         command
             .arg("--config")
