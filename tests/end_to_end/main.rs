@@ -133,6 +133,7 @@ fn main() -> ExitCode {
     let with_all = std::env::var_os("EMBEDSHIM_TEST_CLIENTS").is_some();
     let docker = [
         docker::life::TESTS.as_slice(),
+        &docker::life::OURS,
         &docker::options::OURS,
         &docker::survival::TESTS,
         &docker::survival::OURS,

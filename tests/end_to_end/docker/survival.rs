@@ -122,7 +122,7 @@ fn while_the_daemon_is_killed<T: Send>(
 fn docker_has_each_code_and_byte_while_the_daemon_is_killed(stage: &Stage) -> anyhow::Result<()> {
     let docker = Docker::start(stage)?;
     let runs = std::env::var(RUNS).map_or(Ok(FEW), |number| number.parse())?;
-    ensure!(docker.run(&["--rm"], &["true"])?.code == Some(0), "no run");
+    docker.detached("held", &[], &["sleep", "1000000"])?;
     let before = Footprint::of(docker.sandbox());
     let (faults, kills) = while_the_daemon_is_killed(&docker, || {
         let faults = scope(|threads| {
@@ -147,29 +147,40 @@ fn docker_has_each_code_and_byte_while_the_daemon_is_killed(stage: &Stage) -> an
     before.wait_for_return(docker.sandbox())
 }
 
-/// One container with a code, an output and an error output of its own.
+/// A container, an exec or a container with an input, by turns: with a code, an output and an error
+/// output of its own.
 fn one_run(docker: &Docker, run: usize) -> anyhow::Result<()> {
     let code = i32::try_from(run % 100)? + 1;
     let count = 200 + run;
-    let script = format!(
-        "i=1; while [ $i -le {count} ]; do echo out $i; i=$((i+1)); done; busybox usleep {pause}
+    let rest = format!(
+        "busybox usleep {pause}
          i=1; while [ $i -le {count} ]; do echo err $i >&2; i=$((i+1)); done; exit {code}",
         pause = (run % 7) * 50_000
     );
-    let ran = docker.run(&["--rm"], &["sh", "-c", &script])?;
+    let counts = format!("i=1; while [ $i -le {count} ]; do echo out $i; i=$((i+1)); done; {rest}");
+    let output = counted("out ", count);
+    let ran = match run % 3 {
+        0 => docker.run(&["--rm"], &["sh", "-c", &counts])?,
+        1 => docker.finish(docker.command(&["exec", "held", "sh", "-c", &counts]))?,
+        _ => {
+            let script = format!("cat; {rest}");
+            let cat = docker.run_command(&["--rm", "--interactive"], &["sh", "-c", &script]);
+            docker.finish_fed(cat, &output)?
+        }
+    };
     ensure!(
         ran.code == Some(code),
         "run {run}: {:?} for {code}: {}",
         ran.code,
         ran.stderr.lines().last().unwrap_or_default()
     );
-    for (text, word) in [(ran.stdout, "out "), (ran.stderr, "err ")] {
-        let due = counted(word, count);
+    for (text, due) in [(ran.stdout, output), (ran.stderr, counted("err ", count))] {
         ensure!(
             text == due,
-            "run {run}: {} of {} bytes of {word:?}",
+            "run {run}: {} bytes for {}, the last line is {:?}",
             text.len(),
-            due.len()
+            due.len(),
+            text.lines().last()
         );
     }
     Ok(())
