@@ -26,7 +26,9 @@ pub(crate) fn of_keeper(state_dir: &Path) -> PathBuf {
 
 /// Makes the state directory and takes one of its locks; `None` if somebody else has it.
 pub(crate) fn take(state_dir: &Path, path: &Path) -> anyhow::Result<Option<Flock<File>>> {
-    shim_api::state_dir::make(state_dir)
+    shim_api::state_dir::create(state_dir)
+        .with_context(|| format!("cannot create the state directory {}", state_dir.display()))?;
+    shim_api::state_dir::check(state_dir)
         .with_context(|| format!("cannot use the state directory {}", state_dir.display()))?;
     let file = OpenOptions::new()
         .write(true)

@@ -9,10 +9,14 @@ use std::path::Path;
 /// The rights of group and others to write.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
-/// Makes it if it is missing. One that is there has to be our user's own; the right of others to
-/// write into it, as a fresh tmpfs gives it, is taken away, unless they have used it.
-pub fn make(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+/// Makes it if it is missing.
+pub fn create(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// One that is there has to be our user's own; the right of others to write into it, as a fresh
+/// tmpfs gives it, is taken away, unless they have used it.
+pub fn check(path: &Path) -> io::Result<()> {
     let own = nix::unistd::geteuid().as_raw();
     let foreign = |what: &str, owner| {
         let text = format!("{what} belongs to user {owner}, and this is user {own}");
@@ -46,6 +50,10 @@ mod tests {
     use super::*;
 
     const NOBODY: u32 = 65534;
+
+    fn make(path: &Path) -> io::Result<()> {
+        create(path).and_then(|()| check(path))
+    }
 
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).unwrap().mode() & 0o7777

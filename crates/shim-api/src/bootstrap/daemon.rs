@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{Failure, location};
+use crate::state_dir;
 
 /// How often to look whether the daemon listens by now; it takes about 30 ms to start.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -120,11 +121,15 @@ fn kept_environment() -> impl Iterator<Item = (std::ffi::OsString, std::ffi::OsS
 }
 
 fn make_state_dir(path: &Path) -> Result<(), Failure> {
-    crate::state_dir::make(path).map_err(|source| Failure::Path {
-        doing: "cannot use the state directory",
-        path: path.into(),
-        source,
-    })
+    let failed = |doing| {
+        move |source| Failure::Path {
+            doing,
+            path: path.into(),
+            source,
+        }
+    };
+    state_dir::create(path).map_err(failed("cannot create the state directory"))?;
+    state_dir::check(path).map_err(failed("cannot use the state directory"))
 }
 
 /// Takes the lock, waiting for other launchers that start the daemon.
