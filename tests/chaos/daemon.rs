@@ -87,6 +87,18 @@ impl Daemons {
         bail!("no daemon for {} s", PATIENCE.as_secs())
     }
 
+    /// Waits until this daemon is the keeper, and has started another.
+    pub(crate) fn succession(&self, of: Daemon) -> anyhow::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.keeper().is_none_or(|keeper| keeper.pid != of.pid) {
+            if Instant::now() > deadline {
+                bail!("no keeper for {} s", PATIENCE.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.successor(Some(of)).map(drop)
+    }
+
     /// Has a keeper that waits before it starts another daemon wait no longer.
     pub(crate) fn hurry(&self) {
         if self.current().is_none()
@@ -96,8 +108,11 @@ impl Daemons {
         }
     }
 
-    /// Kills keeper and daemon, in the order in which nobody restarts anybody.
+    /// Kills keeper and daemon, which is stopped first: it would take the keeper's place.
     pub(crate) fn kill_both(&self) -> anyhow::Result<()> {
+        if let Some(daemon) = self.current() {
+            daemon.signal(Signal::SIGSTOP);
+        }
         for process in [self.keeper(), self.current()].into_iter().flatten() {
             process.signal(Signal::SIGKILL);
             xtask::sandbox::until("it is gone", || Ok(!process.is_alive()))?;

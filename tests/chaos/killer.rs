@@ -34,6 +34,11 @@ enum Deed {
         ms: u64,
     },
     Signal(Signal),
+    /// The keeper alone: the daemon takes its place.
+    Keeper,
+    FreezeKeeper {
+        ms: u64,
+    },
     Containerd {
         is_polite: bool,
     },
@@ -42,7 +47,11 @@ enum Deed {
 impl Deed {
     fn of(random: &mut Random, has_containerd: bool) -> Self {
         match random.below(100) {
-            0..=54 => Self::Kill,
+            0..=46 => Self::Kill,
+            47..=51 => Self::Keeper,
+            52..=54 => Self::FreezeKeeper {
+                ms: random.millis(2000),
+            },
             55..=59 => Self::Burst {
                 times: 4 + random.below(8),
             },
@@ -97,6 +106,16 @@ fn perform(ground: &Ground, deed: Deed) -> anyhow::Result<()> {
         }
         Deed::Freeze { ms } => freeze(ground, ms, Signal::SIGCONT, "freeze"),
         Deed::KillFrozen { ms } => freeze(ground, ms, Signal::SIGKILL, "kill while frozen"),
+        Deed::Keeper => end_keeper(ground),
+        Deed::FreezeKeeper { ms } => {
+            if let Some(keeper) = ground.daemons.keeper() {
+                ground.ledger.kill("keeper frozen");
+                keeper.signal(Signal::SIGSTOP);
+                sleep(Duration::from_millis(ms));
+                keeper.signal(Signal::SIGCONT);
+            }
+            Ok(())
+        }
         Deed::Containerd { is_polite } => {
             ground.ledger.kill(if is_polite {
                 "containerd stopped"
@@ -124,6 +143,20 @@ fn end(ground: &Ground, signal: Signal, kind: &'static str) -> anyhow::Result<Du
         ground.ledger.kill("backoff");
     }
     Ok(took)
+}
+
+fn end_keeper(ground: &Ground) -> anyhow::Result<()> {
+    let daemon = ground.daemons.successor(None)?;
+    let Some(keeper) = ground.daemons.keeper() else {
+        return Ok(());
+    };
+    // A keeper that starts the next daemon this moment has none to take its place.
+    if !daemon.is_alive() {
+        return Ok(());
+    }
+    ground.ledger.kill("keeper killed");
+    keeper.signal(Signal::SIGKILL);
+    ground.daemons.succession(daemon)
 }
 
 fn freeze(ground: &Ground, ms: u64, then: Signal, kind: &'static str) -> anyhow::Result<()> {

@@ -13,8 +13,9 @@ use crate::half_done::SlowRuntime;
 use crate::survival::handles_term;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 6] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 7] = tests!(EmbedshimOnly:
     a_killed_keeper_is_replaced_and_its_successor_starts_daemons,
+    a_keeper_that_is_killed_while_it_starts_a_daemon_is_replaced,
     a_zombie_outlives_the_keeper_that_would_have_had_it,
     a_request_under_way_outlives_the_keeper,
     streams_go_on_while_keeper_and_daemon_are_killed_in_turn,
@@ -75,6 +76,54 @@ fn a_killed_keeper_is_replaced_and_its_successor_starts_daemons(
         sandbox.daemon_log()
     );
     Ok(())
+}
+
+/// At whatever moment of its start: the daemon has what the keeper gave it.
+fn a_keeper_that_is_killed_while_it_starts_a_daemon_is_replaced(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let pid = shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    for round in 0..10 {
+        let keeper = sandbox.keeper_pid().context("no keeper")?;
+        let daemon = sandbox.daemon_pid().context("no daemon")?;
+        kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
+        let children = format!("/proc/{keeper}/task/{keeper}/children");
+        let mut next = None;
+        until("the keeper starts another", || {
+            let children = std::fs::read_to_string(&children)?;
+            let pids = children
+                .split_whitespace()
+                .filter_map(|pid| pid.parse().ok());
+            next = pids
+                .filter(|&child| child != daemon && is_embedshimd(child))
+                .last();
+            Ok(next.is_some())
+        })?;
+        std::thread::sleep(std::time::Duration::from_millis(2 * round));
+        sandbox.end_keeper()?;
+        until("another keeper is there", || {
+            Ok(sandbox.keeper_pid().is_some() && sandbox.keeper_pid() == next)
+        })
+        .with_context(|| sandbox.daemon_log())?;
+        sandbox.successor_of(next.unwrap_or(0))?;
+        ensure!(shim.state("c")?.pid == pid, "another task");
+    }
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
+    Ok(())
+}
+
+fn is_embedshimd(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/comm"))
+        .is_ok_and(|name| name.trim() == "embedshimd")
 }
 
 /// Without BPF only the zombie tells how a process has ended while no daemon was there.

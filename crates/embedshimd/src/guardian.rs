@@ -29,30 +29,71 @@ const ALONE: &str = "with this daemon ends every connection of containerd, which
 /// Watches the keeper.
 #[derive(Debug)]
 pub(crate) struct Guardian {
-    keeper: Process,
-    ended: AsyncFd<OwnedFd>,
+    keeper: Keeper,
     manager: Arc<Manager>,
     /// How long it may take to answer; without it, that is not asked.
     patience: Option<Duration>,
 }
 
+#[derive(Debug)]
+enum Keeper {
+    Watched {
+        process: Process,
+        ended: AsyncFd<OwnedFd>,
+    },
+    /// It had ended before it could be watched.
+    Ended,
+}
+
+impl Keeper {
+    /// `None` if it cannot be watched, since the kernel has no pidfds.
+    fn of(pid: i32) -> Option<Self> {
+        let process = Process::open(pid);
+        // A parent's number is not another's as long as it is our parent.
+        if nix::unistd::getppid().as_raw() != pid {
+            return Some(Self::Ended);
+        }
+        let process = process.ok()?;
+        let pidfd = process.pidfd()?.try_clone_to_owned().ok()?;
+        let ended = sys::when_readable(pidfd).ok()?;
+        Some(Self::Watched { process, ended })
+    }
+
+    /// Completes when it has ended.
+    async fn ended(&self) {
+        if let Self::Watched { ended, .. } = self
+            && let Err(error) = ended.readable().await
+        {
+            error!(%error, "cannot watch the keeper");
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn pid(&self) -> Option<i32> {
+        match self {
+            Self::Watched { process, .. } => Some(process.identity().pid),
+            Self::Ended => None,
+        }
+    }
+
+    fn kill(&self) {
+        if let Self::Watched { process, .. } = self {
+            // It fails for one that has ended already.
+            let _ = process.signal(libc::SIGKILL);
+        }
+    }
+}
+
 impl Guardian {
-    /// Of the keeper with this number, which has started this process. `None` if it has ended
-    /// already or the kernel has no pidfds: then it is not watched.
+    /// Of the keeper with this number, which has started this process. `None` if it cannot be
+    /// watched, since the kernel has no pidfds.
     pub(crate) fn of(
         keeper: i32,
         manager: Arc<Manager>,
         patience: Option<Duration>,
     ) -> Option<Self> {
-        let process = Process::open(keeper).ok()?;
-        // A parent's number is not another's as long as it is our parent.
-        if nix::unistd::getppid().as_raw() != keeper {
-            return None;
-        }
-        let pidfd = process.pidfd()?.try_clone_to_owned().ok()?;
         Some(Self {
-            ended: sys::when_readable(pidfd).ok()?,
-            keeper: process,
+            keeper: Keeper::of(keeper)?,
             manager,
             patience,
         })
@@ -61,7 +102,7 @@ impl Guardian {
     /// Completes when the keeper has ended and this process can take its place.
     pub(crate) async fn succession(&self, options: &Serve, node: &Node) -> Succession {
         self.end_of_keeper().await;
-        let pid = self.keeper.identity().pid;
+        let pid = self.keeper.pid();
         if !self.manager.holds_all() {
             error!(
                 pid,
@@ -90,7 +131,7 @@ impl Guardian {
     }
 
     async fn end_of_keeper(&self) {
-        let mut ended = pin!(self.ended());
+        let mut ended = pin!(self.keeper.ended());
         let Some(patience) = self.patience else {
             return ended.await;
         };
@@ -105,17 +146,10 @@ impl Guardian {
                 return;
             };
             if let Err(error) = answer {
-                warn!(pid = self.keeper.identity().pid, %error, ?patience, "the keeper does not answer: killing it");
-                let _ = self.keeper.signal(libc::SIGKILL);
+                warn!(pid = self.keeper.pid(), %error, ?patience, "the keeper does not answer: killing it");
+                self.keeper.kill();
                 return ended.await;
             }
-        }
-    }
-
-    async fn ended(&self) {
-        if let Err(error) = self.ended.readable().await {
-            error!(%error, "cannot watch the keeper");
-            std::future::pending::<()>().await;
         }
     }
 

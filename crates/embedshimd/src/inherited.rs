@@ -6,6 +6,8 @@ use std::os::fd::RawFd;
 use std::time::Duration;
 
 use embedshim_core::fdstore::{FdName, InheritedFds};
+use embedshim_core::process::{OpenError, Process};
+use nix::unistd::{Pid, getpid, getppid};
 
 use crate::sys;
 
@@ -74,7 +76,7 @@ impl Start {
 
 /// As `sd_watchdog_enabled(3)`: the time in microseconds, and whose it is, if that is said.
 fn period([time, pid]: [Option<String>; 2], is_for_us: bool) -> Option<Duration> {
-    let own = nix::unistd::getpid().to_string();
+    let own = getpid().to_string();
     if !pid.map_or(is_for_us, |pid| pid == own) {
         return None;
     }
@@ -84,11 +86,21 @@ fn period([time, pid]: [Option<String>; 2], is_for_us: bool) -> Option<Duration>
 
 /// Variables can be inherited by whom they are not meant for. The keeper cannot know our pid before we exist, so it tells its own.
 fn is_for_us(pid: Option<&str>, parent: Option<&str>) -> bool {
-    let is = |text: &str, pid: nix::unistd::Pid| text.parse() == Ok(pid.as_raw());
+    let number = |text: &str| text.parse().ok().map(Pid::from_raw);
     match (pid, parent) {
-        (Some(pid), _) => is(pid, nix::unistd::getpid()),
-        (None, Some(parent)) => is(parent, nix::unistd::getppid()),
+        (Some(pid), _) => number(pid) == Some(getpid()),
+        (None, Some(parent)) => number(parent).is_some_and(|parent| {
+            // It may have been killed right after it has started us.
+            parent == getppid() || has_ended(parent)
+        }),
         (None, None) => false,
+    }
+}
+
+fn has_ended(pid: Pid) -> bool {
+    match Process::open(pid.as_raw()) {
+        Ok(process) => process.has_ended().unwrap_or(false),
+        Err(error) => matches!(error, OpenError::Gone { .. }),
     }
 }
 

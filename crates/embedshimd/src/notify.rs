@@ -18,6 +18,7 @@ use embedshim_core::fdstore::{FdName, FdStore, InheritedFds};
 use embedshim_core::process::ProcessIdentity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use tracing::warn;
 
@@ -163,7 +164,11 @@ impl Manager {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
         // Connected, so that it goes on when somebody removes the address from the file system.
-        connect(&socket, &address)?;
+        match connect(&socket, &address) {
+            // It has ended meanwhile, and this process is to take its place.
+            Err(Errno::CONNREFUSED | Errno::NOENT) if is_keeper => {}
+            connected => connected?,
+        }
         let mut stored = Stored {
             limit,
             held: is_keeper.then(HashMap::new),

@@ -10,7 +10,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{is_alive, until};
+use super::until;
 
 /// Where all daemons pin.
 const PINS: &str = "/sys/fs/bpf/embedshim";
@@ -82,13 +82,13 @@ fn end_processes(directory: &Path) {
         };
         pid != own && (has("cmdline") || has("environ"))
     };
-    // Until nobody is left: a keeper may have started another daemon while we looked.
+    // Until a look finds none: keeper and daemon start each other while we look.
     let _ = until("processes end", || {
         let found: Vec<i32> = pids().filter(|&pid| concerned(pid)).collect();
         for &pid in &found {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
-        Ok(!found.iter().any(|&pid| is_alive(pid)))
+        Ok(found.is_empty())
     });
 }
 
