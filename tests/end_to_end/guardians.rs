@@ -101,7 +101,7 @@ fn a_keeper_that_is_killed_while_it_starts_a_daemon_is_replaced(
                 .filter_map(|pid| pid.parse().ok());
             next = pids
                 .filter(|&child| child != daemon && is_embedshimd(child))
-                .last();
+                .next_back();
             Ok(next.is_some())
         })?;
         std::thread::sleep(std::time::Duration::from_millis(2 * round));

@@ -14,7 +14,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -24,6 +24,8 @@ use crate::process::{HostRoot, Process};
 
 /// The time between two looks at whether one has ended.
 const PAUSE: Duration = Duration::from_millis(2);
+/// How long all processes that are about to become another program are waited for.
+const BECOMING: Duration = Duration::from_millis(500);
 /// The arguments of a call are a few paths and an id: no more of a command line is read.
 const MAX_ARGUMENTS: u64 = 32 * 1024;
 
@@ -39,6 +41,7 @@ impl InFlightCalls {
         let Some(root) = HostRoot::find() else {
             return Self::default();
         };
+        let deadline = Instant::now() + BECOMING;
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let name = entry.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
@@ -47,7 +50,7 @@ impl InFlightCalls {
             let directory = entry.path();
             let call = || {
                 let is_roots = root.owns(pid);
-                is_roots.then(|| bundle_of(&directory)).flatten()
+                is_roots.then(|| bundle_of(&directory, deadline)).flatten()
             };
             let Some(bundle) = call() else {
                 continue;
@@ -93,14 +96,27 @@ pub(crate) async fn wait_for(calls: &[Process], limit: Duration) {
 }
 
 /// The directory of the file after `--log` in a process's command line.
-fn bundle_of(process: &Path) -> Option<PathBuf> {
-    let mut line = Vec::new();
-    let file = File::open(process.join("cmdline")).ok()?;
-    file.take(MAX_ARGUMENTS).read_to_end(&mut line).ok()?;
+///
+/// Within `execve` a process has none for a moment, but has let go of the daemon's lock already.
+/// Kernel threads have none either, nor a program that they execute.
+fn bundle_of(process: &Path, deadline: Instant) -> Option<PathBuf> {
+    let mut line = arguments(process)?;
+    while line.is_empty() && Instant::now() < deadline && fs::read_link(process.join("exe")).is_ok()
+    {
+        std::thread::sleep(PAUSE);
+        line = arguments(process)?;
+    }
     let mut words = line.split(|&byte| byte == 0);
     words.find(|word| *word == b"--log")?;
     let bundle = Path::new(OsStr::from_bytes(words.next()?)).parent()?;
     bundle.is_absolute().then(|| bundle.to_owned())
+}
+
+fn arguments(process: &Path) -> Option<Vec<u8>> {
+    let mut line = Vec::new();
+    let file = File::open(process.join("cmdline")).ok()?;
+    file.take(MAX_ARGUMENTS).read_to_end(&mut line).ok()?;
+    Some(line)
 }
 
 #[cfg(test)]
@@ -150,10 +166,10 @@ mod tests {
             .spawn()
             .unwrap();
         let proc = PathBuf::from(format!("/proc/{}", stranger.id()));
-        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(30);
         // Between fork and exec it is still us.
-        while bundle_of(&proc).is_none() {
-            assert!(std::time::Instant::now() < deadline, "it does not run");
+        while bundle_of(&proc, deadline).is_none() {
+            assert!(Instant::now() < deadline, "it does not run");
         }
         let found = InFlightCalls::find().take(bundle.path());
         stranger.kill().unwrap();
