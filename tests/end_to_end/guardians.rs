@@ -96,12 +96,10 @@ fn a_keeper_that_is_killed_while_it_starts_a_daemon_is_replaced(
         let mut next = None;
         until("the keeper starts another", || {
             let children = std::fs::read_to_string(&children)?;
-            let pids = children
+            let mut pids = children
                 .split_whitespace()
                 .filter_map(|pid| pid.parse().ok());
-            next = pids
-                .filter(|&child| child != daemon && is_embedshimd(child))
-                .next_back();
+            next = pids.find(|&child| child != daemon && is_embedshimd(child));
             Ok(next.is_some())
         })?;
         std::thread::sleep(std::time::Duration::from_millis(2 * round));
