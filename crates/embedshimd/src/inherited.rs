@@ -110,8 +110,8 @@ mod tests {
 
     #[test]
     fn only_our_own_descriptors_are_taken() {
-        let own = nix::unistd::getpid().to_string();
-        let parent = nix::unistd::getppid().to_string();
+        let own = getpid().to_string();
+        let parent = getppid().to_string();
         assert!(is_for_us(Some(&own), None));
         assert!(is_for_us(None, Some(&parent)));
         for (pid, of_parent) in [
