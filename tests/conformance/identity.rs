@@ -70,14 +70,9 @@ async fn a_number_with_another_start_time_is_another_process(kind: Kind) {
 
 /// A successor finds two processes of one number in its records; in which order is not said.
 async fn of_two_processes_with_one_number_the_living_one_is_taken_over(kind: Kind) {
-    // A tracer that comes when the first thread has ended is not told of the others' end.
-    let shape: &[&str] = match kind {
-        Kind::Ptrace => &["exit", "44"],
-        _ => &["leader-first"],
-    };
     for is_dead_first in [true, false] {
         let place = Place::new();
-        let mut family = Family::of_one(shape);
+        let mut family = Family::of_one(&["leader-first"]);
         let living = family.identity();
         let monitor = place.open(kind);
         monitor.watch(Arc::clone(family.first())).await.unwrap();

@@ -214,6 +214,10 @@ impl Work {
 
     fn watch(&mut self, identity: ProcessIdentity) -> Result<(), Refusal> {
         let pid = identity.pid;
+        // Held until it is seized: the number is its own, and no other's that is traced by it.
+        let Ok(process) = Process::reopen(identity) else {
+            return Err(Refusal::Ended);
+        };
         match self.groups.get_mut(&pid) {
             // One that is leaving may be detached at any moment: it is seized again below, once it has left.
             Some(group) if group.identity == identity && !group.is_leaving => return Ok(()),
@@ -223,10 +227,6 @@ impl Work {
             }
             None => {}
         }
-        // Held until it is seized: the number is its own.
-        let Ok(process) = Process::reopen(identity) else {
-            return Err(Refusal::Ended);
-        };
         self.groups.insert(
             pid,
             Group {
