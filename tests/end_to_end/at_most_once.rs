@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::thread::scope;
+use std::thread::{scope, sleep};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, binary_name, write_program};
@@ -14,10 +15,11 @@ use xtask::sandbox::{Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 3] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
     an_exec_that_outlives_daemon_and_runtime_is_found_with_its_streams,
     an_exec_without_streams_that_outlives_daemon_and_runtime_is_found,
     an_exec_that_may_have_run_is_not_started_again,
+    execs_run_once_each_at_whatever_moment_of_their_start_the_daemon_is_killed,
 );
 
 /// Says what it is, and is told when to end.
@@ -177,4 +179,44 @@ fn an_exec_that_may_have_run_is_not_started_again(stage: &Stage) -> anyhow::Resu
     ensure!(scene.runs() == 1, "it has run {} times", scene.runs());
     shim.delete_exec("c", "e")?;
     scene.end()
+}
+
+/// A millisecond later in each round; the runtime lives on, and so the start succeeds.
+fn execs_run_once_each_at_whatever_moment_of_their_start_the_daemon_is_killed(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    const ROUNDS: u64 = 24;
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let pid = shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    let rounds = std::env::var("EMBEDSHIM_ROUNDS").ok();
+    let rounds = rounds
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(ROUNDS);
+    for round in 0..rounds {
+        let id = format!("e{round}");
+        let script = format!("echo $$ >> /dev/shm/{id}; exit 6");
+        shim.exec_with("c", &id, &["sh", "-c", &script], |_| {})?;
+        scope(|scope| {
+            let request = scope.spawn(|| shim.start_exec("c", &id));
+            // As long as an exec takes, and a little more.
+            sleep(Duration::from_millis(round * 3 % 70 + round % 3));
+            sandbox.kill_daemon()?;
+            request.join().ok().context("a request panicked")??;
+            anyhow::Ok(())
+        })
+        .with_context(|| format!("round {round}: {}", sandbox.daemon_log()))?;
+        ensure!(shim.wait_exec("c", &id)? == 6, "round {round}: not 6");
+        let runs = fs::read_to_string(format!("/proc/{pid}/root/dev/shm/{id}"))?;
+        ensure!(
+            runs.lines().count() == 1,
+            "round {round}: {runs:?}: {}",
+            sandbox.daemon_log()
+        );
+        shim.delete_exec("c", &id)?;
+    }
+    Ok(())
 }
