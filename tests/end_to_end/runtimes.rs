@@ -251,6 +251,8 @@ fn a_cgroup_parent_of_systemd_form_starts_as_with_runc_v2(stage: &Stage) -> anyh
     let path = std::env::var_os("PATH").unwrap_or_default();
     let has_runc_v2 = std::env::split_paths(&path)
         .any(|directory| directory.join("containerd-shim-runc-v2").exists());
+    // That of another release does not start beside the installed libraries.
+    let has_runc_v2 = has_runc_v2 && stage.programs().is_none();
     let runtimes = [EMBEDSHIM, RUNC_V2];
     for runtime in runtimes.into_iter().take(1 + usize::from(has_runc_v2)) {
         let parent = format!("{}.slice:embedshim:c", sandbox.namespace());

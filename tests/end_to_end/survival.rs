@@ -250,6 +250,7 @@ fn containers_outlive_the_upgrade_of_containerd(stage: &Stage) -> anyhow::Result
             (task.pid, task.status.as_str()) == (pid, "RUNNING"),
             "{task:?}"
         );
+        sandbox.wait_for_status(&nine, "STOPPED")?;
         ensure!(sandbox.delete_task(&nine)? == 9, "the code was lost");
         let exec = format!("e-{number}");
         sandbox.ctr_ok(&["task", "exec", "--exec-id", &exec, "running", "true"])?;

@@ -116,6 +116,13 @@ async fn serve(config: &Config, options: &Serve, start: Start) -> Result<End, Fa
     let server = Server::keeping(Services::new(node.clone()), keeping)
         .context("cannot note what is read from connections")?;
     server.resume(inherited.take_connections());
+    // Before it is told that we serve: the keeper may end at once.
+    let guardian = manager.clone().zip(start.keeper);
+    let guardian =
+        guardian.and_then(|(manager, keeper)| Guardian::of(keeper, manager, start.watchdog));
+    if let Some((manager, period)) = manager.clone().zip(start.watchdog) {
+        tokio::spawn(guardian::keep_saying(manager, period));
+    }
     settle(inherited, start.unknown, store.as_ref(), manager.as_deref());
     let directory = StateDir {
         path: state_dir,
@@ -126,12 +133,6 @@ async fn serve(config: &Config, options: &Serve, start: Start) -> Result<End, Fa
         store: store.as_ref(),
         manager: manager.as_deref(),
     };
-    let guardian = manager.clone().zip(start.keeper);
-    let guardian =
-        guardian.and_then(|(manager, keeper)| Guardian::of(keeper, manager, start.watchdog));
-    if let Some((manager, period)) = manager.clone().zip(start.watchdog) {
-        tokio::spawn(guardian::keep_saying(manager, period));
-    }
     let end = directory
         .serve(listener, end(guardian.as_ref(), options, &node))
         .await;
