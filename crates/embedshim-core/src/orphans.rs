@@ -1,13 +1,15 @@
-//! The children nobody asked for: as a subreaper the daemon inherits every orphan below it and must reap it
-//! ([`NodeConfig::reap_orphans`](crate::task::NodeConfig::reap_orphans)). Owns the patience that makes this safe; never reaps a
-//! process that somebody watches or may be about to.
+//! The children nobody asked for: as a subreaper the daemon inherits every orphan below it and must
+//! reap it ([`NodeConfig::reap_orphans`](crate::task::NodeConfig::reap_orphans)). Owns the patience
+//! that makes this safe; never reaps a process that somebody watches or may be about to.
 //!
-//! `runc exec --detach` leaves its process to us and tells its pid by a file. If that process is over before the file is
-//! read, its zombie must still be there, or its status is lost and its number may mean another. So an unknown
-//! zombie is reaped only when every runtime call that was under way when it was first seen has claimed its processes.
+//! `runc exec --detach` leaves its process to us and tells its pid by a file. If that process is
+//! over before the file is read, its zombie must still be there, or its status is lost and its
+//! number may mean another. So an unknown zombie is reaped only when every runtime call that was
+//! under way when it was first seen has claimed its processes.
 //!
-//! What the daemon starts and waits for by itself (mount helpers, loggers) is started by [`Orphans::spawn`], so that the reaper
-//! knows it. Without that, `std` panics if a program cannot be executed and the reaper is quicker.
+//! What the daemon starts and waits for by itself (mount helpers, loggers) is started by
+//! [`Orphans::spawn`], so that the reaper knows it. Without that, `std` panics if a program cannot
+//! be executed and the reaper is quicker.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -59,7 +61,8 @@ impl Drop for Ticket {
     }
 }
 
-/// A child that its starter waits for. While this lives, the reaper leaves it alone; afterwards the reaper takes it.
+/// A child that its starter waits for. While this lives, the reaper leaves it alone; afterwards the
+/// reaper takes it.
 #[derive(Debug)]
 pub struct Awaited {
     child: Child,
@@ -116,7 +119,8 @@ enum Next {
 }
 
 impl Orphans {
-    /// Takes part: whoever runs something whose children we inherit holds a ticket until their pids are known.
+    /// Takes part: whoever runs something whose children we inherit holds a ticket until their pids
+    /// are known.
     pub(crate) fn ticket(&self) -> Ticket {
         let mut tickets = self.shared.lock();
         let number = tickets.next;
@@ -128,7 +132,8 @@ impl Orphans {
         }
     }
 
-    /// Starts a program whose end the caller waits for, or whose pidfd it takes before it may be reaped. Blocks.
+    /// Starts a program whose end the caller waits for, or whose pidfd it takes before it may be
+    /// reaped. Blocks.
     pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<Awaited> {
         // Until its number is known.
         let _ticket = self.ticket();
@@ -162,8 +167,9 @@ impl Orphans {
         }
     }
 
-    /// The kernel shows only the first zombie without reaping it, so one that is not ours to reap holds up the others;
-    /// never for long, since its owner reaps it as soon as its pidfd is readable.
+    /// The kernel shows only the first zombie without reaping it, so one that is not ours to reap
+    /// holds up the others; never for long, since its owner reaps it as soon as its pidfd is
+    /// readable.
     fn sweep(&self, head: &mut Option<Head>, watched: &impl Fn(i32) -> bool) -> Next {
         loop {
             let Some(pid) = first_zombie() else {

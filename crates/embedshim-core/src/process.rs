@@ -1,6 +1,7 @@
 //! A process that cannot be confused with another: [`Process`] is a pidfd plus [`ProcessIdentity`].
-//! Owns pid-reuse safety; knows nothing of containers. Where the kernel has no pidfds (before 5.3, or behind a seccomp filter) the
-//! identity alone is compared, right before and after each use of the number.
+//! Owns pid-reuse safety; knows nothing of containers. Where the kernel has no pidfds (before 5.3,
+//! or behind a seccomp filter) the identity alone is compared, right before and after each use of
+//! the number.
 
 use std::fmt;
 use std::fs;
@@ -62,7 +63,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Opens the process with this number, living or zombie. Without a pidfd where the kernel has none (before Linux 5.3).
+    /// Opens the process with this number, living or zombie. Without a pidfd where the kernel has
+    /// none (before Linux 5.3).
     pub fn open(pid: i32) -> Result<Self, OpenError> {
         let kernel = |call| move |source| OpenError::Kernel { call, pid, source };
         if pid <= 0 {
@@ -89,15 +91,16 @@ impl Process {
             inode,
         };
         let process = Self { identity, pidfd };
-        // The stat file was read by number. Only if the pidfd's process is unreaped even now was it its own.
+        // The stat file was read by number. Only if the pidfd's process is unreaped even now was it
+        // its own.
         if process.is_reaped().map_err(kernel("pidfd_send_signal"))? {
             return Err(OpenError::Gone { pid });
         }
         Ok(process)
     }
 
-    /// The process that `identity` names, by a pidfd that somebody has kept of it, reaped or not. A pidfd of another process counts
-    /// as gone.
+    /// The process that `identity` names, by a pidfd that somebody has kept of it, reaped or not. A
+    /// pidfd of another process counts as gone.
     pub fn from_pidfd(identity: ProcessIdentity, pidfd: OwnedFd) -> Result<Self, OpenError> {
         let pid = identity.pid;
         let kernel = |call| move |source| OpenError::Kernel { call, pid, source };
@@ -108,7 +111,8 @@ impl Process {
         };
         let is_same = match (identity.inode, inode) {
             (Some(known), Some(found)) => known == found,
-            // Without pidfs a reaped process cannot be compared any more; the name it was kept under has to do.
+            // Without pidfs a reaped process cannot be compared any more; the name it was kept
+            // under has to do.
             _ => {
                 process.is_reaped().map_err(kernel("pidfd_send_signal"))?
                     || read_start_ticks(pid).is_ok_and(|ticks| ticks == identity.start_ticks)
@@ -155,7 +159,8 @@ impl Process {
         }
     }
 
-    /// A main thread that ended first is a zombie while others go on: only one that is its group's last thread is the end.
+    /// A main thread that ended first is a zombie while others go on: only one that is its group's
+    /// last thread is the end.
     fn has_ended_by_stat(&self) -> io::Result<bool> {
         const THREADS: usize = 20;
         let stat = match fs::read(format!("/proc/{}/stat", self.identity.pid)) {
@@ -187,11 +192,13 @@ impl Process {
             }
             return crate::sys::kill(pid, signal);
         };
-        // A duplicate, since `PidFd` caches the exit status in a way that cannot be shared by threads.
+        // A duplicate, since `PidFd` caches the exit status in a way that cannot be shared by
+        // threads.
         PidFd::from(pidfd.try_clone()?).send_signal(signal)
     }
 
-    /// Whether a SIGKILL is pending, as it is of a process that is frozen in a cgroup of version 1. Not if it is reaped.
+    /// Whether a SIGKILL is pending, as it is of a process that is frozen in a cgroup of version 1.
+    /// Not if it is reaped.
     pub(crate) fn is_being_killed(&self) -> bool {
         const BIT: u64 = 1 << (libc::SIGKILL - 1);
         let pid = self.identity.pid;
@@ -285,8 +292,8 @@ fn read_start_ticks(pid: i32) -> io::Result<u64> {
 
 /// One numeric field (1-based, as proc(5) counts, 3 or later) of `/proc/PID/stat`.
 ///
-/// The command name in field 2 is the process's own choice and may hold blanks and parentheses: the last
-/// closing parenthesis ends it.
+/// The command name in field 2 is the process's own choice and may hold blanks and parentheses: the
+/// last closing parenthesis ends it.
 pub fn parse_stat_field(stat: &[u8], field: usize) -> Option<u64> {
     let close = stat.iter().rposition(|&b| b == b')')?;
     let rest = std::str::from_utf8(stat.get(close + 1..)?).ok()?;

@@ -7,8 +7,8 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Gives freed memory back to the system. Starting reads the kernel's type information (5 MB), and glibc would keep that much
-/// of its heap for as long as the daemon runs.
+/// Gives freed memory back to the system. Starting reads the kernel's type information (5 MB), and
+/// glibc would keep that much of its heap for as long as the daemon runs.
 #[cfg(target_env = "gnu")]
 pub(crate) fn trim_heap() {
     // SAFETY: malloc_trim(3) has no preconditions and may be called from any thread at any time.
@@ -19,7 +19,8 @@ pub(crate) fn trim_heap() {
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn trim_heap() {}
 
-/// Takes a variable out of the environment, so that no child ever sees it. Only for the first steps of `main`, before any thread.
+/// Takes a variable out of the environment, so that no child ever sees it. Only for the first steps
+/// of `main`, before any thread.
 pub(crate) fn take_variable(name: &str) -> Option<OsString> {
     let value = std::env::var_os(name)?;
     // SAFETY: this process has one thread yet, so nobody reads the environment meanwhile.
@@ -27,8 +28,8 @@ pub(crate) fn take_variable(name: &str) -> Option<OsString> {
     Some(value)
 }
 
-/// Owns a descriptor that came to this process, with `execve` or in a message, and keeps it from its children. Only for a number that
-/// whoever gave it has named, and only once for each.
+/// Owns a descriptor that came to this process, with `execve` or in a message, and keeps it from
+/// its children. Only for a number that whoever gave it has named, and only once for each.
 pub(crate) fn own(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: plain numbers; a number that is not open is refused with EBADF.
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
@@ -40,8 +41,8 @@ pub(crate) fn own(number: RawFd) -> io::Result<OwnedFd> {
 
 /// Lets the reactor wait until this descriptor is readable.
 pub(crate) fn when_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an owned descriptor is the same one, and open, as long as its owner lives, and that is
-    // the value itself, which gives out no exclusive reference before it is deregistered.
+    // SAFETY: an owned descriptor is the same one, and open, as long as its owner lives, and that
+    // is the value itself, which gives out no exclusive reference before it is deregistered.
     unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }
         .map_err(io::Error::from)
 }

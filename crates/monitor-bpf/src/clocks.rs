@@ -55,8 +55,8 @@ impl Offsets {
         self.boot
     }
 
-    /// How long this machine has slept since it was booted: what the kernel's boot clock is ahead of
-    /// its monotonic one.
+    /// How long this machine has slept since it was booted: what the kernel's boot clock is ahead
+    /// of its monotonic one.
     pub(crate) fn asleep(self) -> u64 {
         let now = |clock| {
             let now = clock_gettime(clock).ok()?;

@@ -1,5 +1,6 @@
-//! [`BpfMonitor`]: the kernel's records, around a monitor that tells when a process is dead.
-//! Owns the bookkeeping of who is tracked; the order of authority between the two is here and nowhere else.
+//! [`BpfMonitor`]: the kernel's records, around a monitor that tells when a process is dead. Owns
+//! the bookkeeping of who is tracked; the order of authority between the two is here and nowhere
+//! else.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -31,8 +32,9 @@ pub struct BpfConfig {
 
 /// Learns of exits from the kernel's own records.
 ///
-/// It decorates another monitor, which tells *when* a process is dead, and whose word on *how* counts more if it comes
-/// from `waitid` or from the kernel's pidfd information. The time is always the program's: that of the exit itself.
+/// It decorates another monitor, which tells *when* a process is dead, and whose word on *how*
+/// counts more if it comes from `waitid` or from the kernel's pidfd information. The time is always
+/// the program's: that of the exit itself.
 #[derive(Debug)]
 pub struct BpfMonitor {
     readiness: Arc<dyn ExitMonitor>,
@@ -52,8 +54,8 @@ struct State {
 impl BpfMonitor {
     /// Takes over the program pinned by a predecessor, or loads and pins it.
     ///
-    /// A directory of pins has one monitor at a time, in whatever process: what it does not [adopt](ExitMonitor::adopt), it
-    /// forgets.
+    /// A directory of pins has one monitor at a time, in whatever process: what it does not
+    /// [adopt](ExitMonitor::adopt), it forgets.
     pub fn open(config: &BpfConfig, readiness: Arc<dyn ExitMonitor>) -> Result<Self, OpenError> {
         let program = Program::open(
             &Pins::new(&config.pin_dir),
@@ -63,15 +65,16 @@ impl BpfMonitor {
         Ok(Self::with(program, readiness, Survives::Everything))
     }
 
-    /// Takes over the program pinned by a predecessor of the same version; `None` if there is none. That it records is
-    /// shown by the exit of a child; there is nothing else to probe for, which would take a new daemon longer than everything else it does.
+    /// Takes over the program pinned by a predecessor of the same version; `None` if there is none.
+    /// That it records is shown by the exit of a child; there is nothing else to probe for, which
+    /// would take a new daemon longer than everything else it does.
     pub fn resume(config: &BpfConfig, readiness: Arc<dyn ExitMonitor>) -> Option<Self> {
         let program = Program::resume(&Pins::new(&config.pin_dir), config.capacity)?;
         Some(Self::with(program, readiness, Survives::Everything))
     }
 
-    /// Opens what [probing](crate::probe) has found: [pinned](Self::open) if `choice` promises that records survive us, else
-    /// [unpinned](Self::open_unpinned).
+    /// Opens what [probing](crate::probe) has found: [pinned](Self::open) if `choice` promises that
+    /// records survive us, else [unpinned](Self::open_unpinned).
     pub fn open_chosen(
         choice: Choice,
         config: &BpfConfig,
@@ -138,7 +141,8 @@ impl BpfMonitor {
     }
 }
 
-/// `waitid` by pidfd tells of a core dump that a limit or handler then prevented; the program reads what was meant.
+/// `waitid` by pidfd tells of a core dump that a limit or handler then prevented; the program reads
+/// what was meant.
 fn without_core_bit(status: ExitStatus) -> ExitStatus {
     match status {
         ExitStatus::Signaled { signal, .. } => ExitStatus::Signaled {
@@ -245,7 +249,8 @@ impl ExitMonitor for BpfMonitor {
             for number in present.collect::<HashSet<_>>().difference(&numbers) {
                 state.maps().forget(*number);
             }
-            // Of several with one number only the youngest can live, and it may be recorded over the others.
+            // Of several with one number only the youngest can live, and it may be recorded over
+            // the others.
             let mut youngest = HashMap::new();
             for identity in known.iter().map(|known| known.identity) {
                 let found = youngest.entry(number(identity)).or_insert(identity);
@@ -261,7 +266,8 @@ impl ExitMonitor for BpfMonitor {
                 }
             }
             for identity in youngest.into_values() {
-                // Where the pins were lost it is tracked only from here on; where not, this writes what is there.
+                // Where the pins were lost it is tracked only from here on; where not, this writes
+                // what is there.
                 if let Err(error) = state.track(identity) {
                     warn!(pid = identity.pid, %error, "its exit is known by other means only");
                 }

@@ -19,11 +19,13 @@ const BPFFS: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 /// What the names of links begin with.
 const LINK: &str = "link-";
-/// Which layout of the maps is below: another one gets another directory, and the two can exist side by side.
+/// Which layout of the maps is below: another one gets another directory, and the two can exist
+/// side by side.
 const LAYOUT: &str = "v1";
 
-/// The pin directory of the daemon with this state directory: `/sys/fs/bpf/embedshim/run-embedshim/v1` for
-/// `/run/embedshim`. bpffs allows no dots, so other characters are replaced and a hash of the path tells them apart.
+/// The pin directory of the daemon with this state directory:
+/// `/sys/fs/bpf/embedshim/run-embedshim/v1` for `/run/embedshim`. bpffs allows no dots, so other
+/// characters are replaced and a hash of the path tells them apart.
 pub fn pin_dir_for(state_dir: &Path) -> PathBuf {
     let path = state_dir.as_os_str().as_bytes();
     let path = path.strip_prefix(b"/").unwrap_or(path);
@@ -42,8 +44,9 @@ pub fn pin_dir_for(state_dir: &Path) -> PathBuf {
         .join(LAYOUT)
 }
 
-/// Ends the recording and removes what is pinned, with all records that nobody has read. For whoever will not come back: a monitor
-/// that is dropped leaves its pins to a successor. What is not there is removed already.
+/// Ends the recording and removes what is pinned, with all records that nobody has read. For
+/// whoever will not come back: a monitor that is dropped leaves its pins to a successor. What is
+/// not there is removed already.
 pub fn remove_pins(pin_dir: &Path) -> io::Result<()> {
     let gone = |result: io::Result<()>| match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -98,8 +101,8 @@ impl Pins {
         self.directory.join("exited")
     }
 
-    /// Of this very program's copies: another version, or one for another pid or time namespace, has
-    /// other names, so that both can be there while one replaces the other.
+    /// Of this very program's copies: another version, or one for another pid or time namespace,
+    /// has other names, so that both can be there while one replaces the other.
     pub(crate) fn links(&self) -> Vec<PathBuf> {
         let version = fnv1a(OBJECT) ^ u64::from(own_pid_namespace());
         let version = version ^ Offsets::own().boot().rotate_left(32);
@@ -135,7 +138,8 @@ impl Pins {
         Ok(())
     }
 
-    /// Whether the directory is, or would be, on a bpffs; else the nearest directory that exists and is not.
+    /// Whether the directory is, or would be, on a bpffs; else the nearest directory that exists
+    /// and is not.
     pub(crate) fn on_bpffs(&self) -> Result<(), PathBuf> {
         let existing = self
             .directory

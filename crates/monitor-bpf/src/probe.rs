@@ -1,5 +1,5 @@
-//! What this machine allows of BPF, found out by loading, attaching, recording an exit and pinning for real, and
-//! taking it all back.
+//! What this machine allows of BPF, found out by loading, attaching, recording an exit and pinning
+//! for real, and taking it all back.
 
 use std::error::Error;
 use std::path::Path;
@@ -14,8 +14,8 @@ const MOUNT: &str = "mount -t bpf bpf /sys/fs/bpf";
 
 type Tried = Result<(), (String, Option<String>)>;
 
-/// Tries everything this backend needs. The directory for the pins is not made. `readiness` is what the wrapped
-/// monitor survives: where nothing can be pinned, that is all.
+/// Tries everything this backend needs. The directory for the pins is not made. `readiness` is what
+/// the wrapped monitor survives: where nothing can be pinned, that is all.
 pub fn probe(wanted: &BpfConfig, readiness: Survives) -> Availability {
     let how = &wanted.loading;
     let program = Program::open_unpinned(wanted.capacity, how);
@@ -85,7 +85,8 @@ pub fn probe(wanted: &BpfConfig, readiness: Survives) -> Availability {
     }
 }
 
-/// Pins a map where the daemon's directory would be, or in its nearest parent, and removes it again.
+/// Pins a map where the daemon's directory would be, or in its nearest parent, and removes it
+/// again.
 fn try_pinning(program: Program, pin_dir: &Path) -> Tried {
     let pins = Pins::new(pin_dir);
     pins.on_bpffs().map_err(|path| {

@@ -1,5 +1,6 @@
-//! Whether exits are recorded: found out with the exit of a child of ours, by the maps, the program and the attachment that are in
-//! use. Nothing else says that these fit together on this machine and in these namespaces.
+//! Whether exits are recorded: found out with the exit of a child of ours, by the maps, the program
+//! and the attachment that are in use. Nothing else says that these fit together on this machine
+//! and in these namespaces.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,8 @@ use crate::clocks;
 use crate::maps::{Maps, number};
 use crate::sys::Child;
 
-/// An exit is missed if a task is preempted in each copy of the program at once, so one is no proof.
+/// An exit is missed if a task is preempted in each copy of the program at once, so one is no
+/// proof.
 const CHILDREN: usize = 3;
 /// The record is there before the child can be reaped; the clocks have a resolution of their own.
 const TOLERANCE: Duration = Duration::from_millis(20);

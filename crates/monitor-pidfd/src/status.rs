@@ -23,8 +23,8 @@ pub(crate) struct Ended {
     pub(crate) is_our_zombie: bool,
 }
 
-/// The kernel shows the group's status of a zombie that stays one. Before 5.17, waitid(2) with WNOWAIT and field 52 of
-/// `/proc/PID/stat` have the main thread's own.
+/// The kernel shows the group's status of a zombie that stays one. Before 5.17, waitid(2) with
+/// WNOWAIT and field 52 of `/proc/PID/stat` have the main thread's own.
 static ZOMBIES_SHOW_THE_GROUP: LazyLock<bool> = LazyLock::new(|| {
     let release = uname().map(|found| found.release().to_string_lossy().into_owned());
     release.is_ok_and(|release| is_at_least(&release, (5, 17)))
@@ -45,7 +45,8 @@ pub(crate) fn of_ended(process: &Process) -> Ended {
         evidence,
         is_our_zombie: false,
     };
-    // Our child. It stays a zombie, which is all there is of its status until somebody has written that down.
+    // Our child. It stays a zombie, which is all there is of its status until somebody has written
+    // that down.
     if let Some(raw) = logged("waitid", process, wait(process, Zombie::Stays)) {
         let evidence = if *ZOMBIES_SHOW_THE_GROUP {
             Evidence::Wait
@@ -78,7 +79,8 @@ pub(crate) fn reap(process: &Process) -> io::Result<Option<i32>> {
     wait(process, Zombie::Reaped)
 }
 
-/// The status of our child. By its number before Linux 5.4: that is its own as long as it is not reaped.
+/// The status of our child. By its number before Linux 5.4: that is its own as long as it is not
+/// reaped.
 fn wait(process: &Process, zombie: Zombie) -> io::Result<Option<i32>> {
     if let Some(pidfd) = process.pidfd() {
         match sys::wait(Target::Pidfd(pidfd), zombie) {
@@ -110,7 +112,8 @@ fn of_zombie(process: &Process) -> Option<i32> {
         return None;
     }
     let raw = i32::try_from(parse_stat_field(&stat, EXIT_CODE)?).ok()?;
-    // Who may not trace it reads 0 (do_task_stat() in fs/proc/array.c), and may not read this link either.
+    // Who may not trace it reads 0 (do_task_stat() in fs/proc/array.c), and may not read this link
+    // either.
     if raw == 0 {
         fs::read_link(format!("/proc/{}/ns/user", identity.pid)).ok()?;
     }

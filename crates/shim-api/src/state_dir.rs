@@ -1,5 +1,5 @@
-//! The state directory, before anything is in it: whoever can write there can be any container. Owns
-//! making it, and whose it has to be.
+//! The state directory, before anything is in it: whoever can write there can be any container.
+//! Owns making it, and whose it has to be.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;

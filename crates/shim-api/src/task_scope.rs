@@ -21,8 +21,9 @@ pub(crate) struct Scope<'a> {
 }
 
 impl<'a> Scope<'a> {
-    /// Debian's containerd 1.6.20 lacks the interceptor that puts the namespace into a call's metadata (its packaging removes
-    /// it); only the calls of its start-up have it. What a connection has told once holds for all its calls.
+    /// Debian's containerd 1.6.20 lacks the interceptor that puts the namespace into a call's
+    /// metadata (its packaging removes it); only the calls of its start-up have it. What a
+    /// connection has told once holds for all its calls.
     pub(crate) fn of(call: &Call, node: &'a Node) -> Answer<Self> {
         let scope = |namespace| Self {
             node,

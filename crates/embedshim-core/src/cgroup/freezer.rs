@@ -1,5 +1,6 @@
-//! The freezer of cgroup version 1, in which a frozen process takes no signal, not even SIGKILL. Owns
-//! that one which was killed ends all the same. In version 2 the kernel sees to that by itself.
+//! The freezer of cgroup version 1, in which a frozen process takes no signal, not even SIGKILL.
+//! Owns that one which was killed ends all the same. In version 2 the kernel sees to that by
+//! itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,8 +25,8 @@ impl Cgroup {
         }
     }
 
-    /// Takes a killed process out of the freezer if it is frozen there: it ends, and the others stay as
-    /// they are. Blocks.
+    /// Takes a killed process out of the freezer if it is frozen there: it ends, and the others
+    /// stay as they are. Blocks.
     pub(crate) fn release_killed(&self, pid: i32) {
         let Some(freezer) = self.freezer() else {
             return;

@@ -1,4 +1,5 @@
-//! [`Guarantees`]: what a backend promises on a kernel, in an order that makes promises comparable. Promises nothing itself.
+//! [`Guarantees`]: what a backend promises on a kernel, in an order that makes promises comparable.
+//! Promises nothing itself.
 
 use std::fmt;
 
@@ -27,14 +28,16 @@ pub enum Survives {
     Everything,
 }
 
-/// How sure a status is. A backend that does not know says so ([`ExitStatus::Unknown`](super::ExitStatus::Unknown)).
+/// How sure a status is. A backend that does not know says so
+/// ([`ExitStatus::Unknown`](super::ExitStatus::Unknown)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Exactness {
     /// Known as long as nobody has reaped the process, else unknown.
     UntilReaped,
-    /// Known, but if the main thread ends by itself at the very moment in which the process does, or reboot(2) ends the first
-    /// process of a pid namespace, it can be the main thread's own code: see [`Evidence::PidfdInfo`](super::Evidence::PidfdInfo).
+    /// Known, but if the main thread ends by itself at the very moment in which the process does,
+    /// or reboot(2) ends the first process of a pid namespace, it can be the main thread's own
+    /// code: see [`Evidence::PidfdInfo`](super::Evidence::PidfdInfo).
     UnlessThreadsRace,
     /// Always.
     Always,

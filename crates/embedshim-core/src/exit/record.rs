@@ -30,14 +30,15 @@ pub enum Evidence {
     Bpf,
     /// The tracer's wait status.
     Ptrace,
-    /// Field 52 of `/proc/PID/stat` of a zombie. Before Linux 5.17 it has the main thread's own code, even if
-    /// another thread ended the process or a pid namespace was rebooted, and so has waitid(2) with
-    /// WNOWAIT on our own child, which counts as this there.
+    /// Field 52 of `/proc/PID/stat` of a zombie. Before Linux 5.17 it has the main thread's own
+    /// code, even if another thread ended the process or a pid namespace was rebooted, and so has
+    /// waitid(2) with WNOWAIT on our own child, which counts as this there.
     Zombie,
-    /// `PIDFD_INFO_EXIT` of a reaped process (Linux 6.15). It is the main thread's own code if that thread ended by itself
-    /// while the last of the others did: the kernel puts the process's status there only if the others were still to be
-    /// released (`release_task()`, seen on 6.18 and 7.3). And of the first process of a pid namespace that was rebooted
-    /// (reboot(2)) it is 0 or SIGKILL, while its parent sees SIGHUP or SIGINT (`zap_pid_ns_processes()`).
+    /// `PIDFD_INFO_EXIT` of a reaped process (Linux 6.15). It is the main thread's own code if that
+    /// thread ended by itself while the last of the others did: the kernel puts the process's
+    /// status there only if the others were still to be released (`release_task()`, seen on 6.18
+    /// and 7.3). And of the first process of a pid namespace that was rebooted (reboot(2)) it is 0
+    /// or SIGKILL, while its parent sees SIGHUP or SIGINT (`zap_pid_ns_processes()`).
     PidfdInfo,
     /// Nobody knows.
     None,

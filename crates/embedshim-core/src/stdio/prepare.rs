@@ -148,8 +148,8 @@ pub(crate) fn prepare(
     })
 }
 
-/// Whether both ends of all streams that [`prepare`] or [`prepare_terminal`] makes for this plan are
-/// in the set. A logger's pipes are its own.
+/// Whether both ends of all streams that [`prepare`] or [`prepare_terminal`] makes for this plan
+/// are in the set. A logger's pipes are its own.
 pub(crate) fn are_kept(plan: &Plan, fds: &ProcessFds) -> bool {
     let has = |role| fds.get(role).is_some();
     let is_terminal = plan.terminal();

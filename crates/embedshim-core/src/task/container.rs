@@ -1,5 +1,6 @@
 //! [`Task`]: one container in execution, with its processes, its cgroup and the order of its exits.
-//! Owns what must be remembered about it ([`Task::save`]); the operations on it live in the sibling modules.
+//! Owns what must be remembered about it ([`Task::save`]); the operations on it live in the sibling
+//! modules.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -214,7 +215,8 @@ impl Task {
         }
     }
 
-    /// Writes down what there is to remember. The lock keeps an older picture from replacing a newer one.
+    /// Writes down what there is to remember. The lock keeps an older picture from replacing a
+    /// newer one.
     pub(crate) async fn save(&self, shared: &Shared) -> Result<(), Error> {
         let _turn = self.saving.lock().await;
         let (store, record) = (shared.store.clone(), self.record(&shared.boot_id));
@@ -231,7 +233,8 @@ impl Task {
         self.bundle.path.join("log.json")
     }
 
-    /// The log of one call that does not wait for that: several run at a time, and each has to find its own words.
+    /// The log of one call that does not wait for that: several run at a time, and each has to find
+    /// its own words.
     pub(crate) fn own_log(&self) -> PathBuf {
         let number = SERIAL.fetch_add(1, Ordering::Relaxed);
         self.bundle.path.join(format!(".call-{number}.log.json"))

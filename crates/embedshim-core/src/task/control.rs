@@ -97,7 +97,8 @@ async fn kill_exec(task: &Task, process: &TaskProcess, signal: u32) -> Result<()
     Ok(())
 }
 
-/// By pidfd, which can't hit another process. The same as `runc kill` without the 10 ms of starting it.
+/// By pidfd, which can't hit another process. The same as `runc kill` without the 10 ms of starting
+/// it.
 fn send(process: &TaskProcess, signal: u32) -> Result<(), Error> {
     let Some(target) = process.process() else {
         return Err(Error::AlreadyFinished);
@@ -131,8 +132,8 @@ pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey, is_again: bool) -> 
         return Err(error);
     }
     if task.init.now().phase == Phase::Stopped || is_being_killed(&task.init).await? {
-        // It ended while it was being frozen: frozen, the rest of it could not be ended, nor the container deleted. Or it was
-        // killed and is frozen before it could end.
+        // It ended while it was being frozen: frozen, the rest of it could not be ended, nor the
+        // container deleted. Or it was killed and is frozen before it could end.
         task.init.advance(Phase::Pausing, Phase::Running);
         task.runtime.resume(task.id(), &task.log()).await?;
         return Err(Error::WrongState("cannot pause a stopped container"));

@@ -80,7 +80,8 @@ async fn start_init(
     if result.is_err() {
         init.unmark_start();
     }
-    // After a crash before this, a process that was marked and is not said to run is looked at (resumption).
+    // After a crash before this, a process that was marked and is not said to run is looked at
+    // (resumption).
     let saved = task.save(shared).await;
     exits::release_early(shared, task, init);
     result?;
@@ -94,7 +95,8 @@ async fn restore(shared: &Arc<Shared>, task: &Arc<Task>) -> Result<(), Error> {
     let restored = launch(shared, task, &plan).await;
     if restored.is_err() {
         if let Some(identity) = task.init.identity() {
-            // Unwatched it has no owner: with one, its zombie would be waited for by nobody, for ever.
+            // Unwatched it has no owner: with one, its zombie would be waited for by nobody, for
+            // ever.
             shared.disown(identity);
             let _ = shared.monitor.unwatch(identity).await;
         }
@@ -260,8 +262,8 @@ impl ExecFiles {
         }
     }
 
-    /// When the exec has begun, in ticks since boot: after its document was written and before its pid was. The wall clock of the
-    /// files is not exact.
+    /// When the exec has begun, in ticks since boot: after its document was written and before its
+    /// pid was. The wall clock of the files is not exact.
     pub(super) async fn beginning(&self) -> Option<RangeInclusive<u64>> {
         const TOLERANCE: Duration = Duration::from_secs(1);
         let files = [self.process.clone(), self.pid.clone()];

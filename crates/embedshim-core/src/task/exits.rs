@@ -1,5 +1,6 @@
-//! Exits: from the monitor's record to the answered `Wait`, the event and the forgotten watch.
-//! Owns their order (`containerd.md` 4.5): killed with the init, OOM before exit, durable before visible, execs before init.
+//! Exits: from the monitor's record to the answered `Wait`, the event and the forgotten watch. Owns
+//! their order (`containerd.md` 4.5): killed with the init, OOM before exit, durable before
+//! visible, execs before init.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,8 +68,8 @@ pub(super) fn release_early(shared: &Arc<Shared>, task: &Arc<Task>, process: &Ar
     }
 }
 
-/// Everything that follows from the end of a process, once. Whoever has inherited and reaped it knows better than a record that says
-/// nothing, or that can be wrong.
+/// Everything that follows from the end of a process, once. The store that has reaped it
+/// knows better than a record that says nothing, or that can be wrong.
 pub(super) async fn settle(
     shared: Arc<Shared>,
     task: Arc<Task>,
@@ -85,8 +86,8 @@ pub(super) async fn settle(
     conclude(shared, task, process, record).await;
 }
 
-/// How the latest process with this number and a start that fits has ended, if the store's process has inherited and reaped it, as the
-/// keeper does after a while; and when it began.
+/// How the latest process with this number and a start that fits has ended, if the store's process
+/// has inherited and reaped it, as the keeper does after a while; and when it began.
 pub(super) async fn reaped_by_store(
     shared: &Shared,
     pid: i32,
@@ -193,7 +194,8 @@ fn log(task: &Task, process: &TaskProcess, record: &ExitRecord) {
     }
 }
 
-/// With the init its container ends. A frozen cgroup would keep the others from dying, a shared pid namespace from having to.
+/// With the init its container ends. A frozen cgroup would keep the others from dying, a shared pid
+/// namespace from having to.
 async fn end_the_rest(shared: &Shared, task: &Arc<Task>) {
     if matches!(task.init.now().phase, Phase::Paused | Phase::Pausing)
         && let Err(error) = control::thaw(task).await
@@ -215,7 +217,8 @@ async fn end_the_rest(shared: &Shared, task: &Arc<Task>) {
     }
 }
 
-/// One last look: the OOM event precedes the exit it caused, even if its notification was not read yet (62845f4a9).
+/// One last look: the OOM event precedes the exit it caused, even if its notification was not read
+/// yet (62845f4a9).
 async fn flush_oom(shared: &Shared, task: &Arc<Task>) {
     if let Some(cgroup) = task.cgroup()
         && let Ok(Some(kills)) = blocking(move || cgroup.oom_kills()).await
@@ -236,7 +239,8 @@ async fn read_metrics(task: &Arc<Task>) {
     }
 }
 
-/// The counters now, if there is still a cgroup. Not to be read in time is no sign that there is none.
+/// The counters now, if there is still a cgroup. Not to be read in time is no sign that there is
+/// none.
 pub(super) async fn current_metrics(
     task: &Arc<Task>,
     limit: Duration,

@@ -1,6 +1,6 @@
-//! A creation whose daemon died within it. Owns what becomes of it: a container that the runtime has
-//! made is taken over, or a creation that takes longer than the time between two kills would never
-//! end; anything else is removed, and made again by the request that comes again.
+//! A creation whose daemon died within it. Owns what becomes of it: a container that the runtime
+//! has made is taken over, or a creation that takes longer than the time between two kills would
+//! never end; anything else is removed, and made again by the request that comes again.
 
 use std::sync::Arc;
 

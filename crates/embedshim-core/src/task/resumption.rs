@@ -1,5 +1,6 @@
-//! What a predecessor was about when it died: finished if it has taken effect, left to be asked for again if not, undone if it cannot be
-//! either. Owns that nothing else is done to a task before that: it holds the turns of the processes concerned.
+//! What a predecessor was about when it died: finished if it has taken effect, left to be asked for
+//! again if not, undone if it cannot be either. Owns that nothing else is done to a task before
+//! that: it holds the turns of the processes concerned.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -62,7 +63,8 @@ impl Unfinished {
         self.execs.push(exec);
     }
 
-    /// This exec was seen to run. Were it not told to be started, the request that comes again would start it twice.
+    /// This exec was seen to run. Were it not told to be started, the request that comes again
+    /// would start it twice.
     pub(super) fn untold_exec(&mut self, exec: Arc<TaskProcess>) {
         exec.starting();
         self.turns.extend(exec.turn_now());
@@ -119,7 +121,8 @@ impl Unfinished {
     }
 }
 
-/// The record may be one step behind the container: then the runtime knows. The init's end, if it came, is let go afterwards.
+/// The record may be one step behind the container: then the runtime knows. The init's end, if it
+/// came, is let go afterwards.
 async fn agree_on_phase(shared: &Arc<Shared>, task: &Arc<Task>) {
     let init = &task.init;
     let recorded = init.now().phase;
@@ -174,8 +177,9 @@ async fn undo_restore(task: &Arc<Task>) {
     task.init.unmake();
 }
 
-/// Watches execs whose pid the runtime has written, while its calls go on: a hook or a wrapper can keep a call for long, and who
-/// inherits the exec's process reaps it meanwhile. Tells of each whether it is watched when the calls have ended.
+/// Watches execs whose pid the runtime has written, while its calls go on: a hook or a wrapper can
+/// keep a call for long, and who inherits the exec's process reaps it meanwhile. Tells of each
+/// whether it is watched when the calls have ended.
 async fn watch_early(
     shared: &Arc<Shared>,
     task: &Arc<Task>,
@@ -205,7 +209,8 @@ async fn watch_early(
     }
 }
 
-/// Watches an exec if the runtime has written its pid; false if it has not, or if it has ended and is gone.
+/// Watches an exec if the runtime has written its pid; false if it has not, or if it has ended and
+/// is gone.
 async fn watch_if_begun(
     shared: &Arc<Shared>,
     task: &Arc<Task>,
@@ -349,12 +354,14 @@ async fn open(task: &Task, pid: i32) -> Result<Option<Process>, Error> {
         return Ok(Some(process));
     };
     let members = blocking(move || cgroup.pids()).await?.unwrap_or_default();
-    // A zombie's cgroup may be forgotten already, but its number is not free. It can have ended since we looked.
+    // A zombie's cgroup may be forgotten already, but its number is not free. It can have ended
+    // since we looked.
     let is_its = members.contains(&pid) || process.has_ended().unwrap_or(true);
     Ok(is_its.then_some(process))
 }
 
-/// Takes the terminal that the runtime has handed over, or will, to the socket that a predecessor has left.
+/// Takes the terminal that the runtime has handed over, or will, to the socket that a predecessor
+/// has left.
 pub(super) async fn take_terminal(task: &Task, process: &TaskProcess) {
     let taken = match ConsoleSocket::resume(&process.fds) {
         None => Ok(()),
@@ -366,8 +373,8 @@ pub(super) async fn take_terminal(task: &Task, process: &TaskProcess) {
     }
 }
 
-/// Lets the streams of a process flow again, which is alive or has ended. What has to be found first, on file systems that may not
-/// answer, is found in a task of its own.
+/// Lets the streams of a process flow again, which is alive or has ended. What has to be found
+/// first, on file systems that may not answer, is found in a task of its own.
 pub(super) fn reconnect(task: &Arc<Task>, process: &Arc<TaskProcess>) {
     let (pipes, _) = process.pipes();
     if process.exec.is_none() && !pipes.is_empty() && !Streams::has_any(&process.fds) {

@@ -1,4 +1,5 @@
-//! One datagram of `sd_notify(3)`, read. Pure; what nobody asked us for is passed over, as systemd does.
+//! One datagram of `sd_notify(3)`, read. Pure; what nobody asked us for is passed over, as systemd
+//! does.
 
 /// The longest name that systemd takes, and we.
 const MAX_NAME: usize = 255;
@@ -11,7 +12,8 @@ pub(crate) const REAP: &str = "X_EMBEDSHIM_REAP";
 /// Ours alone: what was in the state directory has been removed, and is made again.
 pub(crate) const RESTORE: &str = "X_EMBEDSHIM_RESTORE";
 
-/// Ours alone: how a process that we have reaped has ended is written to the pipe that comes with it.
+/// Ours alone: how a process that we have reaped has ended is written to the pipe that comes with
+/// it.
 pub(crate) const REAPED: &str = "X_EMBEDSHIM_REAPED";
 
 /// What a datagram asks for.

@@ -1,6 +1,8 @@
-//! [`Zombies`]: children that we inherit as a subreaper when a daemon ends. Owns when they are reaped: when the daemon says so, and not before
-//! one that serves has had time to read the status of each, which only a zombie tells (`/proc/PID/stat`). The status of one that was reaped
-//! unasked is kept, for a daemon that comes to it late: it was busy, or waits for the runtime that has started the process.
+//! [`Zombies`]: children that we inherit as a subreaper when a daemon ends. Owns when they are
+//! reaped: when the daemon says so, and not before one that serves has had time to read the status
+//! of each, which only a zombie tells (`/proc/PID/stat`). The status of one that was reaped unasked
+//! is kept, for a daemon that comes to it late: it was busy, or waits for the runtime that has
+//! started the process.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -48,7 +50,8 @@ impl Zombies {
         self.due = None;
     }
 
-    /// A child has ended, perhaps. Those that come while others are waited for have their turn afterwards.
+    /// A child has ended, perhaps. Those that come while others are waited for have their turn
+    /// afterwards.
     pub(super) fn look(&mut self, now: Instant, daemon: Option<Pid>) {
         if self.due.is_none() {
             self.seen = zombies(daemon);
@@ -99,7 +102,8 @@ impl Zombies {
         }
     }
 
-    /// How those with this number have ended, the latest first: a line with start time and wait status for each.
+    /// How those with this number have ended, the latest first: a line with start time and wait
+    /// status for each.
     pub(super) fn reaped(&self, pid: i32) -> String {
         let mut text = String::new();
         for known in self
@@ -136,7 +140,8 @@ fn is_zombie(pid: Pid) -> bool {
     matches!(waitid(WaitId::Pid(pid), options), Ok(Some(_)))
 }
 
-/// Our children; without `CONFIG_PROC_CHILDREN` all processes, of which the kernel tells us what are ours.
+/// Our children; without `CONFIG_PROC_CHILDREN` all processes, of which the kernel tells us what
+/// are ours.
 fn children() -> Vec<Pid> {
     let own = std::process::id();
     let pids = |text: &str| text.parse().ok().and_then(Pid::from_raw);

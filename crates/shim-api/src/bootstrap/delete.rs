@@ -1,5 +1,6 @@
-//! `delete`: containerd has given a bundle up, after every normal deletion and after a lost connection. The daemon knows which;
-//! without one the runtime and the kernel are asked directly. Idempotent, and done within containerd's 5 seconds.
+//! `delete`: containerd has given a bundle up, after every normal deletion and after a lost
+//! connection. The daemon knows which; without one the runtime and the kernel are asked directly.
+//! Idempotent, and done within containerd's 5 seconds.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -19,7 +20,8 @@ use crate::bundle::BundleNote;
 use crate::launcher_service::{CLEANUP, CleanupRequest, CleanupResponse, NAME};
 use crate::timestamp;
 
-/// A daemon that starts now knows the true exit status; but half of containerd's time must remain for going without.
+/// A daemon that starts now knows the true exit status; but half of containerd's time must remain
+/// for going without.
 const START_LIMIT: Duration = Duration::from_millis(2500);
 /// The daemon goes on with the work when we have to leave.
 const ASK_LIMIT: Duration = Duration::from_millis(4500);
@@ -52,8 +54,8 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, Failure> {
             response(removed.pid, removed.exit_status, removed.exited_at())
         }
         Some(CleanupResponse::Replaced) => response(0, KILLED, SystemTime::now()),
-        // Mostly the call after a normal deletion, which finds nothing to do. But a daemon that lost its records does not
-        // know of a container that runs.
+        // Mostly the call after a normal deletion, which finds nothing to do. But a daemon that
+        // lost its records does not know of a container that runs.
         Some(CleanupResponse::Unknown) => without_daemon(&namespace, &id, &bundle)?,
         None => {
             let response = without_daemon(&namespace, &id, &bundle)?;
@@ -159,8 +161,8 @@ fn without_daemon(
     Ok(response(pid.unwrap_or(0), KILLED, SystemTime::now()))
 }
 
-/// Whether the runtime's container of this id was made from another bundle. What is not known is not
-/// another one.
+/// Whether the runtime's container of this id was made from another bundle. What is not known is
+/// not another one.
 fn is_of_another_bundle(binary: &str, root: &Path, id: &ContainerId, bundle: &Path) -> bool {
     #[derive(serde::Deserialize)]
     struct State {

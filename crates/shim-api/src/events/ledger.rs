@@ -189,9 +189,9 @@ impl Ledger {
         self.compact();
     }
 
-    /// Removes the file when nothing of it is needed, which acknowledges everything: of a containerd
-    /// that we have nothing for, there is neither a file nor a descriptor. The next event begins
-    /// another one.
+    /// Removes the file when nothing of it is needed, which acknowledges everything: of a
+    /// containerd that we have nothing for, there is neither a file nor a descriptor. The next
+    /// event begins another one.
     fn cut(&mut self) -> io::Result<()> {
         if self.file.is_some() && self.first == self.end {
             match fs::remove_file(&self.path) {

@@ -1,9 +1,9 @@
 //! [`StoredAnswer`]: an answer that the socket does not take as a whole, so that a kill within it
 //! neither loses nor repeats a byte. Owns the bytes and how much of them is sent.
 //!
-//! The kernel counts: the answer is a memory file, which the store of descriptors holds as well, and
-//! sendfile(2) moves its position by what it has sent, in one step. A short answer needs none of it:
-//! a socket takes all of it or nothing.
+//! The kernel counts: the answer is a memory file, which the store of descriptors holds as well,
+//! and sendfile(2) moves its position by what it has sent, in one step. A short answer needs none
+//! of it: a socket takes all of it or nothing.
 
 use std::fs::File;
 use std::io::{self, Seek};

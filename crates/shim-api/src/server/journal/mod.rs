@@ -1,9 +1,10 @@
-//! [`Journal`]: what was read from one connection and is not answered yet, on disk, so that another daemon can answer it.
-//! Owns the file, its format and its bounds; never looks into a request.
+//! [`Journal`]: what was read from one connection and is not answered yet, on disk, so that another
+//! daemon can answer it. Owns the file, its format and its bounds; never looks into a request.
 //!
-//! A file begins with a header that says whose connection it is; entries follow, each with its length and checksums. When
-//! everything is answered, the file is cut back to the header, so it rarely outgrows its first page. Writes go to tmpfs: they take
-//! microseconds and are not waited for elsewhere.
+//! A file begins with a header that says whose connection it is; entries follow, each with its
+//! length and checksums. When everything is answered, the file is cut back to the header, so it
+//! rarely outgrows its first page. Writes go to tmpfs: they take microseconds and are not waited
+//! for elsewhere.
 
 mod entry;
 mod first_format;
@@ -198,8 +199,8 @@ impl Journal {
         self.append(&entry(Kind::Rest, 0, bytes).repeat(2));
     }
 
-    /// Notes a refusal before it is sent, and with that its request as answered: who has been refused must not see it begin anew under
-    /// our successor.
+    /// Notes a refusal before it is sent, and with that its request as answered: who has been
+    /// refused must not see it begin anew under our successor.
     pub(super) fn refused(&mut self, stream: u32, answer: &[u8]) {
         if self.pending.contains_key(&stream)
             && self.append(&entry(Kind::Rest, stream, answer).repeat(2))

@@ -1,6 +1,6 @@
-//! [`Recovered`]: what a journal says of a connection that another daemon has left. Owns reading it,
-//! whatever state it is in: a piece that makes no sense costs requests their answers, and is known
-//! to have done so.
+//! [`Recovered`]: what a journal says of a connection that another daemon has left. Owns reading
+//! it, whatever state it is in: a piece that makes no sense costs requests their answers, and is
+//! known to have done so.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
