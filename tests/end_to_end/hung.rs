@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Reader, Shim, Stage, Test, binary_name, write_program};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -142,13 +142,21 @@ fn beside(sandbox: &Sandbox, hang: impl FnOnce() -> anyhow::Result<()>) -> anyho
     let shim = Shim::connect(sandbox)?;
     let undisturbed = median_life(sandbox, &shim, "before")?;
     hang()?;
-    let beside = median_life(sandbox, &shim, "beside")?;
+    is_undisturbed(sandbox, &shim, undisturbed)
+}
+
+/// Other tests can slow a life down for a moment; what holds it up does so each time.
+fn is_undisturbed(sandbox: &Sandbox, shim: &Shim, undisturbed: Duration) -> anyhow::Result<()> {
+    const ATTEMPTS: usize = 5;
     let limit = undisturbed.max(Duration::from_millis(150)) * 2;
-    ensure!(
-        beside <= limit,
-        "{beside:?} beside them, {undisturbed:?} without"
-    );
-    Ok(())
+    let mut beside = Duration::ZERO;
+    for attempt in 0..ATTEMPTS {
+        beside = median_life(sandbox, shim, &format!("beside{attempt}-"))?;
+        if beside <= limit {
+            return Ok(());
+        }
+    }
+    bail!("{beside:?} beside them, {undisturbed:?} without")
 }
 
 /// Lets a hundred creations hang, each on a connection of its own, and lives beside them until they
@@ -350,12 +358,7 @@ fn a_container_that_holds_its_pipes_lock_holds_up_nothing_else(
             "{finished:?}"
         );
     }
-    let beside = median_life(&sandbox, &shim, "beside")?;
-    let limit = undisturbed.max(Duration::from_millis(150)) * 2;
-    ensure!(
-        beside <= limit,
-        "{beside:?} beside them, {undisturbed:?} without"
-    );
+    is_undisturbed(&sandbox, &shim, undisturbed)?;
     // What holds the locks ends with its container, and with it what waits for them.
     sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "c"])?;
     sandbox.wait_for_status("c", "STOPPED")?;
