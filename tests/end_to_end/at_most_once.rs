@@ -13,12 +13,14 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use xtask::sandbox::{Sandbox, until};
 
+use crate::half_done::SlowRuntime;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
     an_exec_that_outlives_daemon_and_runtime_is_found_with_its_streams,
     an_exec_without_streams_that_outlives_daemon_and_runtime_is_found,
     an_exec_that_may_have_run_is_not_started_again,
+    an_exec_whose_runtime_has_said_why_it_failed_is_refused_with_that,
     execs_run_once_each_at_whatever_moment_of_their_start_the_daemon_is_killed,
 );
 
@@ -179,6 +181,24 @@ fn an_exec_that_may_have_run_is_not_started_again(stage: &Stage) -> anyhow::Resu
     ensure!(scene.runs() == 1, "it has run {} times", scene.runs());
     shim.delete_exec("c", "e")?;
     scene.end()
+}
+
+/// It has not run, so it is asked of the runtime again.
+fn an_exec_whose_runtime_has_said_why_it_failed_is_refused_with_that(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let runtime = SlowRuntime::new(&sandbox, "exec", true)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    shim.create_with("c", bundle.path(), |request| runtime.choose(request))?;
+    shim.start("c")?;
+    shim.exec_with("c", "e", &["/missing"], |_| {})?;
+    let answer = scope(|scope| runtime.kill_within(scope.spawn(|| shim.start_exec("c", "e"))))?;
+    let refusal = answer.map_or_else(|error| error.to_string(), |pid| pid.to_string());
+    ensure!(refusal.contains("OCI runtime exec failed"), "{refusal}");
+    Ok(())
 }
 
 /// A millisecond later in each round; the runtime lives on, and so the start succeeds.

@@ -24,7 +24,7 @@ pub(super) async fn discard(log: &Path) {
 }
 
 /// The last message of level `error` or worse, if the log can be read and holds one.
-pub(super) async fn last_error(log: &Path) -> Option<String> {
+pub(crate) async fn last_error(log: &Path) -> Option<String> {
     let log = PathBuf::from(log);
     tokio::task::spawn_blocking(move || {
         use std::io::{Read, Seek, SeekFrom};

@@ -25,6 +25,7 @@ use tokio::process::{Child, Command};
 
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
 pub(crate) use inflight::{InFlightCalls, wait_for};
+pub(crate) use log::last_error;
 use output::Collected;
 pub(crate) use program::touch;
 
@@ -399,7 +400,7 @@ impl Runtime {
                 self.binary,
                 self.deadline.as_secs()
             ),
-            Failure::Exited { code, stderr } => match log::last_error(log).await {
+            Failure::Exited { code, stderr } => match last_error(log).await {
                 Some(message) => message,
                 None if !stderr.is_empty() => stderr,
                 None => match code {

@@ -23,7 +23,7 @@ use crate::clock::BootTime;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::id::{ExecId, ProcessKey};
-use crate::runtime::Exec;
+use crate::runtime::{Exec, last_error};
 use crate::spec::nullable;
 use crate::stdio::Plan;
 
@@ -243,10 +243,12 @@ impl ExecFiles {
             })
     }
 
-    /// Whether the runtime was called for it: without that nothing has run.
-    pub(super) async fn runtime_was_called(&self) -> bool {
+    /// Whether the process may have been started, though its pid is not told: not if the runtime was
+    /// never called, nor if it has said why it failed.
+    pub(super) async fn may_have_begun(&self) -> bool {
         // What cannot be looked at may be there.
-        tokio::fs::try_exists(&self.mark).await.unwrap_or(true)
+        let was_called = tokio::fs::try_exists(&self.mark).await.unwrap_or(true);
+        was_called && last_error(&self.log).await.is_none()
     }
 
     /// The start has failed after the runtime has started the process: it runs, but its end would
@@ -254,7 +256,7 @@ impl ExecFiles {
     async fn kill_unwatched(&self, task: &Arc<Task>, process: &Arc<TaskProcess>) {
         let started = match read_pid(&self.pid).await {
             Ok(pid) => opened(pid).ok(),
-            Err(_) if self.runtime_was_called().await => unreported::find(task, process).await,
+            Err(_) if self.may_have_begun().await => unreported::find(task, process).await,
             Err(_) => None,
         };
         if let Some(started) = started {

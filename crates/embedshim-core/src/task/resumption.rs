@@ -266,7 +266,7 @@ async fn finish_exec(
     let files = ExecFiles::new(&task.bundle.path, &exec);
     let begun = match read_pid(&files.pid).await {
         Ok(pid) => Begun::Told(pid),
-        Err(_) if !files.runtime_was_called().await => {
+        Err(_) if !files.may_have_begun().await => {
             stdio::discard_pipes(&process.fds);
             end_logger(process).await;
             exits::release_early(shared, task, process);
