@@ -1,5 +1,6 @@
-//! What the daemon stands on, taken away: room, the right to write, the keeper's descriptors, the state directory itself, the boot. What
-//! cannot be done is said; what runs, runs on and is found again.
+//! What the daemon stands on, taken away: room, the right to write, the keeper's descriptors, the
+//! state directory itself, the boot. What cannot be done is said; what runs, runs on and is found
+//! again.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -234,7 +235,8 @@ fn boot(sandbox: &Sandbox, stranger: i32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A clean-up of `/run` that meant somebody else: what only the daemon knows is written down again, and outlives it then.
+/// A clean-up of `/run` that meant somebody else: what only the daemon knows is written down again,
+/// and outlives it then.
 fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;
@@ -287,8 +289,8 @@ fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
     })
 }
 
-/// Two clients wait while the daemon dies, and a byte of each one's journal is wrong: of what was asked, or of how long that is. Neither
-/// waits in vain, and both connections go on.
+/// Two clients wait while the daemon dies, and a byte of each one's journal is wrong: of what was
+/// asked, or of how long that is. Neither waits in vain, and both connections go on.
 fn a_damaged_journal_costs_a_request_its_answer_at_most(stage: &Stage) -> anyhow::Result<()> {
     const IN_THE_LENGTH: usize = 384 + 5;
     const IN_THE_REQUEST: usize = 384 + 34 + 12;

@@ -402,7 +402,8 @@ fn sigkill_ends_an_exec_of_a_paused_container_which_stays_paused(
     before.wait_for_return(&sandbox)
 }
 
-/// A counter of a container's cgroup that cannot be read before this is written to, until it is dropped.
+/// A counter of a container's cgroup that cannot be read before this is written to, until it is
+/// dropped.
 struct SlowCounter {
     fifo: PathBuf,
     counter: PathBuf,

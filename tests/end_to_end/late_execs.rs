@@ -1,4 +1,5 @@
-//! An exec whose start was cut short and whose process ends before anybody of ours looks at it: its code is not lost.
+//! An exec whose start was cut short and whose process ends before anybody of ours looks at it: its
+//! code is not lost.
 
 use std::fs;
 use std::path::Path;

@@ -110,7 +110,8 @@ fn a_probe_whose_reader_has_gone_does_not_panic(stage: &Stage) -> anyhow::Result
     Ok(())
 }
 
-/// The freeze of this runtime is done before the init takes the signal that it is sent. In cgroup version 1 it stays pending.
+/// The freeze of this runtime is done before the init takes the signal that it is sent. In cgroup
+/// version 1 it stays pending.
 fn a_container_that_is_frozen_before_it_takes_a_sigkill_ends(stage: &Stage) -> anyhow::Result<()> {
     if !Path::new("/sys/fs/cgroup/freezer").is_dir() {
         eprintln!("skipped, because there is no freezer of cgroup version 1");
@@ -187,7 +188,8 @@ fn an_update_that_the_runtime_does_not_read_ends_at_the_deadline(
     Ok(())
 }
 
-/// Without an option the form decides, but where systemd is not the init system nothing can be asked of it.
+/// Without an option the form decides, but where systemd is not the init system nothing can be
+/// asked of it.
 fn an_explicit_systemd_cgroup_option_beats_the_cgroup_parents_form(
     stage: &Stage,
 ) -> anyhow::Result<()> {

@@ -1,4 +1,5 @@
-//! Two containerds with one daemon, the same namespace and the same ids: what one does is done to its own containers only.
+//! Two containerds with one daemon, the same namespace and the same ids: what one does is done to
+//! its own containers only.
 
 use std::process::Command;
 

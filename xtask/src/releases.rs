@@ -1,5 +1,6 @@
-//! Programs of other releases of Debian, beside the machine's own: fetched and verified by apt with lists of its own,
-//! unpacked into the cache, and run by their own dynamic loader. Nothing of the system is changed.
+//! Programs of other releases of Debian, beside the machine's own: fetched and verified by apt with
+//! lists of its own, unpacked into the cache, and run by their own dynamic loader. Nothing of the
+//! system is changed.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -46,7 +47,8 @@ impl Release {
         }
     }
 
-    /// The directory with its programs, fetched if they are not there yet; none for what is installed.
+    /// The directory with its programs, fetched if they are not there yet; none for what is
+    /// installed.
     pub fn programs(self) -> anyhow::Result<Option<PathBuf>> {
         let Some(suite) = self.suite() else {
             return Ok(None);
@@ -126,7 +128,8 @@ impl Suite {
         Ok(text.lines().map(str::to_owned).collect())
     }
 
-    /// Fetches one package alone, verified by apt, and returns the directory that it is unpacked in.
+    /// Fetches one package alone, verified by apt, and returns the directory that it is unpacked
+    /// in.
     pub fn download_and_unpack(&self, package: &str) -> anyhow::Result<PathBuf> {
         let directory = self.cache.join("unpacked");
         let _ = fs::remove_dir_all(&directory);
@@ -181,7 +184,8 @@ impl Suite {
     }
 
     /// Fetches these packages alone, verified by apt, for programs that run with this machine's own
-    /// libraries; returns the directory that they are unpacked in. What is there is not fetched again.
+    /// libraries; returns the directory that they are unpacked in. What is there is not fetched
+    /// again.
     pub fn unpack(&self, packages: &[&str]) -> anyhow::Result<PathBuf> {
         let directory = self.unpacked();
         let _one_at_a_time = self.lock()?;

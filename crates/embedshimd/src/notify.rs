@@ -47,6 +47,8 @@ struct Stored {
     /// Duplicates of all of them, should this process have to take the keeper's place; none where
     /// systemd holds them, or where there are too many.
     held: Option<HashMap<FdName, Vec<OwnedFd>>>,
+    /// The keeper has ended, and this process is about to take its place: nothing is given up.
+    is_succession: bool,
     total: usize,
     /// The length of all names with a colon after each, a name for each descriptor.
     names: usize,
@@ -99,6 +101,7 @@ impl Stored {
         }
         if let Some((open, limit)) = open_files()
             && open > limit / 2
+            && !self.is_succession
         {
             warn!(
                 open,
@@ -202,8 +205,12 @@ impl Manager {
     }
 
     /// Whether this process holds everything that is stored itself.
+    ///
+    /// From here on it does not give that up: it is about to take the keeper's place.
     pub(crate) fn holds_all(&self) -> bool {
-        self.stored().held.is_some()
+        let mut stored = self.stored();
+        stored.is_succession = true;
+        stored.held.is_some()
     }
 
     /// Everything that is stored, by name, to be kept by this process itself.

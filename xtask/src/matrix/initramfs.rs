@@ -1,5 +1,6 @@
-//! What a guest is made of: busybox, the test programs with the libraries they are linked to, runc, crun and unshare, and an init that runs
-//! them and says on the console how it went. No disk, no network, no modules.
+//! What a guest is made of: busybox, the test programs with the libraries they are linked to, runc,
+//! crun and unshare, and an init that runs them and says on the console how it went. No disk, no
+//! network, no modules.
 
 use std::collections::BTreeSet;
 use std::fs;
