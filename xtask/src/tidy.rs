@@ -8,11 +8,12 @@ use serde_json::Value;
 use xtask::products::{cargo, workspace};
 
 /// Which crates of ours each may depend on (ARCHITECTURE.md, "The crates").
-const ARROWS: [(&str, &[&str]); 8] = [
-    ("embedshim-core", &[]),
-    ("monitor-bpf", &["embedshim-core"]),
-    ("monitor-pidfd", &["embedshim-core"]),
-    ("monitor-ptrace", &["embedshim-core"]),
+const ARROWS: [(&str, &[&str]); 9] = [
+    ("exit-monitor", &[]),
+    ("embedshim-core", &["exit-monitor"]),
+    ("monitor-bpf", &["exit-monitor"]),
+    ("monitor-pidfd", &["exit-monitor"]),
+    ("monitor-ptrace", &["exit-monitor"]),
     ("shim-api", &["embedshim-core"]),
     (
         "embedshimd",

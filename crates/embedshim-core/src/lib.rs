@@ -77,12 +77,10 @@
 pub mod cgroup;
 pub mod clock;
 pub mod event;
-pub mod exit;
 #[doc(hidden)]
 pub mod failpoint;
 pub mod fdstore;
 pub mod id;
-pub mod process;
 pub mod rootfs;
 pub mod stdio;
 pub mod task;
@@ -96,6 +94,9 @@ mod runtime;
 mod spec;
 mod store;
 mod sys;
+
+pub use exit_monitor as exit;
+pub use exit_monitor::process;
 
 pub use child_context::{ChildContext, Inherited};
 pub use error::{Error, ErrorKind, chain};

@@ -274,15 +274,6 @@ fn open_send_and_exit(
     unsafe { libc::_exit(errno) }
 }
 
-/// Sends any signal, or none with 0. nix knows no real-time signals.
-pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
-    // SAFETY: plain numbers; no memory is touched.
-    if unsafe { libc::kill(pid, signal) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
 /// The first of our zombies, not reaped. nix's `waitid` fails on one that a real-time signal has
 /// killed.
 pub(crate) fn peek_zombie() -> io::Result<Option<i32>> {

@@ -8,7 +8,7 @@
 //! use std::path::Path;
 //! use std::sync::Arc;
 //!
-//! use embedshim_core::exit::{ExitMonitor, Survives};
+//! use exit_monitor::{ExitMonitor, Survives};
 //! use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 //! use monitor_pidfd::PidfdMonitor;
 //!

@@ -2,9 +2,9 @@
 //! Owns the layout that `exit.bpf.c` shares; changing it means a new pin directory (see `pins::LAYOUT`).
 
 use aya::maps::{HashMap, Map, MapData, MapError};
-use embedshim_core::clock::BootTime;
-use embedshim_core::exit::ExitStatus;
-use embedshim_core::process::ProcessIdentity;
+use exit_monitor::BootTime;
+use exit_monitor::ExitStatus;
+use exit_monitor::process::ProcessIdentity;
 
 /// The program's constants in their section: offset and size of `pid_namespace`, `has_boot_clock`,
 /// `asleep_ns` and `boot_offset_ns`.

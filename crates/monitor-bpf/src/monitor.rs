@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use aya::maps::MapError;
-use embedshim_core::exit::{
+use exit_monitor::process::{Process, ProcessIdentity};
+use exit_monitor::{
     Adopted, Backend, Choice, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus, Guarantees,
     Known, Survives, WatchError, Watched,
 };
-use embedshim_core::process::{Process, ProcessIdentity};
 use tracing::warn;
 
 use crate::maps::{Maps, Recorded, number};

@@ -4,7 +4,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use embedshim_core::exit::{Availability, Backend, Exactness, Feature, Guarantees, Survives};
+use exit_monitor::{Availability, Backend, Exactness, Feature, Guarantees, Survives};
 
 use crate::monitor::BpfConfig;
 use crate::pins::Pins;

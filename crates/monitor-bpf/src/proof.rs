@@ -4,9 +4,9 @@
 
 use std::time::{Duration, Instant};
 
-use embedshim_core::clock::BootTime;
-use embedshim_core::exit::ExitStatus;
-use embedshim_core::process::Process;
+use exit_monitor::BootTime;
+use exit_monitor::ExitStatus;
+use exit_monitor::process::Process;
 
 use crate::clocks;
 use crate::maps::{Maps, number};

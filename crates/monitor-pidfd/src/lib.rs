@@ -6,8 +6,8 @@
 //! use std::process::Command;
 //! use std::sync::Arc;
 //!
-//! use embedshim_core::exit::{Evidence, ExitMonitor, Watched};
-//! use embedshim_core::process::Process;
+//! use exit_monitor::{Evidence, ExitMonitor, Watched};
+//! use exit_monitor::process::Process;
 //! use monitor_pidfd::PidfdMonitor;
 //!
 //! # #[tokio::main(flavor = "current_thread")]

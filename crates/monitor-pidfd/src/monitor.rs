@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use embedshim_core::clock::BootTime;
-use embedshim_core::exit::{
+use exit_monitor::BootTime;
+use exit_monitor::process::{OpenError, Process, ProcessIdentity};
+use exit_monitor::{
     Adopted, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees, Known,
     UnknownReason, WatchError, Watched,
 };
-use embedshim_core::process::{OpenError, Process, ProcessIdentity};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::io::unix::AsyncFd;

@@ -2,8 +2,8 @@
 
 use std::io;
 
-use embedshim_core::exit::{Availability, Backend, Exactness, Feature, Guarantees, Survives};
-use embedshim_core::process::{OpenError, Process};
+use exit_monitor::process::{OpenError, Process};
+use exit_monitor::{Availability, Backend, Exactness, Feature, Guarantees, Survives};
 
 use crate::status;
 use crate::sys::{self, Target, Zombie};

@@ -4,8 +4,8 @@ use std::fs;
 use std::io;
 use std::sync::LazyLock;
 
-use embedshim_core::exit::{Evidence, ExitStatus, UnknownReason};
-use embedshim_core::process::{Process, parse_stat_field};
+use exit_monitor::process::{Process, parse_stat_field};
+use exit_monitor::{Evidence, ExitStatus, UnknownReason};
 use nix::sys::utsname::uname;
 use tracing::debug;
 

@@ -15,10 +15,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use embedshim_core::exit::{
-    Adopted, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus, Watched,
-};
-use embedshim_core::process::Process;
+use exit_monitor::process::Process;
+use exit_monitor::{Adopted, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus, Watched};
 use monitor_pidfd::PidfdMonitor;
 
 const LIMIT: Duration = Duration::from_secs(20);

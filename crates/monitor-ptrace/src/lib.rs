@@ -9,7 +9,7 @@
 //! ```no_run
 //! use std::sync::Arc;
 //!
-//! use embedshim_core::exit::{Exactness, ExitMonitor};
+//! use exit_monitor::{Exactness, ExitMonitor};
 //! use monitor_pidfd::PidfdMonitor;
 //! use monitor_ptrace::PtraceMonitor;
 //!

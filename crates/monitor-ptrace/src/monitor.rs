@@ -5,11 +5,11 @@ use std::fs;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use embedshim_core::exit::{
+use exit_monitor::process::{Process, ProcessIdentity, parse_stat_field};
+use exit_monitor::{
     Adopted, Backend, Evidence, Exactness, ExitMonitor, ExitRecord, Guarantees, Known, Survives,
     WatchError, Watched,
 };
-use embedshim_core::process::{Process, ProcessIdentity, parse_stat_field};
 use tracing::warn;
 
 use crate::tracer::{Refusal, Tracer};

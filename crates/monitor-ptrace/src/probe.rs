@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 
-use embedshim_core::exit::{Availability, Backend, Feature};
+use exit_monitor::{Availability, Backend, Feature};
 
 use crate::monitor::GUARANTEES;
 use crate::sys;

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use embedshim_core::exit::ExitStatus;
-use embedshim_core::process::{Process, ProcessIdentity};
+use exit_monitor::ExitStatus;
+use exit_monitor::process::{Process, ProcessIdentity};
 use nix::errno::Errno;
 use tokio::sync::{Notify, oneshot};
 use tracing::{debug, warn};

@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::Path;
 
-use embedshim_core::exit::{Availability, Backend, Policy, Promise, Report};
+use exit_monitor::{Availability, Backend, Policy, Promise, Report};
 
 fn recorded(name: &str) -> Vec<Availability> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/probes");

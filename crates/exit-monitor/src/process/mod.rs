@@ -3,17 +3,24 @@
 //! or behind a seccomp filter) the identity alone is compared, right before and after each use of
 //! the number.
 
+mod host_root;
+mod stat;
+
 use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::statfs::{FsType, fstatfs};
 use pidfd_util::{PidFd, PidFdExt};
 use serde::{Deserialize, Serialize};
+
+use stat::{START_TIME, read_start_ticks, stat_state};
+
+pub use host_root::HostRoot;
+pub use stat::parse_stat_field;
 
 /// `PID_FS_MAGIC` of linux/magic.h: the pidfd is a pidfs inode (6.9), unique for the boot.
 const PIDFS_MAGIC: FsType = FsType(0x5049_4446);
@@ -175,7 +182,7 @@ impl Process {
     }
 
     /// The number of its parent, of one that is not reaped.
-    pub(crate) fn parent(&self) -> Option<i32> {
+    pub fn parent(&self) -> Option<i32> {
         const PARENT: usize = 4;
         let stat = fs::read(format!("/proc/{}/stat", self.identity.pid)).ok()?;
         let is_its = parse_stat_field(&stat, START_TIME) == Some(self.identity.start_ticks);
@@ -199,7 +206,7 @@ impl Process {
 
     /// Whether a SIGKILL is pending, as it is of a process that is frozen in a cgroup of version 1.
     /// Not if it is reaped.
-    pub(crate) fn is_being_killed(&self) -> bool {
+    pub fn is_being_killed(&self) -> bool {
         const BIT: u64 = 1 << (libc::SIGKILL - 1);
         let pid = self.identity.pid;
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -222,39 +229,6 @@ impl Process {
             other => other.map(|()| false),
         }
     }
-}
-
-/// What a container's process cannot have in common with us, whatever it may do inside.
-const NAMESPACES: [&str; 3] = ["ns/pid", "ns/user", "ns/mnt"];
-
-/// Root in this process's own namespaces: what it says of itself can be believed, since it could do
-/// as it likes anyway.
-#[derive(Debug)]
-pub struct HostRoot(Vec<PathBuf>);
-
-impl HostRoot {
-    /// Reads our namespaces; `None` if procfs does not tell them.
-    pub fn find() -> Option<Self> {
-        namespaces(Path::new("/proc/self")).map(Self)
-    }
-
-    /// Whether this process is its. Nothing of what is read here is the process's own word.
-    pub fn owns(&self, pid: i32) -> bool {
-        let process = PathBuf::from(format!("/proc/{pid}"));
-        namespaces(&process).is_some_and(|its| its == self.0) && is_root(&process)
-    }
-}
-
-fn namespaces(process: &Path) -> Option<Vec<PathBuf>> {
-    let link = |namespace| fs::read_link(process.join(namespace)).ok();
-    NAMESPACES.into_iter().map(link).collect()
-}
-
-/// All four of its user ids are 0.
-fn is_root(process: &Path) -> bool {
-    let status = fs::read_to_string(process.join("status")).unwrap_or_default();
-    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
-    uids.is_some_and(|uids| uids.split_whitespace().all(|uid| uid == "0"))
 }
 
 impl fmt::Debug for Process {
@@ -282,68 +256,10 @@ fn pidfs_inode(pidfd: BorrowedFd<'_>) -> io::Result<Option<u64>> {
     Ok(Some(nix::sys::stat::fstat(pidfd)?.st_ino))
 }
 
-/// The field of `/proc/PID/stat` with the start time.
-const START_TIME: usize = 22;
-
-fn read_start_ticks(pid: i32) -> io::Result<u64> {
-    parse_stat_field(&fs::read(format!("/proc/{pid}/stat"))?, START_TIME)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no start time"))
-}
-
-/// One numeric field (1-based, as proc(5) counts, 3 or later) of `/proc/PID/stat`.
-///
-/// The command name in field 2 is the process's own choice and may hold blanks and parentheses: the
-/// last closing parenthesis ends it.
-pub fn parse_stat_field(stat: &[u8], field: usize) -> Option<u64> {
-    let close = stat.iter().rposition(|&b| b == b')')?;
-    let rest = std::str::from_utf8(stat.get(close + 1..)?).ok()?;
-    rest.split_ascii_whitespace()
-        .nth(field.checked_sub(3)?)?
-        .parse()
-        .ok()
-}
-
-/// The state, which is the third field and no number.
-fn stat_state(stat: &[u8]) -> Option<u8> {
-    let close = stat.iter().rposition(|&byte| byte == b')')?;
-    stat.get(close + 2).copied()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::process::Command;
-
-    #[test]
-    fn a_process_with_a_mount_namespace_of_its_own_is_not_the_hosts() {
-        let root = HostRoot::find().unwrap();
-        let own = i32::try_from(std::process::id()).unwrap();
-        if !root.owns(own) {
-            eprintln!("skipped, because this is not root");
-            return;
-        }
-        let mut child = Command::new("unshare")
-            .args(["--mount", "sleep", "1000"])
-            .spawn()
-            .unwrap();
-        let pid = i32::try_from(child.id()).unwrap();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
-        while root.owns(pid) && std::time::Instant::now() < deadline {
-            std::thread::yield_now();
-        }
-        let is_owned = root.owns(pid);
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(!is_owned);
-    }
-
-    #[test]
-    fn a_name_with_parentheses_does_not_shift_the_fields() {
-        let stat = b"42 (a) R 9 (x)) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 777 9";
-        assert_eq!(parse_stat_field(stat, 22), Some(777));
-        assert_eq!(parse_stat_field(b"", 22), None);
-        assert_eq!(parse_stat_field(b"1 (x)", 2), None);
-    }
 
     #[test]
     fn a_zombie_can_be_opened_and_a_reaped_process_is_gone() {

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::ExitStatus;
-use crate::clock::BootTime;
+use crate::BootTime;
+use crate::ExitStatus;
 use crate::process::ProcessIdentity;
 
 /// One observed end of one process.

@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Availability, Backend, Guarantees, Survives};
+use crate::{Availability, Backend, Guarantees, Survives};
 
 /// What the operator asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -176,7 +176,7 @@ fn worse(own: Guarantees, chosen: Guarantees) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::Exactness;
+    use crate::Exactness;
 
     fn candidate(backend: Backend, verdict: Result<Survives, &str>) -> Availability {
         Availability {

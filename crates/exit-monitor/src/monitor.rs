@@ -9,8 +9,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::{ExitRecord, Guarantees};
 use crate::process::{OpenError, Process, ProcessIdentity};
+use crate::{ExitRecord, Guarantees};
 
 /// Learns how watched processes end, without being their parent.
 ///

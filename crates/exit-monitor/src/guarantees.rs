@@ -29,7 +29,7 @@ pub enum Survives {
 }
 
 /// How sure a status is. A backend that does not know says so
-/// ([`ExitStatus::Unknown`](super::ExitStatus::Unknown)).
+/// ([`ExitStatus::Unknown`](crate::ExitStatus::Unknown)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Exactness {
@@ -37,7 +37,7 @@ pub enum Exactness {
     UntilReaped,
     /// Known, but if the main thread ends by itself at the very moment in which the process does,
     /// or reboot(2) ends the first process of a pid namespace, it can be the main thread's own
-    /// code: see [`Evidence::PidfdInfo`](super::Evidence::PidfdInfo).
+    /// code: see [`Evidence::PidfdInfo`](crate::Evidence::PidfdInfo).
     UnlessThreadsRace,
     /// Always.
     Always,

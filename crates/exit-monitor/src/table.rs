@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Availability, Feature, FeatureState, Promise, Report};
+use crate::{Availability, Feature, FeatureState, Promise, Report};
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Backend, Guarantees, Survives};
+use crate::{Backend, Guarantees, Survives};
 
 /// One kernel feature, tried on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
