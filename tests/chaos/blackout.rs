@@ -5,7 +5,7 @@
 use anyhow::{Context, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::{Sandbox, is_alive, until};
+use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::client::{Client, accepted};
 use crate::direct::handles_term;

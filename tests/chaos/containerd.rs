@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use xtask::sandbox::{Finished, Running, Task, until};
+use testbed::sandbox::{Finished, Running, Task, until};
 
 use crate::ground::Ground;
 use crate::ledger::DEADLINE;

@@ -32,7 +32,7 @@ impl Daemon {
     }
 
     pub(crate) fn is_alive(self) -> bool {
-        started(self.pid) == Some(self.started) && xtask::sandbox::is_alive(self.pid)
+        started(self.pid) == Some(self.started) && testbed::sandbox::is_alive(self.pid)
     }
 }
 
@@ -115,7 +115,7 @@ impl Daemons {
         }
         for process in [self.keeper(), self.current()].into_iter().flatten() {
             process.signal(Signal::SIGKILL);
-            xtask::sandbox::until("it is gone", || Ok(!process.is_alive()))?;
+            testbed::sandbox::until("it is gone", || Ok(!process.is_alive()))?;
         }
         Ok(())
     }

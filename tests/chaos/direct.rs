@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use containerd_shim_protos::api;
 use nix::sys::signal::Signal;
-use xtask::sandbox::until;
+use testbed::sandbox::until;
 
 use crate::bundle::Made;
 use crate::client::{Client, Pending, accepted, refused};

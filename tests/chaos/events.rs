@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use anyhow::ensure;
 use embedshim_tests::Heard;
-use xtask::sandbox::until;
+use testbed::sandbox::until;
 
 use crate::ground::Ground;
 use crate::ledger::Process;

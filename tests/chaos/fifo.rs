@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use xtask::sandbox::until;
+use testbed::sandbox::until;
 
 /// What a reader takes at once; Go's `io.Copy` takes 32 KiB.
 const PIECE: usize = 32 * 1024;

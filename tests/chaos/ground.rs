@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::{Context, ensure};
 use embedshim_tests::Listener;
-use xtask::sandbox::{EMBEDSHIM, Sandbox};
+use testbed::sandbox::{EMBEDSHIM, Sandbox};
 
 use crate::bundle::Bundles;
 use crate::daemon::Daemons;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use embedshim_tests::Footprint;
-use xtask::sandbox::until;
+use testbed::sandbox::until;
 
 use crate::daemon::Daemon;
 use crate::ground::Ground;

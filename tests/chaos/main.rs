@@ -31,10 +31,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::Parser;
-use xtask::chaos::{Options, Phase};
-use xtask::products::workspace;
-use xtask::sandbox::{clean_up_all, clean_up_on_signals};
-use xtask::{chaos, image};
+use testbed::chaos::{Options, Phase};
+use testbed::products::workspace;
+use testbed::sandbox::{clean_up_all, clean_up_on_signals};
+use testbed::{chaos, image};
 
 use ground::Ground;
 use leftovers::Before;

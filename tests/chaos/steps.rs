@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use nix::sys::signal::Signal;
-use xtask::chaos::Options;
-use xtask::sandbox::until;
+use testbed::chaos::Options;
+use testbed::sandbox::until;
 
 use crate::client::Client;
 use crate::direct;

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use xtask::chaos::Options;
+use testbed::chaos::Options;
 
 use crate::ground::Ground;
 use crate::ledger::DEADLINE;

@@ -10,7 +10,7 @@ use anyhow::{Context, bail, ensure};
 use embedshim_core::stdio::StdioPaths;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use xtask::sandbox::until;
+use testbed::sandbox::until;
 
 use crate::fifo::{Reader, Writer};
 use crate::ground::Ground;

@@ -28,7 +28,7 @@ pub(crate) fn program() -> &'static Path {
         }
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let program = directory.join(format!("shapes-{}", std::process::id()));
-        xtask::image::compile_shapes(&program).unwrap();
+        testbed::image::compile_shapes(&program).unwrap();
         program
     })
 }

@@ -11,7 +11,7 @@ use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, binary_name,
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 use crate::half_done::SlowRuntime;
 use crate::tests;

@@ -11,7 +11,7 @@ use containerd_shim_protos::types::introspection::RuntimeInfo;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::Signal;
 use protobuf::Message;
-use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 

@@ -17,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use serde_json::Value;
-use xtask::sandbox::{Sandbox, is_alive, until};
+use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::tests;
 

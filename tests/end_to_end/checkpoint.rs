@@ -11,8 +11,8 @@ use nix::sys::signal::Signal;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::{Value, json};
-use xtask::releases;
-use xtask::sandbox::{Sandbox, until};
+use testbed::releases;
+use testbed::sandbox::{Sandbox, until};
 
 use crate::tests;
 
@@ -35,7 +35,7 @@ fn with_daemon(stage: &Stage, criu: bool) -> anyhow::Result<Sandbox> {
         .collect();
     let directory = sandbox.directory().join("path");
     fs::create_dir_all(&directory)?;
-    if let Some(runc) = xtask::machine::find_on_path("runc") {
+    if let Some(runc) = testbed::machine::find_on_path("runc") {
         std::os::unix::fs::symlink(fs::canonicalize(runc)?, directory.join("runc"))?;
     }
     let first = if criu {

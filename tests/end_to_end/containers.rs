@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Footprint, Stage, Test};
-use xtask::sandbox::{PATIENCE, Running, Sandbox};
+use testbed::sandbox::{PATIENCE, Running, Sandbox};
 
 use crate::tests;
 
@@ -22,7 +22,7 @@ pub(crate) const TESTS: [Test; 11] = tests!(AnyRuntime:
     an_id_can_be_used_again,
 );
 
-fn finish(command: &mut Command) -> anyhow::Result<xtask::sandbox::Finished> {
+fn finish(command: &mut Command) -> anyhow::Result<testbed::sandbox::Finished> {
     Running::capture(command)?.finish(PATIENCE)
 }
 
@@ -83,7 +83,7 @@ fn input_reaches_the_container_and_ends(stage: &Stage) -> anyhow::Result<()> {
         finished.code == Some(0) && finished.stdout == "hello\n",
         "{finished:?}"
     );
-    if stage.runtime() == xtask::sandbox::EMBEDSHIM {
+    if stage.runtime() == testbed::sandbox::EMBEDSHIM {
         let mut running = Running::capture(
             sandbox
                 .run(&["--rm"], "early", &["cat"])

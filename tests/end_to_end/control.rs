@@ -17,7 +17,7 @@ use nix::unistd::mkfifo;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::Value;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 use crate::bootstrap::delete;
 use crate::half_done::{SlowRuntime, terminal};

@@ -16,7 +16,7 @@ use embedshim_tests::{Bundle, Footprint, Stage, Test};
 use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use nix::sys::signal::Signal;
-use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 

@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use shim_api::bundle::BundleNote;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 

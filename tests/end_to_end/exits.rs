@@ -5,7 +5,7 @@ use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, until};
+use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, until};
 
 use crate::survival::handles_term;
 use crate::tests;

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
@@ -104,7 +104,7 @@ fn a_missing_runc_is_named(stage: &Stage) -> anyhow::Result<()> {
     sandbox.stop_containerd()?;
     let path = sandbox.directory().join("path");
     fs::create_dir_all(&path)?;
-    let containerd = xtask::machine::find_on_path("containerd").context("no containerd")?;
+    let containerd = testbed::machine::find_on_path("containerd").context("no containerd")?;
     std::os::unix::fs::symlink(containerd, path.join("containerd"))?;
     sandbox.set_environment(
         "PATH",

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, writer};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::half_done::SlowRuntime;
 use crate::survival::handles_term;

@@ -12,7 +12,7 @@ use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, binary_name,
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use xtask::sandbox::{Sandbox, is_alive, until};
+use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::tests;
 

@@ -10,9 +10,9 @@ use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use protobuf::Message;
 use shim_api::frame::{self, HEADER, Header, Kind};
+use testbed::sandbox::{PATIENCE, Sandbox};
 use ttrpc::context::Context as Metadata;
 use ttrpc::{Code, Request, Response};
-use xtask::sandbox::{PATIENCE, Sandbox};
 
 use crate::tests;
 

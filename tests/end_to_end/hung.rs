@@ -11,7 +11,7 @@ use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Reader, Shim, Stage, Test, binary_name, write_program};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, until};
 
 use crate::tests;
 

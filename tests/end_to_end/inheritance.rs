@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Stage, Test, write_program};
-use xtask::sandbox::{PATIENCE, Running};
+use testbed::sandbox::{PATIENCE, Running};
 
 use crate::tests;
 

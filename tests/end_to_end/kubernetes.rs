@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Cri, Footprint, Namespaces, Stage, Test};
 use k8s_cri::v1::{ContainerState, NamespaceMode};
 use nix::sys::signal::Signal;
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 use crate::tests;
 

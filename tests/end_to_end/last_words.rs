@@ -17,7 +17,7 @@ use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 use crate::tests;
 

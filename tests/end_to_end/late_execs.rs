@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::{is_alive, until};
+use testbed::sandbox::{is_alive, until};
 
 use crate::half_done::{SlowRuntime, end, fifo, join, start};
 use crate::tests;

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use xtask::sandbox::{PATIENCE, Running, until};
+use testbed::sandbox::{PATIENCE, Running, until};
 
 use crate::terminals::ensure_repeats_at_most;
 use crate::tests;

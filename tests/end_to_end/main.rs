@@ -49,7 +49,7 @@ use std::sync::{Arc, OnceLock};
 
 use embedshim_tests::{Scope, Stage, Test};
 use libtest_mimic::{Arguments, Failed, Trial};
-use xtask::sandbox::{EMBEDSHIM, clean_up_all, clean_up_on_signals};
+use testbed::sandbox::{EMBEDSHIM, clean_up_all, clean_up_on_signals};
 
 /// Lists tests by their functions: the name of a test is the name of its function.
 #[macro_export]

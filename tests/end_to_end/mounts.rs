@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test, write_program};
 use serde_json::{Value, json};
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 use crate::tests;
 

@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, ensure_counted, writer};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
@@ -103,7 +103,7 @@ fn an_exec_that_leaves_a_child_does_not_hold_its_client(stage: &Stage) -> anyhow
 fn a_runtimes_words_are_in_no_stream(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
     let said =
-        |finished: &xtask::sandbox::Finished| finished.stderr.matches("no such file").count();
+        |finished: &testbed::sandbox::Finished| finished.stderr.matches("no such file").count();
     let mut run = sandbox.run(&["--rm"], "c", &["/no/such"]);
     let finished = Running::capture(&mut run)?.finish(PATIENCE)?;
     ensure!(

@@ -15,7 +15,7 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use shim_api::bundle::BundleNote;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, until};
 
 use crate::tests;
 

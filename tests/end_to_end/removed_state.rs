@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 use embedshim_tests::{Stage, Test};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, until};
 
 use crate::tests;
 

@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::exits::{REBOOTS, reboots_when_told};
 use crate::survival::handles_term;

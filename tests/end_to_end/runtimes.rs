@@ -12,8 +12,8 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim::oci::Options;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test, binary_name, options, write_program};
 use nix::sys::signal::Signal;
-use xtask::image;
-use xtask::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox, until};
+use testbed::image;
+use testbed::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox, until};
 
 use crate::tests;
 

@@ -12,7 +12,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::{Value, json};
 use shim_api::bundle::BundleNote;
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 use crate::tests;
 
@@ -102,7 +102,7 @@ fn life(stage: &Stage, runtime: &str) -> anyhow::Result<()> {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
     nix::sys::signal::kill(pid, Signal::SIGTERM)?;
     until("it has ended", || {
-        Ok(!xtask::sandbox::is_alive(pid.as_raw()))
+        Ok(!testbed::sandbox::is_alive(pid.as_raw()))
     })?;
     sandbox.start_daemon()?;
     shim = Shim::connect(&sandbox)?;

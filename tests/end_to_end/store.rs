@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, writer};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 use crate::tests;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Shim, Stage, Test};
 use nix::sys::signal::Signal;
-use xtask::sandbox::{Running, until};
+use testbed::sandbox::{Running, until};
 
 use crate::tests;
 

@@ -11,7 +11,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, until};
 
 use crate::tests;
 
@@ -199,7 +199,7 @@ fn a_logger_that_does_not_end_is_killed(stage: &Stage) -> anyhow::Result<()> {
     wait_for_text(&file, "\n")?;
     let pid: i32 = fs::read_to_string(&file)?.trim().parse()?;
     sandbox.delete_task("c")?;
-    until("it is killed", || Ok(!xtask::sandbox::is_alive(pid)))
+    until("it is killed", || Ok(!testbed::sandbox::is_alive(pid)))
 }
 
 /// 300 kB, four times what a pipe holds, read by many that come and go: as containerd does when it is restarted.

@@ -4,8 +4,8 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::releases::Release;
-use xtask::sandbox::{Sandbox, is_alive, until};
+use testbed::releases::Release;
+use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::tests;
 

@@ -12,7 +12,7 @@ use embedshim_tests::{
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::{PATIENCE, Running, Sandbox, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, until};
 
 use crate::tests;
 

@@ -6,8 +6,8 @@ use std::process::Command;
 use anyhow::ensure;
 use embedshim_tests::{Bundle, Shim, Stage, Test};
 use nix::sys::signal::Signal;
-use xtask::image;
-use xtask::sandbox::{EMBEDSHIM, PATIENCE, Running, Sandbox};
+use testbed::image;
+use testbed::sandbox::{EMBEDSHIM, PATIENCE, Running, Sandbox};
 
 use crate::tests;
 

@@ -7,10 +7,10 @@ use anyhow::Context;
 use k8s_cri::v1 as api;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use testbed::image;
+use testbed::sandbox::{PATIENCE, Sandbox, until};
 use tokio::runtime::{Builder, Runtime};
 use tonic::transport::{Channel, Endpoint};
-use xtask::image;
-use xtask::sandbox::{PATIENCE, Sandbox, until};
 
 use crate::streaming::Streaming;
 

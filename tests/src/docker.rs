@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Map, Value, json};
-use xtask::engines::Engine;
-use xtask::sandbox::{EMBEDSHIM, Finished, RUNC_V2, Running, Sandbox, until};
+use testbed::engines::Engine;
+use testbed::sandbox::{EMBEDSHIM, Finished, RUNC_V2, Running, Sandbox, until};
 
 use crate::{Stage, stage};
 

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use anyhow::{Context, ensure};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 /// The reader of a fifo that it has made. It opens the fifo in the background, as containerd's fifo
 /// package does, and reads to the first end.

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use xtask::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, until};
 
 /// Mounts, cgroups, runtime state, bundles, records, the daemon's descriptors, and its and its keeper's children.
 #[derive(Clone, Debug, PartialEq, Eq)]

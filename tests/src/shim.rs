@@ -14,8 +14,8 @@ use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::shim::oci::Options;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use testbed::sandbox::Sandbox;
 use ttrpc::context::{self, Context as Metadata};
-use xtask::sandbox::Sandbox;
 
 /// A connection to the daemon of a sandbox.
 pub struct Shim {

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use xtask::engines::Engine;
-use xtask::image;
-use xtask::products::{self, Profile};
-use xtask::releases::Release;
-use xtask::sandbox::{EMBEDSHIM, Sandbox};
+use testbed::engines::Engine;
+use testbed::image;
+use testbed::products::{self, Profile};
+use testbed::releases::Release;
+use testbed::sandbox::{EMBEDSHIM, Sandbox};
 
 /// What a test needs to begin.
 #[derive(Debug)]

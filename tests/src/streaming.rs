@@ -3,9 +3,9 @@
 use std::net::TcpStream;
 
 use anyhow::{Context, bail};
+use testbed::sandbox::PATIENCE;
 use tungstenite::client::IntoClientRequest;
 use tungstenite::{Message, WebSocket, client};
-use xtask::sandbox::PATIENCE;
 
 const PROTOCOL: &str = "v4.channel.k8s.io";
 const STDIN: u8 = 0;

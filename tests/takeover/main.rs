@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
-use xtask::sandbox::{EMBEDSHIM, Sandbox, clean_up_all, clean_up_on_signals};
+use testbed::sandbox::{EMBEDSHIM, Sandbox, clean_up_all, clean_up_on_signals};
 
 /// A daemon that has lived for so long is not young any more.
 const GROWN_UP: Duration = Duration::from_millis(1500);

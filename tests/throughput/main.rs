@@ -18,8 +18,8 @@ use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Shim};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use xtask::releases::Release;
-use xtask::sandbox::{EMBEDSHIM, RUNC_V2, Sandbox, clean_up_all, clean_up_on_signals};
+use testbed::releases::Release;
+use testbed::sandbox::{EMBEDSHIM, RUNC_V2, Sandbox, clean_up_all, clean_up_on_signals};
 
 /// Measures the throughput of output and the processor time that a shim takes for it
 #[derive(Debug, Parser)]

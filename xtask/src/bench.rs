@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use xtask::products::{self, Profile};
-use xtask::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
-use xtask::{image, machine};
+use testbed::products::{self, Profile};
+use testbed::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
+use testbed::{image, machine};
 
 use crate::demo::{processes_named, pss};
 use crate::exit_cost;

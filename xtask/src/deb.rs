@@ -9,8 +9,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail, ensure};
 use nix::sys::stat::{Mode, umask};
-use xtask::machine;
-use xtask::products::{self, Profile, strip, workspace};
+use testbed::machine;
+use testbed::products::{self, Profile, strip, workspace};
 
 const NAME: &str = "embedshim";
 const BINARIES: [&str; 2] = ["embedshimd", "containerd-shim-embed-v1"];

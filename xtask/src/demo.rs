@@ -7,9 +7,9 @@ use std::process::Command;
 use anyhow::{Context, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::products::{self, Profile};
-use xtask::sandbox::{EMBEDSHIM, Finished, PATIENCE, Running, Sandbox, is_alive, until};
-use xtask::{image, machine};
+use testbed::products::{self, Profile};
+use testbed::sandbox::{EMBEDSHIM, Finished, PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::{image, machine};
 
 /// Runs all steps.
 pub(crate) fn run() -> anyhow::Result<()> {

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use xtask::products::{cargo, workspace};
+use testbed::products::{cargo, workspace};
 
 const VERSION: &str = "^0.13";
 

@@ -13,7 +13,7 @@ mod tidy;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::chaos;
+use testbed::chaos;
 
 /// Builds, tests and demonstrates embedshim
 ///
@@ -52,7 +52,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = xtask::sandbox::clean_up_on_signals().and_then(|()| match &cli.command {
+    let result = testbed::sandbox::clean_up_on_signals().and_then(|()| match &cli.command {
         Command::Setup => suite::set_up(),
         Command::Demo => demo::run(),
         Command::Test(options) => suite::run(options),
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         Command::Fuzz(options) => fuzz::run(options),
         Command::Tidy => tidy::run(),
     });
-    xtask::sandbox::clean_up_all();
+    testbed::sandbox::clean_up_all();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

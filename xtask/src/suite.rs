@@ -7,11 +7,11 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use xtask::engines::Engine;
-use xtask::machine;
-use xtask::products::{self, Profile};
-use xtask::releases::Release;
-use xtask::sandbox::EMBEDSHIM;
+use testbed::engines::Engine;
+use testbed::machine;
+use testbed::products::{self, Profile};
+use testbed::releases::Release;
+use testbed::sandbox::EMBEDSHIM;
 
 /// What `--clients` runs.
 const CLIENTS: &str = "docker::";

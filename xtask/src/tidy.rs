@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde_json::Value;
-use xtask::products::{cargo, workspace};
+use testbed::products::{cargo, workspace};
 
 /// Which crates of ours each may depend on (ARCHITECTURE.md, "The crates").
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: [(&str, &[&str]); 10] = [
     ("exit-monitor", &[]),
     ("embedshim-core", &["exit-monitor"]),
     ("monitor-bpf", &["exit-monitor"]),
@@ -25,7 +25,8 @@ const ARROWS: [(&str, &[&str]); 9] = [
             "shim-api",
         ],
     ),
-    ("xtask", &[]),
+    ("testbed", &[]),
+    ("xtask", &["testbed"]),
     (
         "embedshim-tests",
         &[
@@ -34,7 +35,7 @@ const ARROWS: [(&str, &[&str]); 9] = [
             "monitor-pidfd",
             "monitor-ptrace",
             "shim-api",
-            "xtask",
+            "testbed",
         ],
     ),
 ];

@@ -4,7 +4,7 @@ use anyhow::ensure;
 use embedshim_tests::{Docker, Footprint, Stage, Test, on_a_terminal};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use xtask::sandbox::until;
+use testbed::sandbox::until;
 
 use super::counted;
 use crate::tests;

@@ -6,9 +6,9 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 use embedshim_tests::{Docker, DockerSetup, Stage, Test, runtime_path, runtime_type};
 use serde_json::json;
-use xtask::machine::find_on_path;
-use xtask::releases;
-use xtask::sandbox::{RUNC_V2, until};
+use testbed::machine::find_on_path;
+use testbed::releases;
+use testbed::sandbox::{RUNC_V2, until};
 
 use crate::tests;
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use embedshim_tests::{Docker, Footprint, Stage, Test, ensure_counted};
 use nix::sys::signal::Signal;
-use xtask::sandbox::{Running, is_alive, until};
+use testbed::sandbox::{Running, is_alive, until};
 
 use super::counted;
 use crate::tests;

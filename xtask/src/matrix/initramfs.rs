@@ -11,9 +11,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
-use xtask::image;
-use xtask::machine::find_on_path;
-use xtask::products::{cargo, strip, workspace};
+use testbed::image;
+use testbed::machine::find_on_path;
+use testbed::products::{cargo, strip, workspace};
 
 /// The first program. It leaves the initial root, from which runc's `pivot_root(2)` is refused.
 const INIT: &str = "#!/bin/busybox sh

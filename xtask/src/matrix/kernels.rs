@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use xtask::releases::Suite;
+use testbed::releases::Suite;
 
 /// The series that are run when nothing else is asked for, and the suites that have them.
 const SERIES: [(&str, &str); 5] = [

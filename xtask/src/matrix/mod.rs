@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
-use xtask::machine;
-use xtask::products::{self, Profile};
+use testbed::machine;
+use testbed::products::{self, Profile};
 
 use kernels::Kernel;
 use report::Outcome;

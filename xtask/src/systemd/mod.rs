@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
-use xtask::products::{self, Profile, workspace};
-use xtask::{image, machine};
+use testbed::products::{self, Profile, workspace};
+use testbed::{image, machine};
 
 use crate::deb::{self, Packing};
 use crate::matrix::{guest, initramfs, kernels};

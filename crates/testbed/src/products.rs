@@ -10,8 +10,10 @@ pub const FAILPOINTS: &str = "embedshimd/failpoints";
 
 /// The workspace's root.
 pub fn workspace() -> PathBuf {
-    let xtask = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().map_or_else(|| xtask.clone(), PathBuf::from)
+    let own = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    own.ancestors()
+        .nth(2)
+        .map_or_else(|| own.clone(), PathBuf::from)
 }
 
 /// Cargo as it was called, or the one on `PATH`.
