@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::rootfs::{self, Mount};
 use crate::spec::Spec;
 use crate::stdio::{Plan, StdioPaths};
-use crate::store::TaskRecord;
+use crate::task::TaskRecord;
 
 /// Sorts a mount's options out.
 pub fn mount_options(mount: &Mount) -> bool {

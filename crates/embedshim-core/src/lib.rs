@@ -89,10 +89,9 @@ mod child_context;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
-mod orphans;
+mod reaper;
 mod runtime;
 mod spec;
-mod store;
 mod sys;
 
 pub use exit_monitor as exit;

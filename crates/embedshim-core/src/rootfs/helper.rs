@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::Mount;
 use crate::child_context::ChildContext;
-use crate::orphans::Orphans;
+use crate::reaper::Orphans;
 use crate::runtime::touch;
 
 /// How long a helper may take; containerd's own has no limit, and a Create lasts no longer than its client waits.

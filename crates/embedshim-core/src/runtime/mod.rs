@@ -33,7 +33,7 @@ use crate::child_context::ChildContext;
 use crate::error::Error;
 use crate::failpoint;
 use crate::id::Namespace;
-use crate::orphans::Orphans;
+use crate::reaper::Orphans;
 use crate::spec::Spec;
 use crate::stdio::ChildStdio;
 use crate::sys;

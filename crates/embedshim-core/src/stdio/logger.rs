@@ -20,8 +20,8 @@ use tracing::warn;
 
 use super::{StdioError, open};
 use crate::child_context::ChildContext;
-use crate::orphans::Orphans;
 use crate::process::{Process, ProcessIdentity};
+use crate::reaper::Orphans;
 use crate::sys;
 
 /// How long a logger may take until it is ready. runc-v2 waits for ever.

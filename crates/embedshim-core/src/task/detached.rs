@@ -3,8 +3,8 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use super::shared::Shared;
 use crate::error::Error;
+use crate::task::engine::Shared;
 
 /// Runs `work` as a task of its own and waits for it; dropping this future abandons the answer only. `shared` knows that it is under
 /// way.

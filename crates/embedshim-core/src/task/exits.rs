@@ -8,19 +8,19 @@ use std::time::Duration;
 use tokio::time::timeout;
 use tracing::{debug, error, info, warn};
 
-use super::container::Task;
-use super::control;
-use super::detached::blocking;
-use super::process::TaskProcess;
-use super::request::Exit;
-use super::shared::{Owner, Shared};
-use super::state::Phase;
 use crate::cgroup::Metrics;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::exit::{Evidence, ExitRecord, ExitStatus};
 use crate::fdstore::FdRole;
 use crate::process::ProcessIdentity;
+use crate::task::api::Exit;
+use crate::task::detached::blocking;
+use crate::task::engine::{Owner, Shared};
+use crate::task::lifecycle::Phase;
+use crate::task::ops::kill as control;
+use crate::task::process::TaskProcess;
+use crate::task::task::Task;
 
 /// A monitor that fails is asked again after this.
 const MONITOR_RETRY: Duration = Duration::from_secs(1);

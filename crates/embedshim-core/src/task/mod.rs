@@ -1,31 +1,31 @@
 //! Tasks: containers in execution, their processes, and what can be done with them.
 //! [`Node`] is the whole interface; everything a task does goes through it.
 
-mod container;
-mod control;
-mod creation;
-mod deletion;
+mod api;
+mod context;
 mod detached;
-mod errand;
-mod execution;
+mod engine;
 mod exits;
-mod half_created;
+mod launch;
+mod lifecycle;
 mod node;
+mod ops;
 mod process;
-mod request;
-mod restoration;
-mod resumption;
-mod shared;
-mod state;
-mod unreported;
+mod recovery;
+mod store;
+#[expect(
+    clippy::module_inception,
+    reason = "one task, in the folder of all that is done with tasks"
+)]
+mod task;
 
-pub use errand::{Errand, RequestId, Witness};
-pub use node::{Node, NodeConfig};
-pub use request::{
+pub use api::{
     CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
     ProcessStatus, RuntimeOptions,
 };
-pub(crate) use state::Phase;
+pub use context::{Errand, RequestId, Witness};
+pub(crate) use lifecycle::Phase;
+pub use node::{Node, NodeConfig};
 
-pub use crate::orphans::Awaited;
-pub use crate::store::{BundleId, discard_record};
+pub use crate::reaper::Awaited;
+pub use crate::task::store::{BundleId, discard_record};

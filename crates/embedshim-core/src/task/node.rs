@@ -11,23 +11,26 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 
-use super::detached::{blocking, detached};
-use super::errand::Errand;
-use super::request::{
-    CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
-    ProcessStatus,
-};
-use super::shared::Shared;
-use super::state::Phase;
-use super::{control, creation, deletion, execution, exits, restoration};
 use crate::cgroup::{Metrics, OomWatcher};
 use crate::error::Error;
 use crate::event::{Event, EventSink};
 use crate::exit::ExitMonitor;
 use crate::fdstore::{FdStore, InheritedFds, NoFdStore};
 use crate::id::{ProcessKey, TaskKey};
-use crate::orphans::Awaited;
-use crate::store::{BundleId, Store, boot_id};
+use crate::reaper::Awaited;
+use crate::task::api::{
+    CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
+    ProcessStatus,
+};
+use crate::task::context::Errand;
+use crate::task::detached::{blocking, detached};
+use crate::task::engine::Shared;
+use crate::task::exits;
+use crate::task::launch as creation;
+use crate::task::lifecycle::Phase;
+use crate::task::ops::{delete as deletion, kill as control, start as execution};
+use crate::task::recovery::adopt as restoration;
+use crate::task::store::{BundleId, Store, boot_id};
 
 /// How long a read may take to look into a cgroup: the threads for such work can be taken by mounts that hang, and
 /// containerd waits 2 s for an answer. Without the look, what is known answers.

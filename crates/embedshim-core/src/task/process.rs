@@ -6,9 +6,6 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::errand::{Errand, RequestId};
-use super::request::Exit;
-use super::state::Phase;
 use crate::clock::BootTime;
 use crate::error::Error;
 use crate::exit::ExitRecord;
@@ -16,7 +13,10 @@ use crate::fdstore::{FdRole, ProcessFds};
 use crate::id::ExecId;
 use crate::process::{Process, ProcessIdentity};
 use crate::stdio::{self, Of, PipeInodes, StdioPaths, Streams};
-use crate::store::{ProcessRecord, StartMark};
+use crate::task::api::Exit;
+use crate::task::context::{Errand, RequestId};
+use crate::task::lifecycle::Phase;
+use crate::task::store::{ProcessRecord, StartMark};
 
 /// A process of a task.
 #[derive(Debug)]

@@ -10,11 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
-use super::detached::blocking;
-use super::errand::RequestId;
-use super::process::TaskProcess;
-use super::request::{CreateTask, RuntimeOptions};
-use super::shared::Shared;
 use crate::cgroup::{Cgroup, Metrics};
 use crate::error::Error;
 use crate::event::EventKind;
@@ -22,7 +17,12 @@ use crate::fdstore::ProcessFds;
 use crate::id::{ExecId, TaskKey};
 use crate::rootfs::Mount;
 use crate::runtime::Runtime;
-use crate::store::{Bundle, TaskRecord, VERSION};
+use crate::task::api::{CreateTask, RuntimeOptions};
+use crate::task::context::RequestId;
+use crate::task::detached::blocking;
+use crate::task::engine::Shared;
+use crate::task::process::TaskProcess;
+use crate::task::store::{Bundle, TaskRecord, VERSION};
 
 /// Numbers tasks for the OOM watcher.
 static SERIAL: AtomicU64 = AtomicU64::new(1);

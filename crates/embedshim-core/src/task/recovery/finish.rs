@@ -10,15 +10,6 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-use super::container::Task;
-use super::creation::{CONSOLE_DEADLINE, end_logger, read_pid};
-use super::detached::blocking;
-use super::execution::{ExecFiles, exec_started};
-use super::exits;
-use super::process::TaskProcess;
-use super::shared::Shared;
-use super::state::Phase;
-use super::unreported;
 use crate::clock::BootTime;
 use crate::error::Error;
 use crate::event::EventKind;
@@ -27,12 +18,21 @@ use crate::fdstore::FdRole;
 use crate::process::{OpenError, Process, ProcessIdentity};
 use crate::runtime::{State, wait_for};
 use crate::stdio::{self, ConsoleSocket, Plan, Streams};
+use crate::task::detached::blocking;
+use crate::task::engine::Shared;
+use crate::task::exits;
+use crate::task::launch::{CONSOLE_DEADLINE, end_logger, read_pid};
+use crate::task::lifecycle::Phase;
+use crate::task::ops::start::{ExecFiles, exec_started};
+use crate::task::process::TaskProcess;
+use crate::task::recovery::unreported;
+use crate::task::task::Task;
 
 /// The time between two looks for the pid of an exec that a call under way may have started.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// One task's unfinished business.
-pub(super) struct Unfinished {
+pub(in crate::task) struct Unfinished {
     task: Arc<Task>,
     /// Calls of the OCI runtime that still run.
     calls: Vec<Process>,
@@ -46,7 +46,7 @@ pub(super) struct Unfinished {
 
 impl Unfinished {
     /// Nothing yet, but nobody else's turn.
-    pub(super) fn of(task: &Arc<Task>, calls: Vec<Process>) -> Self {
+    pub(in crate::task) fn of(task: &Arc<Task>, calls: Vec<Process>) -> Self {
         Self {
             task: Arc::clone(task),
             calls,
@@ -57,7 +57,7 @@ impl Unfinished {
     }
 
     /// The start of this exec, which may have an end already.
-    pub(super) fn exec(&mut self, exec: Arc<TaskProcess>) {
+    pub(in crate::task) fn exec(&mut self, exec: Arc<TaskProcess>) {
         exec.starting();
         self.turns.extend(exec.turn_now());
         self.execs.push(exec);
@@ -65,14 +65,14 @@ impl Unfinished {
 
     /// This exec was seen to run. Were it not told to be started, the request that comes again
     /// would start it twice.
-    pub(super) fn untold_exec(&mut self, exec: Arc<TaskProcess>) {
+    pub(in crate::task) fn untold_exec(&mut self, exec: Arc<TaskProcess>) {
         exec.starting();
         self.turns.extend(exec.turn_now());
         self.untold.push(exec);
     }
 
     /// Whether there is anything to finish.
-    pub(super) fn is_something(&self) -> bool {
+    pub(in crate::task) fn is_something(&self) -> bool {
         let phase = self.task.init.now().phase;
         !self.calls.is_empty()
             || !self.execs.is_empty()
@@ -81,7 +81,7 @@ impl Unfinished {
     }
 
     /// Finishes it, in a task of its own.
-    pub(super) fn finish(self, shared: &Arc<Shared>) {
+    pub(in crate::task) fn finish(self, shared: &Arc<Shared>) {
         let (shared, work) = (Arc::clone(shared), shared.work());
         if self.task.init.now().phase == Phase::Created {
             // The start of the init comes before its end, whenever that was.
@@ -362,7 +362,7 @@ async fn open(task: &Task, pid: i32) -> Result<Option<Process>, Error> {
 
 /// Takes the terminal that the runtime has handed over, or will, to the socket that a predecessor
 /// has left.
-pub(super) async fn take_terminal(task: &Task, process: &TaskProcess) {
+pub(in crate::task) async fn take_terminal(task: &Task, process: &TaskProcess) {
     let taken = match ConsoleSocket::resume(&process.fds) {
         None => Ok(()),
         Some(Err(source)) => Err(Error::Internal(source.to_string())),
@@ -375,7 +375,7 @@ pub(super) async fn take_terminal(task: &Task, process: &TaskProcess) {
 
 /// Lets the streams of a process flow again, which is alive or has ended. What has to be found
 /// first, on file systems that may not answer, is found in a task of its own.
-pub(super) fn reconnect(task: &Arc<Task>, process: &Arc<TaskProcess>) {
+pub(in crate::task) fn reconnect(task: &Arc<Task>, process: &Arc<TaskProcess>) {
     let (pipes, _) = process.pipes();
     if process.exec.is_none() && !pipes.is_empty() && !Streams::has_any(&process.fds) {
         let (task, process) = (Arc::clone(task), Arc::clone(process));
@@ -388,7 +388,7 @@ pub(super) fn reconnect(task: &Arc<Task>, process: &Arc<TaskProcess>) {
     connect(task, process);
 }
 
-pub(super) fn connect(task: &Task, process: &TaskProcess) {
+pub(in crate::task) fn connect(task: &Task, process: &TaskProcess) {
     let is_lost = process.stdio.terminal && process.fds.get(FdRole::Terminal).is_none();
     if is_lost && process.now().exit.is_none() {
         warn!(id = %task.id(), exec_id = ?process.exec, "its terminal is lost: it went with the daemon that held it");

@@ -6,17 +6,6 @@ use std::sync::Arc;
 
 use tracing::{info, warn};
 
-use super::container::Task;
-use super::creation::{remove_traces, watch_for_oom};
-use super::detached::blocking;
-use super::errand::RequestId;
-use super::exits;
-use super::half_created;
-use super::process::TaskProcess;
-use super::request::Exit;
-use super::resumption::{Unfinished, reconnect};
-use super::shared::Shared;
-use super::state::Phase;
 use crate::clock::BootTime;
 use crate::error::Error;
 use crate::event::EventKind;
@@ -26,7 +15,18 @@ use crate::process::{Process, ProcessIdentity};
 use crate::runtime::{InFlightCalls, Runtime};
 use crate::spec::Spec;
 use crate::stdio;
-use crate::store::{Bundle, TaskRecord};
+use crate::task::api::Exit;
+use crate::task::context::RequestId;
+use crate::task::detached::blocking;
+use crate::task::engine::Shared;
+use crate::task::exits;
+use crate::task::launch::{remove_traces, watch_for_oom};
+use crate::task::lifecycle::Phase;
+use crate::task::process::TaskProcess;
+use crate::task::recovery::finish::{Unfinished, reconnect};
+use crate::task::recovery::half_created;
+use crate::task::store::{Bundle, TaskRecord};
+use crate::task::task::Task;
 
 /// A process that the record believes alive.
 struct Believed {
@@ -74,7 +74,7 @@ struct Findings {
 }
 
 /// Takes over everything in the store. Afterwards every task is there, and every exit that happened meanwhile is on its way.
-pub(super) async fn restore(
+pub(in crate::task) async fn restore(
     shared: &Arc<Shared>,
     inherited: &mut InheritedFds,
 ) -> Result<(), Error> {

@@ -7,21 +7,21 @@ use std::sync::Arc;
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{info, warn};
 
-use super::container::Task;
-use super::creation::{
-    created, end_logger, find_cgroup, opened, read_pid, remove_traces, watch_for_oom,
-};
-use super::exits;
-use super::resumption::{connect, take_terminal};
-use super::shared::Shared;
 use crate::error::Error;
-use crate::orphans::Ticket;
 use crate::process::Process;
+use crate::reaper::Ticket;
 use crate::runtime::wait_for;
 use crate::stdio::{self, Plan};
+use crate::task::engine::Shared;
+use crate::task::exits;
+use crate::task::launch::{
+    created, end_logger, find_cgroup, opened, read_pid, remove_traces, watch_for_oom,
+};
+use crate::task::recovery::finish::{connect, take_terminal};
+use crate::task::task::Task;
 
 /// Finishes the creation, in a task of its own. Who wants the id waits for that.
-pub(super) fn finish(shared: &Arc<Shared>, task: Arc<Task>, calls: Vec<Process>) {
+pub(in crate::task) fn finish(shared: &Arc<Shared>, task: Arc<Task>, calls: Vec<Process>) {
     task.is_to_be_settled();
     let half_created = HalfCreated {
         // Until the init is watched, no orphan is reaped: it might be the init.

@@ -6,12 +6,12 @@ use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::container::Task;
-use super::detached::blocking;
-use super::process::TaskProcess;
 use crate::cgroup::Cgroup;
 use crate::process::Process;
 use crate::stdio::{self, PipeInodes};
+use crate::task::detached::blocking;
+use crate::task::process::TaskProcess;
+use crate::task::task::Task;
 
 /// How long a process may be on its way from the runtime's own code to the exec's program.
 const SETTLING: Duration = Duration::from_secs(5);
@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// Finds the living process of this exec, if there is one. Of one that cannot be told from another
 /// nothing is said.
-pub(super) async fn find(task: &Arc<Task>, process: &Arc<TaskProcess>) -> Option<Process> {
+pub(in crate::task) async fn find(task: &Arc<Task>, process: &Arc<TaskProcess>) -> Option<Process> {
     let deadline = tokio::time::Instant::now() + SETTLING;
     loop {
         // Each time: other execs are started meanwhile.

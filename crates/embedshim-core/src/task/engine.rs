@@ -9,10 +9,6 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, watch};
 use tracing::warn;
 
-use super::container::Task;
-use super::errand::RequestId;
-use super::node::NodeConfig;
-use super::process::TaskProcess;
 use crate::cgroup::OomWatcher;
 use crate::clock::Numbers;
 use crate::error::Error;
@@ -20,9 +16,13 @@ use crate::event::{Event, EventKind};
 use crate::exit::{ExitMonitor, Survives, Watched};
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::id::{ProcessKey, TaskKey};
-use crate::orphans::Orphans;
 use crate::process::{Process, ProcessIdentity};
-use crate::store::Store;
+use crate::reaper::Orphans;
+use crate::task::context::RequestId;
+use crate::task::node::NodeConfig;
+use crate::task::process::TaskProcess;
+use crate::task::store::Store;
+use crate::task::task::Task;
 
 /// A request that has not come again after this never will: its connection is lost.
 const ABANDONED: Duration = Duration::from_secs(30);

@@ -7,20 +7,20 @@ use std::time::{Duration, SystemTime};
 
 use tracing::{info, warn};
 
-use super::container::Task;
-use super::creation::{end_logger, remove_traces};
-use super::detached::blocking;
-use super::errand::Errand;
-use super::process::TaskProcess;
-use super::request::{Cleaned, Deleted, Exit};
-use super::shared::Shared;
-use super::state::{Operation, Phase};
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::failpoint;
 use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::rootfs;
-use crate::store::Bundle;
+use crate::task::api::{Cleaned, Deleted, Exit};
+use crate::task::context::Errand;
+use crate::task::detached::blocking;
+use crate::task::engine::Shared;
+use crate::task::launch::{end_logger, remove_traces};
+use crate::task::lifecycle::{Operation, Phase};
+use crate::task::process::TaskProcess;
+use crate::task::store::Bundle;
+use crate::task::task::Task;
 
 /// How long a killed process may take to end before a deletion is refused.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
@@ -30,7 +30,7 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
 const CLEANUP_KILL_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Deletes a stopped or never started process; with the init, the task.
-pub(super) async fn delete(
+pub(in crate::task) async fn delete(
     shared: Arc<Shared>,
     key: ProcessKey,
     errand: Errand,
@@ -169,7 +169,7 @@ async fn drain(process: &TaskProcess) {
 }
 
 /// containerd has given this bundle up: whatever lives in it is killed, everything is removed.
-pub(super) async fn cleanup(
+pub(in crate::task) async fn cleanup(
     shared: Arc<Shared>,
     key: TaskKey,
     bundle: PathBuf,

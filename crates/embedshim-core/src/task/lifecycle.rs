@@ -12,8 +12,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::request::ProcessStatus;
 use crate::error::Error;
+use crate::task::api::ProcessStatus;
 
 /// Where a process is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

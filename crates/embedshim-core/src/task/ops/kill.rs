@@ -6,23 +6,23 @@ use std::sync::Arc;
 
 use tracing::info;
 
-use super::container::Task;
-use super::detached::blocking;
-use super::process::TaskProcess;
-use super::request::CheckpointTask;
-use super::shared::Shared;
-use super::state::{Operation, Phase};
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::id::{ProcessKey, TaskKey};
 use crate::runtime::Checkpoint;
+use crate::task::api::CheckpointTask;
+use crate::task::detached::blocking;
+use crate::task::engine::Shared;
+use crate::task::lifecycle::{Operation, Phase};
+use crate::task::process::TaskProcess;
+use crate::task::task::Task;
 
 /// What CRIU writes last of an image.
 const INVENTORY: &str = "inventory.img";
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// Sends a signal to one process, or with `all` to all of its container.
-pub(super) async fn kill(
+pub(in crate::task) async fn kill(
     shared: Arc<Shared>,
     key: ProcessKey,
     signal: u32,
@@ -66,7 +66,7 @@ async fn kill_by_runtime(task: &Task, signal: u32, all: bool) -> Result<(), Erro
 }
 
 /// Lets the runtime thaw a container without waiting for the init's turn.
-pub(super) async fn thaw(task: &Task) -> Result<(), Error> {
+pub(in crate::task) async fn thaw(task: &Task) -> Result<(), Error> {
     let log = task.own_log();
     let thawed = task.runtime.resume(task.id(), &log).await;
     forget_log(log).await;
@@ -113,7 +113,11 @@ fn send(process: &TaskProcess, signal: u32) -> Result<(), Error> {
 }
 
 /// Freezes the container.
-pub(super) async fn pause(shared: Arc<Shared>, key: TaskKey, is_again: bool) -> Result<(), Error> {
+pub(in crate::task) async fn pause(
+    shared: Arc<Shared>,
+    key: TaskKey,
+    is_again: bool,
+) -> Result<(), Error> {
     let task = shared.task(&key)?;
     let _turn = task.init.turn().await?;
     let phase = task.init.now().phase;
@@ -157,7 +161,11 @@ async fn is_being_killed(init: &TaskProcess) -> Result<bool, Error> {
 }
 
 /// Thaws it.
-pub(super) async fn resume(shared: Arc<Shared>, key: TaskKey, is_again: bool) -> Result<(), Error> {
+pub(in crate::task) async fn resume(
+    shared: Arc<Shared>,
+    key: TaskKey,
+    is_again: bool,
+) -> Result<(), Error> {
     let task = shared.task(&key)?;
     let _turn = task.init.turn().await?;
     let phase = task.init.now().phase;
@@ -192,7 +200,7 @@ async fn settle(
 }
 
 /// Changes resource limits.
-pub(super) async fn update(
+pub(in crate::task) async fn update(
     shared: Arc<Shared>,
     key: TaskKey,
     resources: Vec<u8>,
@@ -204,7 +212,7 @@ pub(super) async fn update(
 }
 
 /// Writes the container's state to files, by CRIU.
-pub(super) async fn checkpoint(
+pub(in crate::task) async fn checkpoint(
     shared: Arc<Shared>,
     key: TaskKey,
     request: CheckpointTask,

@@ -9,16 +9,6 @@ use std::time::Duration;
 use serde::Deserialize;
 use tracing::{debug, info, warn};
 
-use super::container::Task;
-use super::creation::{end_logger, launch, opened, read_pid, with_streams};
-use super::detached::blocking;
-use super::errand::{Errand, RequestId};
-use super::exits;
-use super::process::TaskProcess;
-use super::request::ExecProcess;
-use super::shared::Shared;
-use super::state::{Operation, Phase};
-use super::unreported;
 use crate::clock::BootTime;
 use crate::error::Error;
 use crate::event::EventKind;
@@ -26,9 +16,19 @@ use crate::id::{ExecId, ProcessKey};
 use crate::runtime::{Exec, last_error};
 use crate::spec::nullable;
 use crate::stdio::Plan;
+use crate::task::api::ExecProcess;
+use crate::task::context::{Errand, RequestId};
+use crate::task::detached::blocking;
+use crate::task::engine::Shared;
+use crate::task::exits;
+use crate::task::launch::{end_logger, launch, opened, read_pid, with_streams};
+use crate::task::lifecycle::{Operation, Phase};
+use crate::task::process::TaskProcess;
+use crate::task::recovery::unreported;
+use crate::task::task::Task;
 
 /// Starts the init or an exec.
-pub(super) async fn start(
+pub(in crate::task) async fn start(
     shared: Arc<Shared>,
     key: ProcessKey,
     errand: Errand,
@@ -154,7 +154,7 @@ async fn start_exec(
 }
 
 /// It runs and is watched: everything that follows from that.
-pub(super) async fn exec_started(
+pub(in crate::task) async fn exec_started(
     shared: &Arc<Shared>,
     task: &Arc<Task>,
     process: &Arc<TaskProcess>,
@@ -212,17 +212,17 @@ async fn run_exec(
 }
 
 /// The files of one `exec` call in the bundle. Exec ids can't hold a slash, nor begin with a dot.
-pub(super) struct ExecFiles {
+pub(in crate::task) struct ExecFiles {
     process: PathBuf,
     /// Where the runtime writes the pid.
-    pub(super) pid: PathBuf,
+    pub(in crate::task) pid: PathBuf,
     /// Made when the runtime is called.
     mark: PathBuf,
     log: PathBuf,
 }
 
 impl ExecFiles {
-    pub(super) fn new(bundle: &Path, exec: &ExecId) -> Self {
+    pub(in crate::task) fn new(bundle: &Path, exec: &ExecId) -> Self {
         let file = |suffix| bundle.join(format!(".exec-{exec}.{suffix}"));
         Self {
             process: file("process.json"),
@@ -245,7 +245,7 @@ impl ExecFiles {
 
     /// Whether the process may have been started, though its pid is not told: not if the runtime was
     /// never called, nor if it has said why it failed.
-    pub(super) async fn may_have_begun(&self) -> bool {
+    pub(in crate::task) async fn may_have_begun(&self) -> bool {
         // What cannot be looked at may be there.
         let was_called = tokio::fs::try_exists(&self.mark).await.unwrap_or(true);
         was_called && last_error(&self.log).await.is_none()
@@ -266,7 +266,7 @@ impl ExecFiles {
 
     /// When the exec has begun, in ticks since boot: after its document was written and before its
     /// pid was. The wall clock of the files is not exact.
-    pub(super) async fn beginning(&self) -> Option<RangeInclusive<u64>> {
+    pub(in crate::task) async fn beginning(&self) -> Option<RangeInclusive<u64>> {
         const TOLERANCE: Duration = Duration::from_secs(1);
         let files = [self.process.clone(), self.pid.clone()];
         let times = blocking(move || files.map(|file| file.metadata()?.modified())).await;
@@ -278,7 +278,7 @@ impl ExecFiles {
         Some(first.ticks()..=last.ticks())
     }
 
-    pub(super) async fn remove(&self) {
+    pub(in crate::task) async fn remove(&self) {
         let files = [&self.process, &self.pid, &self.log, &self.mark].map(PathBuf::clone);
         // Left-overs would go with the bundle.
         let _ = blocking(move || files.map(|file| std::fs::remove_file(file).is_ok())).await;
@@ -293,7 +293,7 @@ struct ProcessTerminal {
 }
 
 /// Declares an exec; nothing runs yet.
-pub(super) async fn exec(
+pub(in crate::task) async fn exec(
     shared: Arc<Shared>,
     request: ExecProcess,
     errand: Errand,

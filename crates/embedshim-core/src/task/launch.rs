@@ -8,13 +8,6 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::container::Task;
-use super::detached::blocking;
-use super::errand::Errand;
-use super::exits;
-use super::process::TaskProcess;
-use super::request::CreateTask;
-use super::shared::Shared;
 use crate::cgroup::Cgroup;
 use crate::error::Error;
 use crate::event::EventKind;
@@ -25,7 +18,14 @@ use crate::rootfs;
 use crate::runtime::{Create, Input, Restore, Runtime};
 use crate::spec::Spec;
 use crate::stdio::{self, ConsoleSocket, LoggedProcess, LoggerPipes, Plan, StdioError, Streams};
-use crate::store::Bundle;
+use crate::task::api::CreateTask;
+use crate::task::context::Errand;
+use crate::task::detached::blocking;
+use crate::task::engine::Shared;
+use crate::task::exits;
+use crate::task::process::TaskProcess;
+use crate::task::store::Bundle;
+use crate::task::task::Task;
 
 /// How long a runtime that says it has started a terminal may take to hand it over.
 pub(super) const CONSOLE_DEADLINE: Duration = Duration::from_secs(10);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::request::Deleted;
+use crate::task::api::Deleted;
 
 /// Which request: the connection that it came on and its number there. No two requests of a boot have the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
