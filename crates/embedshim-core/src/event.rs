@@ -36,7 +36,7 @@ pub struct Event {
 
 /// What became true. Per task: `Created` < `Started` < `Exited` < `Deleted`; per exec: `ExecAdded` < `ExecStarted` <
 /// `Exited`; the init's `Exited` is the last of its container; `Oom` precedes the exit it causes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum EventKind {
     /// The container exists and its init waits to be started.

@@ -85,10 +85,14 @@ pub mod rootfs;
 pub mod stdio;
 pub mod task;
 
+mod blocking;
+mod bundle;
 mod child_context;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod mountinfo;
+mod program;
 mod reaper;
 mod runtime;
 mod spec;

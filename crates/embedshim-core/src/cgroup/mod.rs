@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use metrics::{DeviceCounter, Metrics};
 pub(crate) use oom::OomWatcher;
 
-use crate::rootfs::{MountPoint, read_mountinfo};
+use crate::mountinfo::{MountPoint, read_mountinfo};
 
 /// The v1 controllers whose cgroups are worth asking for a container's processes, best first.
 const FOR_PROCESSES: [&str; 5] = ["pids", "memory", "devices", "freezer", "cpu"];

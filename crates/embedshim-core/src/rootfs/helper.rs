@@ -14,8 +14,8 @@ use nix::unistd::Pid;
 
 use super::Mount;
 use crate::child_context::ChildContext;
+use crate::program::touch;
 use crate::reaper::Orphans;
-use crate::runtime::touch;
 
 /// How long a helper may take; containerd's own has no limit, and a Create lasts no longer than its client waits.
 const LIMIT: Duration = Duration::from_secs(30);

@@ -5,7 +5,6 @@ mod helper;
 mod idmap;
 mod loop_device;
 mod lowerdirs;
-mod mountinfo;
 mod options;
 
 use std::io;
@@ -20,9 +19,9 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 
+use crate::mountinfo::{MountPoint, read_mountinfo};
 pub(crate) use helper::HelperContext;
 use loop_device::LoopDevice;
-pub(crate) use mountinfo::{MountPoint, read_mountinfo};
 use options::Options;
 
 /// How long a busy mount may stay busy before the unmount is given up.

@@ -5,8 +5,8 @@
 mod arguments;
 mod inflight;
 mod log;
+mod options;
 mod output;
-mod program;
 
 use std::ffi::{CString, OsString};
 use std::io;
@@ -26,18 +26,18 @@ use tokio::process::{Child, Command};
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
 pub(crate) use inflight::{InFlightCalls, wait_for};
 pub(crate) use log::last_error;
+pub use options::RuntimeOptions;
 use output::Collected;
-pub(crate) use program::touch;
 
 use crate::child_context::ChildContext;
 use crate::error::Error;
 use crate::failpoint;
 use crate::id::Namespace;
+use crate::program::touch;
 use crate::reaper::Orphans;
 use crate::spec::Spec;
 use crate::stdio::ChildStdio;
 use crate::sys;
-use crate::task::RuntimeOptions;
 
 /// The OCI runtime as one container uses it.
 #[derive(Clone, Debug)]
@@ -65,13 +65,28 @@ pub(crate) enum Input {
 }
 
 /// A container as the runtime knows it.
-#[derive(Debug, Default, serde::Deserialize)]
+#[derive(Debug, serde::Deserialize)]
 pub(crate) struct State {
-    /// "created", "running", "paused" or "stopped".
-    pub(crate) status: String,
+    /// What it does.
+    pub(crate) status: RuntimeStatus,
     /// The init's, or 0.
     #[serde(default)]
     pub(crate) pid: i32,
+}
+
+/// What a container does, in the words of the OCI runtime specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum RuntimeStatus {
+    Creating,
+    Created,
+    Running,
+    Stopped,
+    /// runc's and crun's own, for a container that is frozen.
+    Paused,
+    /// Another runtime's own.
+    #[serde(other)]
+    Other,
 }
 
 /// Why an invocation did not succeed; [`Runtime`]'s methods put the operation's name before it.

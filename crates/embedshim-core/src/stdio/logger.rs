@@ -131,7 +131,7 @@ impl Logger {
             .map_err(|collision| {
                 self.failed("cannot be given its pipes", io::Error::other(collision))
             })?;
-        crate::runtime::touch(self.program.as_os_str(), None);
+        crate::program::touch(self.program.as_os_str(), None);
         let child = orphans
             .spawn(&mut command)
             .map_err(failed("cannot be started"))?;

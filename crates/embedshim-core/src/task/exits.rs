@@ -1,6 +1,6 @@
-//! Exits: from the monitor's record to the answered `Wait`, the event and the forgotten watch. Owns
-//! their order (`containerd.md` 4.5): killed with the init, OOM before exit, durable before
-//! visible, execs before init.
+//! Exits: from the monitor's report to the answered `Wait`, the event and the end of the watch. Owns
+//! their order (invariants 3 and 5): the rest is killed with the init, OOM before exit, durable
+//! before visible, execs before the init.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 use tracing::{debug, error, info, warn};
 
+use crate::blocking::blocking;
 use crate::cgroup::Metrics;
 use crate::error::Error;
 use crate::event::EventKind;
@@ -15,10 +16,9 @@ use crate::exit::{Evidence, ExitRecord, ExitStatus};
 use crate::fdstore::FdRole;
 use crate::process::ProcessIdentity;
 use crate::task::api::Exit;
-use crate::task::detached::blocking;
-use crate::task::engine::{Owner, Shared};
+use crate::task::engine::Engine;
 use crate::task::lifecycle::Phase;
-use crate::task::ops::kill as control;
+use crate::task::ops::kill::thaw;
 use crate::task::process::TaskProcess;
 use crate::task::task::Task;
 
@@ -27,156 +27,227 @@ const MONITOR_RETRY: Duration = Duration::from_secs(1);
 /// How long an exit waits for the last reading of the counters.
 const LAST_READ: Duration = Duration::from_secs(5);
 
-/// Brings every exit to its owner, for ever.
-pub(super) async fn dispatch(shared: Arc<Shared>) {
-    let mut batch = Vec::new();
-    loop {
-        batch.clear();
-        if let Err(error) = shared.monitor.next_exits(&mut batch).await {
-            error!(%error, "the exit monitor fails: exits are delayed until it answers again");
-            tokio::time::sleep(MONITOR_RETRY).await;
-            continue;
-        }
-        for record in batch.drain(..) {
-            if let Some(owner) = shared.owner(record.process) {
-                arrive(&shared, owner, record);
-            } else if let Err(error) = shared.monitor.confirm(record.process).await {
-                // It was deleted or disowned meanwhile: nobody asks any more.
-                debug!(pid = record.process.pid, %error, "cannot free the record of a process that nobody owns");
+impl Engine {
+    /// Brings every exit to its task, without end.
+    pub(in crate::task) async fn dispatch_exits(self: Arc<Self>) {
+        let mut batch = Vec::new();
+        loop {
+            batch.clear();
+            if let Err(error) = self.monitor.next_exits(&mut batch).await {
+                error!(%error, "the exit monitor fails: exits are delayed until it answers again");
+                tokio::time::sleep(MONITOR_RETRY).await;
+                continue;
+            }
+            for record in batch.drain(..) {
+                if let Some(tracked) = self.registry.tracked(record.process) {
+                    self.report_exit(&tracked.task, &tracked.process, record);
+                } else if let Err(error) = self.monitor.confirm(record.process).await {
+                    // It was deleted or its start failed meanwhile.
+                    debug!(
+                        pid = record.process.pid, %error,
+                        "cannot free the record of a process that no task has"
+                    );
+                }
             }
         }
     }
-}
 
-/// Keeps the exit back while its process is being started, or settles it.
-pub(super) fn arrive(shared: &Arc<Shared>, owner: Owner, record: ExitRecord) {
-    let Owner { task, process, .. } = owner;
-    if let Some(record) = process.hold(record) {
-        tokio::spawn(settle(Arc::clone(shared), task, process, record));
-    }
-}
-
-/// The start's event is out: an exit that came before may follow.
-pub(super) fn release_early(shared: &Arc<Shared>, task: &Arc<Task>, process: &Arc<TaskProcess>) {
-    if let Some(record) = process.started() {
-        tokio::spawn(settle(
-            Arc::clone(shared),
-            Arc::clone(task),
-            Arc::clone(process),
-            record,
-        ));
-    }
-}
-
-/// Everything that follows from the end of a process, once. The store that has reaped it
-/// knows better than a record that says nothing, or that can be wrong.
-pub(super) async fn settle(
-    shared: Arc<Shared>,
-    task: Arc<Task>,
-    process: Arc<TaskProcess>,
-    mut record: ExitRecord,
-) {
-    if matches!(record.evidence, Evidence::None | Evidence::PidfdInfo) {
-        let identity = record.process;
-        let is_its = |start_ticks| start_ticks == identity.start_ticks;
-        if let Some((_, status)) = reaped_by_store(&shared, identity.pid, is_its).await {
-            (record.status, record.evidence) = (status, Evidence::Wait);
+    /// Keeps the exit while its process is being started, or settles it.
+    pub(in crate::task) fn report_exit(
+        self: &Arc<Self>,
+        task: &Arc<Task>,
+        process: &Arc<TaskProcess>,
+        record: ExitRecord,
+    ) {
+        if let Some(record) = process.report(record) {
+            self.spawn_settling(task, process, record);
         }
     }
-    conclude(shared, task, process, record).await;
-}
 
-/// How the latest process with this number and a start that fits has ended, if the store's process
-/// has inherited and reaped it, as the keeper does after a while; and when it began.
-pub(super) async fn reaped_by_store(
-    shared: &Shared,
-    pid: i32,
-    fits: impl Fn(u64) -> bool,
-) -> Option<(u64, ExitStatus)> {
-    let store = Arc::clone(&shared.config.descriptors);
-    let reaped = match blocking(move || store.reaped(pid)).await.ok()? {
-        Ok(reaped) => reaped,
-        Err(error) => {
-            warn!(pid, %error, "cannot ask who keeps our descriptors how a process has ended");
-            return None;
+    /// The operation's event is emitted: an exit that waited for that may follow.
+    pub(in crate::task) fn release_exit(
+        self: &Arc<Self>,
+        task: &Arc<Task>,
+        process: &Arc<TaskProcess>,
+    ) {
+        if let Some(record) = process.release() {
+            self.spawn_settling(task, process, record);
         }
-    };
-    let mut fitting = reaped.into_iter().filter(|(start, _)| fits(*start));
-    let (start_ticks, status) = fitting.next()?;
-    Some((start_ticks, ExitStatus::from_wait_status(status)))
-}
+    }
 
-/// The same, of a process of which nobody knows more than the record says.
-pub(super) async fn conclude(
-    shared: Arc<Shared>,
-    task: Arc<Task>,
-    process: Arc<TaskProcess>,
-    record: ExitRecord,
-) {
-    let is_init = process.exec.is_none();
-    if is_init {
-        task.init_ended();
-        end_the_rest(&shared, &task).await;
+    fn spawn_settling(
+        self: &Arc<Self>,
+        task: &Arc<Task>,
+        process: &Arc<TaskProcess>,
+        record: ExitRecord,
+    ) {
+        let engine = Arc::clone(self);
+        let (task, process) = (Arc::clone(task), Arc::clone(process));
+        tokio::spawn(async move {
+            let record = engine.better_known(record).await;
+            engine.conclude(&task, &process, record).await;
+        });
     }
-    let exit = Exit {
-        code: record.status.code(),
-        at: record.at.to_wall(),
-        status: Some(record.status),
-    };
-    if !process.end(exit) {
-        return;
-    }
-    let streams = process.streams();
-    if let Some(streams) = &streams {
-        streams.end_of_process();
-    }
-    flush_oom(&shared, &task).await;
-    // A client that hears of the exit reads no more. Before it is saved: a successor tells at once
-    // what is.
-    if let Some(streams) = &streams {
-        streams.taken().await;
-    }
-    let durable = task.save(&shared).await;
-    if let Some(streams) = streams {
-        streams.exit_is_told();
-    }
-    process.publish_end();
-    log(&task, &process, &record);
-    let told = EventKind::Exited {
-        exec: process.exec.clone(),
-        pid: process.now().pid,
-        exit_code: exit.code,
-        exited_at: exit.at,
-    };
-    if is_init {
-        task.tell_init_exit(&shared, told);
-    } else {
-        shared.emit(&task, told);
-        task.leave_exec(&shared);
-    }
-    shared.disown(record.process);
-    match durable {
-        // The kernel's record is given up only for a durable one: a successor can still ask for it.
-        Ok(()) => {
-            process.fds.forget(&[FdRole::Pidfd]);
-            if let Err(error) = shared.monitor.confirm(record.process).await {
-                warn!(pid = record.process.pid, %error, "cannot free the kernel's exit record");
-            }
-            // Our own children are reaped by now.
-            if record.evidence != Evidence::Wait {
-                let_be_reaped(&shared, record.process);
+
+    /// The store's process, if it has reaped this one, knows better than a record that says nothing
+    /// or that can be wrong.
+    async fn better_known(&self, mut record: ExitRecord) -> ExitRecord {
+        if matches!(record.evidence, Evidence::None | Evidence::PidfdInfo) {
+            let identity = record.process;
+            let is_its = |start_ticks| start_ticks == identity.start_ticks;
+            if let Some((_, status)) = self.reaped_by_store(identity.pid, is_its).await {
+                (record.status, record.evidence) = (status, Evidence::Wait);
             }
         }
-        Err(error) => {
-            error!(id = %task.id(), %error, "an exit is not durable: it would be learned again after a restart");
+        record
+    }
+
+    /// How the latest process with this number and a start that fits has ended, if the store's
+    /// process has inherited and reaped it, as the keeper does after a while; and when it began.
+    pub(in crate::task) async fn reaped_by_store(
+        &self,
+        pid: i32,
+        fits: impl Fn(u64) -> bool,
+    ) -> Option<(u64, ExitStatus)> {
+        let store = Arc::clone(&self.config.descriptors);
+        let reaped = match blocking(move || store.reaped(pid)).await.ok()? {
+            Ok(reaped) => reaped,
+            Err(error) => {
+                warn!(pid, %error, "cannot ask the fd store's process how a process has ended");
+                return None;
+            }
+        };
+        let mut fitting = reaped.into_iter().filter(|(start, _)| fits(*start));
+        let (start_ticks, status) = fitting.next()?;
+        Some((start_ticks, ExitStatus::from_wait_status(status)))
+    }
+
+    /// Everything that follows from the end of a process, once.
+    pub(in crate::task) async fn conclude(
+        self: &Arc<Self>,
+        task: &Arc<Task>,
+        process: &Arc<TaskProcess>,
+        record: ExitRecord,
+    ) {
+        let is_init = process.exec.is_none();
+        if is_init {
+            task.mark_init_ended();
+            self.end_the_rest(task).await;
+        }
+        let exit = Exit {
+            code: record.status.code(),
+            at: record.at.to_wall(),
+            status: Some(record.status),
+        };
+        if !process.end(exit) {
+            return;
+        }
+        let streams = process.streams();
+        if let Some(streams) = &streams {
+            streams.end_of_process();
+        }
+        self.flush_oom(task).await;
+        // A client that hears of the exit reads no more. Before it is saved: a successor emits at
+        // once what is recorded.
+        if let Some(streams) = &streams {
+            streams.taken().await;
+        }
+        // Known, durable, visible: in this order.
+        let saved = self.save(task).await;
+        if let Some(streams) = streams {
+            streams.exit_is_told();
+        }
+        process.publish_end(&saved);
+        log(task, process, &record);
+        let exited = EventKind::Exited {
+            exec: process.exec.clone(),
+            pid: process.now().pid,
+            exit_code: exit.code,
+            exited_at: exit.at,
+        };
+        if is_init {
+            self.emit_init_exit(task, task.init_exited(exited));
+        } else {
+            self.emit(task, exited);
+            self.emit_init_exit(task, task.leave_exec());
+        }
+        self.registry.untrack(record.process);
+        match saved {
+            // The kernel's record is given up only for a durable one: a successor can still ask for
+            // it.
+            Ok(_) => self.confirm(process, &record).await,
+            Err(error) => {
+                error!(
+                    id = %task.id(), %error,
+                    "an exit is not durable: it would be learned again after a restart"
+                );
+            }
         }
     }
-}
 
-/// A zombie that a predecessor has left may go: its end is written down.
-pub(super) fn let_be_reaped(shared: &Shared, process: ProcessIdentity) {
-    if let Err(error) = shared.config.descriptors.reap(process) {
-        debug!(pid = process.pid, %error, "whoever keeps for us cannot be told to reap a zombie");
+    /// The exit is on disk: what else keeps it may go.
+    async fn confirm(&self, process: &TaskProcess, record: &ExitRecord) {
+        process.fds.forget(&[FdRole::Pidfd]);
+        if let Err(error) = self.monitor.confirm(record.process).await {
+            warn!(pid = record.process.pid, %error, "cannot free the kernel's exit record");
+        }
+        // Our own children are reaped by now.
+        if record.evidence != Evidence::Wait {
+            self.let_be_reaped(record.process);
+        }
+    }
+
+    /// A zombie that a predecessor has left may go: its end is written down.
+    pub(in crate::task) fn let_be_reaped(&self, process: ProcessIdentity) {
+        if let Err(error) = self.config.descriptors.reap(process) {
+            debug!(pid = process.pid, %error, "cannot ask the fd store's process to reap a zombie");
+        }
+    }
+
+    /// With the init its container ends. A frozen cgroup would keep the others from dying, a shared
+    /// pid namespace from having to.
+    async fn end_the_rest(&self, task: &Arc<Task>) {
+        if matches!(task.init.now().phase(), Phase::Paused | Phase::Pausing)
+            && let Err(error) = thaw(task).await
+        {
+            debug!(id = %task.id(), %error, "cannot thaw a container whose init has ended");
+        }
+        read_metrics(task).await;
+        if task.has_own_pid_namespace {
+            return;
+        }
+        let Some(cgroup) = task.cgroup() else { return };
+        let _ticket = self.orphans.ticket();
+        match blocking(move || cgroup.kill_all()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(
+                id = %task.id(), %error,
+                "cannot end all processes of a container in a shared pid namespace"
+            ),
+            Err(error) => warn!(id = %task.id(), %error, "cannot end all processes of a container"),
+        }
+    }
+
+    /// One last look: the OOM event precedes the exit it caused, even if its notification was not
+    /// read yet (62845f4a9).
+    async fn flush_oom(&self, task: &Arc<Task>) {
+        if let Some(cgroup) = task.cgroup()
+            && let Ok(Some(kills)) = blocking(move || cgroup.oom_kills()).await
+            && task.count_oom_kills(kills)
+        {
+            self.emit(task, EventKind::Oom);
+        }
+    }
+
+    /// Emits OOM kills while the container lives on, without end.
+    pub(in crate::task) async fn watch_oom(self: Arc<Self>) {
+        loop {
+            let serial = self.oom.next().await;
+            let mut tasks = self.registry.all().into_iter();
+            if let Some(task) = tasks.find(|task| task.serial == serial) {
+                self.flush_oom(&task).await;
+            }
+        }
     }
 }
 
@@ -185,46 +256,15 @@ fn log(task: &Task, process: &TaskProcess, record: &ExitRecord) {
     let exec_id = process.exec.as_ref().map(tracing::field::display);
     let evidence = record.evidence;
     if let ExitStatus::Unknown { reason } = record.status {
-        warn!(%namespace, id, exec_id, pid, %reason, "ended, and nobody knows how: 255 is reported");
+        warn!(
+            %namespace, id, exec_id, pid, %reason,
+            "ended with an unknown status: 255 is reported"
+        );
     } else if exec_id.is_some() {
         // A node has as many of them as it has probes.
         debug!(%namespace, id, exec_id, pid, status = %record.status, ?evidence, "ended");
     } else {
         info!(%namespace, id, pid, status = %record.status, ?evidence, "ended");
-    }
-}
-
-/// With the init its container ends. A frozen cgroup would keep the others from dying, a shared pid
-/// namespace from having to.
-async fn end_the_rest(shared: &Shared, task: &Arc<Task>) {
-    if matches!(task.init.now().phase, Phase::Paused | Phase::Pausing)
-        && let Err(error) = control::thaw(task).await
-    {
-        debug!(id = %task.id(), %error, "cannot thaw a container whose init has ended");
-    }
-    read_metrics(task).await;
-    if task.has_own_pid_namespace {
-        return;
-    }
-    let Some(cgroup) = task.cgroup() else { return };
-    let _ticket = shared.orphans.ticket();
-    match blocking(move || cgroup.kill_all()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            warn!(id = %task.id(), %error, "cannot end all processes of a container in a shared pid namespace");
-        }
-        Err(error) => warn!(id = %task.id(), %error, "cannot end all processes of a container"),
-    }
-}
-
-/// One last look: the OOM event precedes the exit it caused, even if its notification was not read
-/// yet (62845f4a9).
-async fn flush_oom(shared: &Shared, task: &Arc<Task>) {
-    if let Some(cgroup) = task.cgroup()
-        && let Ok(Some(kills)) = blocking(move || cgroup.oom_kills()).await
-        && task.count_oom_kills(kills)
-    {
-        shared.emit(task, EventKind::Oom);
     }
 }
 
@@ -241,7 +281,7 @@ async fn read_metrics(task: &Arc<Task>) {
 
 /// The counters now, if there is still a cgroup. Not to be read in time is no sign that there is
 /// none.
-pub(super) async fn current_metrics(
+pub(in crate::task) async fn current_metrics(
     task: &Arc<Task>,
     limit: Duration,
 ) -> Result<Option<Metrics>, Error> {
@@ -254,15 +294,5 @@ pub(super) async fn current_metrics(
             what: "reading the counters of a cgroup",
             seconds: limit.as_secs(),
         }),
-    }
-}
-
-/// Tells of OOM kills while the container lives on, for ever.
-pub(super) async fn watch_oom(shared: Arc<Shared>) {
-    loop {
-        let serial = shared.oom.next().await;
-        if let Some(task) = shared.all().into_iter().find(|task| task.serial == serial) {
-            flush_oom(&shared, &task).await;
-        }
     }
 }

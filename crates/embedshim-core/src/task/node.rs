@@ -1,8 +1,8 @@
-//! [`Node`]: the tasks of one machine and every operation on them.
-//! Owns the background work and the rule that mutations outlive their callers; the operations live in the sibling modules.
+//! [`Node`]: the tasks of one machine and every operation on them. Owns the background work and what
+//! reads answer; each mutation is the engine's, in a task that outlives its caller.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,63 +11,31 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 
+use crate::blocking::blocking;
+use crate::bundle::BundleId;
 use crate::cgroup::{Metrics, OomWatcher};
 use crate::error::Error;
-use crate::event::{Event, EventSink};
+use crate::event::Event;
 use crate::exit::ExitMonitor;
-use crate::fdstore::{FdStore, InheritedFds, NoFdStore};
+use crate::fdstore::InheritedFds;
 use crate::id::{ProcessKey, TaskKey};
 use crate::reaper::Awaited;
 use crate::task::api::{
     CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
     ProcessStatus,
 };
+use crate::task::config::NodeConfig;
 use crate::task::context::Errand;
-use crate::task::detached::{blocking, detached};
-use crate::task::engine::Shared;
-use crate::task::exits;
-use crate::task::launch as creation;
+use crate::task::engine::Engine;
+use crate::task::exits::current_metrics;
 use crate::task::lifecycle::Phase;
-use crate::task::ops::{delete as deletion, kill as control, start as execution};
-use crate::task::recovery::adopt as restoration;
-use crate::task::store::{BundleId, Store, boot_id};
+use crate::task::store::{Store, boot_id};
 
 /// How long a read may take to look into a cgroup: the threads for such work can be taken by mounts that hang, and
 /// containerd waits 2 s for an answer. Without the look, what is known answers.
 const READ_LIMIT: Duration = Duration::from_secs(1);
 /// How long the statistics of a running container may take, since nothing is known of them yet.
 const STATS_LIMIT: Duration = Duration::from_secs(10);
-
-/// How a [`Node`] works.
-#[derive(Clone, Debug)]
-pub struct NodeConfig {
-    /// Where its records are: a directory of its own, on tmpfs, owned by us alone.
-    pub state_dir: PathBuf,
-    /// The longest that one call of the OCI runtime, with its hooks, may take.
-    pub runtime_deadline: Duration,
-    /// Reap every child of this process that nobody waits for, as whoever is a child subreaper must: with a container come
-    /// processes that outlive their parents. It cannot know who else in this process waits for children, so it is only for a
-    /// program that has one node and lets nobody else start any. Without it only children that are watched are reaped.
-    pub reap_orphans: bool,
-    /// Holds descriptors that have to outlive this process: terminals, both ends of streams. With [`NoFdStore`], an init's output goes on
-    /// when the next node finds its pipes; terminals, inputs and the outputs of execs end with this process.
-    pub descriptors: Arc<dyn FdStore>,
-    /// Who hears of events; without one they are to be had from [`Node::next_event`].
-    pub events: Option<Arc<dyn EventSink>>,
-}
-
-impl NodeConfig {
-    /// A node whose descriptors nobody keeps, that reaps watched children only and whose runtime has five minutes for a call.
-    pub fn new(state_dir: impl Into<PathBuf>) -> Self {
-        Self {
-            state_dir: state_dir.into(),
-            runtime_deadline: Duration::from_mins(5),
-            reap_orphans: false,
-            descriptors: Arc::new(NoFdStore),
-            events: None,
-        }
-    }
-}
 
 /// The tasks of one machine.
 ///
@@ -78,7 +46,7 @@ impl NodeConfig {
 /// Reads answer from the last published state and never wait for the OCI runtime.
 #[derive(Clone, Debug)]
 pub struct Node {
-    shared: Arc<Shared>,
+    engine: Arc<Engine>,
     errand: Errand,
     events: Arc<Mutex<mpsc::UnboundedReceiver<Event>>>,
     _background: Arc<Background>,
@@ -121,19 +89,19 @@ impl Node {
             source,
         })?;
         let (sender, receiver) = mpsc::unbounded_channel();
-        let shared = Arc::new(Shared::new(config, boot_id, store, monitor, oom, sender));
-        restoration::restore(&shared, inherited).await?;
+        let engine = Arc::new(Engine::new(config, boot_id, store, monitor, oom, sender));
+        engine.recover(inherited).await?;
         let mut background: Vec<JoinHandle<()>> = vec![
-            tokio::spawn(exits::dispatch(Arc::clone(&shared))),
-            tokio::spawn(exits::watch_oom(Arc::clone(&shared))),
+            tokio::spawn(Arc::clone(&engine).dispatch_exits()),
+            tokio::spawn(Arc::clone(&engine).watch_oom()),
         ];
-        if shared.config.reap_orphans {
-            let (orphans, watched) = (shared.orphans.clone(), Arc::clone(&shared));
-            let reaper = orphans.reap(move |pid| watched.is_watched(pid));
+        if engine.config.reap_orphans {
+            let (orphans, watched) = (engine.orphans.clone(), Arc::clone(&engine));
+            let reaper = orphans.reap(move |pid| watched.registry.is_tracked(pid));
             background.push(tokio::spawn(reaper));
         }
         Ok(Self {
-            shared,
+            engine,
             errand: Errand::default(),
             events: Arc::new(Mutex::new(receiver)),
             _background: Arc::new(Background(
@@ -152,116 +120,101 @@ impl Node {
 
     /// Waits until no operation is under way that changes anything.
     pub async fn quiet(&self) {
-        self.shared.quiet().await;
+        self.engine.quiet().await;
     }
 
     /// Somebody has removed the records: writes down again what there is to remember.
     pub async fn record_again(&self) -> Result<(), Error> {
-        let store = self.shared.store.clone();
+        let store = self.engine.store.clone();
         blocking(move || store.make()).await??;
-        for task in self.shared.all() {
-            task.save(&self.shared).await?;
+        for task in self.engine.registry.all() {
+            self.engine.save(&task).await?;
         }
         Ok(())
     }
 
     /// Mounts the rootfs, runs `runc create`, watches the init. Returns its pid.
     pub async fn create(&self, request: CreateTask) -> Result<u32, Error> {
-        self.detached(creation::create(self.shared(), request, self.errand()))
+        self.detached(self.engine().create(request, self.errand()))
             .await
     }
 
     /// Starts the init or an exec. Returns its pid.
     pub async fn start(&self, key: &ProcessKey) -> Result<u32, Error> {
-        self.detached(execution::start(self.shared(), key.clone(), self.errand()))
+        self.detached(self.engine().start(key.clone(), self.errand()))
             .await
     }
 
     /// Declares an exec; [`start`](Self::start) runs it.
     pub async fn exec(&self, request: ExecProcess) -> Result<(), Error> {
-        self.detached(execution::exec(self.shared(), request, self.errand()))
+        self.detached(self.engine().exec(request, self.errand()))
             .await
     }
 
     /// Deletes a stopped (or never started) process; with the init, the whole task.
     pub async fn delete(&self, key: &ProcessKey) -> Result<Deleted, Error> {
-        self.detached(deletion::delete(self.shared(), key.clone(), self.errand()))
+        self.detached(self.engine().delete(key.clone(), self.errand()))
             .await
     }
 
     /// Sends a signal to one process, or with `all` to all of the container.
     pub async fn kill(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
         let again = self.errand.is_again;
-        self.detached(control::kill(
-            self.shared(),
-            key.clone(),
-            signal,
-            all,
-            again,
-        ))
-        .await
+        self.detached(self.engine().kill(key.clone(), signal, all, again))
+            .await
     }
 
     /// Freezes the container.
     pub async fn pause(&self, key: &TaskKey) -> Result<(), Error> {
         let again = self.errand.is_again;
-        self.detached(control::pause(self.shared(), key.clone(), again))
-            .await
+        self.detached(self.engine().pause(key.clone(), again)).await
     }
 
     /// Thaws it.
     pub async fn resume(&self, key: &TaskKey) -> Result<(), Error> {
         let again = self.errand.is_again;
-        self.detached(control::resume(self.shared(), key.clone(), again))
+        self.detached(self.engine().resume(key.clone(), again))
             .await
     }
 
     /// Changes resources; `resources` is an OCI `LinuxResources` as JSON.
     pub async fn update(&self, key: &TaskKey, resources: Vec<u8>) -> Result<(), Error> {
-        self.detached(control::update(self.shared(), key.clone(), resources))
+        self.detached(self.engine().update(key.clone(), resources))
             .await
     }
 
     /// Writes the container's state to files from which [`CreateTask::checkpoint`] restores it.
     pub async fn checkpoint(&self, key: &TaskKey, request: CheckpointTask) -> Result<(), Error> {
         let again = self.errand.is_again;
-        self.detached(control::checkpoint(
-            self.shared(),
-            key.clone(),
-            request,
-            again,
-        ))
-        .await
+        self.detached(self.engine().checkpoint(key.clone(), request, again))
+            .await
     }
 
     /// Starts a program whose end the caller waits for, which a node that reaps orphans
     /// ([`NodeConfig::reap_orphans`]) would otherwise take for one. Blocks.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Awaited> {
-        self.shared.orphans.spawn(command)
+        self.engine.orphans.spawn(command)
     }
 
     /// containerd has given this bundle up: kills what lives, removes everything. Waits for operations under way.
     pub async fn cleanup(&self, key: &TaskKey, bundle: &Path) -> Result<Cleaned, Error> {
-        self.detached(deletion::cleanup(
-            self.shared(),
-            key.clone(),
-            bundle.to_owned(),
-        ))
-        .await
+        self.detached(self.engine().cleanup(key.clone(), bundle.to_owned()))
+            .await
     }
 
     /// Closes our end of a process's standard input: it sees the end once the client's ends are closed too.
     pub async fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
-        let (task, process) = self.shared.process(key)?;
+        let (task, process) = self.engine.registry.process(key)?;
         process.close_stdin();
-        let shared = self.shared();
-        self.detached(async move { task.save(&shared).await }).await
+        let engine = self.engine();
+        self.detached(async move { engine.save(&task).await.map(drop) })
+            .await
     }
 
     /// Resizes the terminal, if there is one.
     pub fn resize_pty(&self, key: &ProcessKey, width: u16, height: u16) -> Result<(), Error> {
-        let (_, process) = self.shared.process(key)?;
-        if process.exec.is_some() && process.now().phase == Phase::Stopped {
+        let (_, process) = self.engine.registry.process(key)?;
+        if process.exec.is_some() && process.now().phase() == Phase::Stopped {
             return Err(Error::WrongState("cannot resize a stopped container"));
         }
         match process.streams() {
@@ -272,19 +225,19 @@ impl Node {
 
     /// Waits for the end.
     pub async fn wait(&self, key: &ProcessKey) -> Result<Exit, Error> {
-        let (_, process) = self.shared.process(key)?;
+        let (_, process) = self.engine.registry.process(key)?;
         process.ended().await
     }
 
     /// The process at this moment.
     pub fn state(&self, key: &ProcessKey) -> Result<ProcessSnapshot, Error> {
-        let (task, process) = self.shared.process(key)?;
+        let (task, process) = self.engine.registry.process(key)?;
         let now = process.now();
         // An exec shows its container's freezing as its own state, as runc-v2 does.
-        let frozen = task.init.now().phase.status();
+        let frozen = task.init.now().phase().status();
         let status = match frozen {
             ProcessStatus::Paused | ProcessStatus::Pausing => frozen,
-            _ => now.phase.status(),
+            _ => now.phase().status(),
         };
         Ok(ProcessSnapshot {
             key: key.clone(),
@@ -292,28 +245,31 @@ impl Node {
             pid: now.pid,
             status,
             stdio: process.stdio.clone(),
-            exit: now.exit,
+            exit: now.exit(),
         })
     }
 
     /// Which bundle a task was created from, or is being; `None` for a task there is not.
     pub fn bundle_id(&self, key: &TaskKey) -> Option<BundleId> {
-        let task = self.shared.task_even_unfinished(key)?;
+        let task = self.engine.registry.task_even_unfinished(key)?;
         Some(task.bundle.id())
     }
 
     /// The init's pid, 0 for a task there is not.
     pub fn init_pid(&self, key: &TaskKey) -> u32 {
-        self.shared.task(key).map_or(0, |task| task.init.now().pid)
+        self.engine
+            .registry
+            .task(key)
+            .map_or(0, |task| task.init.now().pid)
     }
 
     /// The container's processes. Never empty for a task there is: containerd 1.7 takes that for a leak and
     /// destroys the task, with its exit code.
     pub async fn pids(&self, key: &TaskKey) -> Result<Vec<ProcessEntry>, Error> {
-        let task = self.shared.task(key)?;
+        let task = self.engine.registry.task(key)?;
         let init = task.init.now();
         let mut entries = Vec::new();
-        if init.phase != Phase::Stopped
+        if init.phase() != Phase::Stopped
             && let Some(cgroup) = task.cgroup()
             && let Ok(Ok(Ok(pids))) = timeout(READ_LIMIT, blocking(move || cgroup.pids())).await
         {
@@ -341,13 +297,13 @@ impl Node {
 
     /// The cgroup's counters; of a stopped task, the last ones read.
     pub async fn stats(&self, key: &TaskKey) -> Result<Metrics, Error> {
-        let task = self.shared.task(key)?;
+        let task = self.engine.registry.task(key)?;
         let limit = match task.last_metrics() {
             Some(_) => READ_LIMIT,
             None => STATS_LIMIT,
         };
-        match exits::current_metrics(&task, limit).await {
-            Ok(Some(metrics)) if task.init.now().phase != Phase::Stopped => Ok(metrics),
+        match current_metrics(&task, limit).await {
+            Ok(Some(metrics)) if task.init.now().phase() != Phase::Stopped => Ok(metrics),
             Ok(now) => task.last_metrics().or(now).ok_or(Error::NoCgroup),
             Err(late) => task.last_metrics().ok_or(late),
         }
@@ -363,14 +319,14 @@ impl Node {
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
-        detached(&self.shared, work).await
+        self.engine.detached(work).await
     }
 
     fn errand(&self) -> Errand {
         self.errand.clone()
     }
 
-    fn shared(&self) -> Arc<Shared> {
-        Arc::clone(&self.shared)
+    fn engine(&self) -> Arc<Engine> {
+        Arc::clone(&self.engine)
     }
 }

@@ -1,5 +1,5 @@
-//! One process of a task: its published state, its descriptors and the exit that must not come too early.
-//! Owns what a process *is* at any moment; never calls the runtime and never emits an event.
+//! [`TaskProcess`]: one process of a task, its place in its [`Lifecycle`], its descriptors and what is
+//! known of it. Never calls the runtime, writes a record or emits an event.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
@@ -15,8 +15,9 @@ use crate::process::{Process, ProcessIdentity};
 use crate::stdio::{self, Of, PipeInodes, StdioPaths, Streams};
 use crate::task::api::Exit;
 use crate::task::context::{Errand, RequestId};
-use crate::task::lifecycle::Phase;
-use crate::task::store::{ProcessRecord, StartMark};
+use crate::task::lifecycle::{Effect, Lifecycle, Operation, Phase, Refusal, Transition};
+use crate::task::record::{ProcessRecord, StartMark};
+use crate::task::store::Saved;
 
 /// A process of a task.
 #[derive(Debug)]
@@ -27,24 +28,34 @@ pub(crate) struct TaskProcess {
     pub(crate) made_by: Option<RequestId>,
     /// Its descriptors that outlive this daemon.
     pub(crate) fds: ProcessFds,
-    /// The queue of mutations: one at a time, first come, first served. Reads and exits don't take it.
-    turn: Arc<Semaphore>,
-    published: watch::Sender<Published>,
-    live: Mutex<Live>,
+    /// The queue of mutations: one at a time, first come, first served (invariant 7). Reads and
+    /// exits do not take it.
+    mutations: Arc<Semaphore>,
+    state: watch::Sender<State>,
+    facts: Mutex<Facts>,
 }
 
-/// What everybody may see.
+/// Where it is in its life, as all readers find it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Published {
-    pub(crate) phase: Phase,
+pub(crate) struct State {
+    pub(crate) lifecycle: Lifecycle,
+    /// 0 as long as there is no process.
     pub(crate) pid: u32,
-    pub(crate) exit: Option<Exit>,
-    /// The start of this exec failed: its waiters are let go though it never ran.
-    pub(crate) start_failed: bool,
 }
 
+impl State {
+    pub(crate) fn phase(self) -> Phase {
+        self.lifecycle.phase()
+    }
+
+    pub(crate) fn exit(self) -> Option<Exit> {
+        self.lifecycle.exit()
+    }
+}
+
+/// What is known of it, none of which decides what may happen to it next.
 #[derive(Debug, Default)]
-struct Live {
+struct Facts {
     process: Option<Arc<Process>>,
     identity: Option<ProcessIdentity>,
     streams: Option<Arc<Streams>>,
@@ -52,14 +63,9 @@ struct Live {
     stdin_closed: bool,
     logger: Option<ProcessIdentity>,
     spec: Option<String>,
+    /// For whom the runtime was called to start it. It stays, so that the same request is
+    /// recognised when it comes again.
     start: Option<StartMark>,
-    /// Whether this exec has run is not known, nor will be.
-    may_have_run: bool,
-    /// An operation is between its effect and its event: an exit has to wait behind it.
-    starting: bool,
-    early_exit: Option<ExitRecord>,
-    /// How it ended, known before it is durable and published.
-    ended: Option<Exit>,
 }
 
 impl TaskProcess {
@@ -80,211 +86,235 @@ impl TaskProcess {
         Self::restored(exec, record, fds)
     }
 
-    /// A process as it was remembered. It has no descriptors yet.
+    /// A process as it was recorded. It has no descriptors yet.
     pub(crate) fn restored(exec: Option<ExecId>, record: ProcessRecord, fds: ProcessFds) -> Self {
-        let published = Published {
-            phase: record.phase,
+        let state = State {
+            lifecycle: Lifecycle::recorded(
+                record.phase,
+                record.exit,
+                record.start_failed,
+                record.may_have_run,
+            ),
             pid: record.identity.map_or(0, |identity| positive(identity.pid)),
-            exit: record.exit,
-            start_failed: record.start_failed,
         };
-        let live = Live {
+        let facts = Facts {
             identity: record.identity,
             spec: record.spec,
             stdin_closed: record.stdin_closed,
             pipes: record.pipes,
             logger: record.logger,
-            ended: record.exit,
             start: record.start,
-            may_have_run: record.may_have_run,
-            ..Live::default()
+            ..Facts::default()
         };
         Self {
             exec,
             stdio: record.stdio,
             made_by: record.made_by,
             fds,
-            turn: Arc::new(Semaphore::new(1)),
-            published: watch::Sender::new(published),
-            live: Mutex::new(live),
+            mutations: Arc::new(Semaphore::new(1)),
+            state: watch::Sender::new(state),
+            facts: Mutex::new(facts),
         }
     }
 
-    /// Waits for this process's turn.
-    pub(crate) async fn turn(&self) -> Result<OwnedSemaphorePermit, Error> {
-        Arc::clone(&self.turn)
+    /// Waits until no other mutation of this process is in flight, and keeps others out while the
+    /// permit lives.
+    pub(crate) async fn lock_mutations(&self) -> Result<OwnedSemaphorePermit, Error> {
+        Arc::clone(&self.mutations)
             .acquire_owned()
             .await
             .map_err(|closed| Error::Internal(closed.to_string()))
     }
 
-    /// Its turn, if it is free: before anybody knows of the process it is.
-    pub(crate) fn turn_now(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.turn).try_acquire_owned().ok()
+    /// The same without waiting; `None` if a mutation is in flight.
+    pub(crate) fn try_lock_mutations(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.mutations).try_acquire_owned().ok()
     }
 
-    /// What everybody may see now.
-    pub(crate) fn now(&self) -> Published {
-        *self.published.borrow()
+    /// Where it is in its life.
+    pub(crate) fn now(&self) -> State {
+        *self.state.borrow()
+    }
+
+    /// Changes where it is in its life, or refuses and changes nothing.
+    fn apply(&self, transition: Transition) -> Result<Effect, Refusal> {
+        let mut answer = Ok(Effect::None);
+        self.state.send_if_modified(|state| {
+            let before = state.lifecycle;
+            answer = state.lifecycle.apply(transition);
+            state.lifecycle != before
+        });
+        answer
+    }
+
+    /// Changes where it is in its life; false if that is not possible from where it is, because it
+    /// has ended meanwhile.
+    pub(crate) fn advance(&self, transition: Transition) -> bool {
+        self.apply(transition).is_ok()
     }
 
     /// Waits for the end, or for a start that failed: then with Go's zero time, as runc-v2 answers.
     pub(crate) async fn ended(&self) -> Result<Exit, Error> {
-        let mut published = self.published.subscribe();
-        let over = published
-            .wait_for(|now| now.exit.is_some() || now.start_failed)
+        let mut state = self.state.subscribe();
+        let over = state
+            .wait_for(|now| {
+                matches!(
+                    now.lifecycle,
+                    Lifecycle::Stopped { .. } | Lifecycle::StartFailed { .. }
+                )
+            })
             .await;
-        over.map(|now| now.exit.unwrap_or_else(never_ran))
+        over.map(|now| now.exit().unwrap_or_else(never_ran))
             .map_err(|closed| Error::Internal(closed.to_string()))
     }
 
-    /// Goes from one phase to another, unless it is in neither (because the process ended meanwhile).
-    pub(crate) fn advance(&self, from: Phase, to: Phase) -> bool {
-        self.published.send_if_modified(|now| {
-            let fits = now.phase == from;
-            if fits {
-                now.phase = to;
-            }
-            fits
-        })
-    }
-
-    /// The runtime is about to start it: what is found of it after a restart is this request's work.
+    /// The runtime is about to start it: what is found of it after a restart is this request's
+    /// work.
     pub(crate) fn mark_start(&self, request: Option<RequestId>) {
         let ticks = BootTime::now().ticks();
-        self.live().start = Some(StartMark { request, ticks });
+        self.facts().start = Some(StartMark { request, ticks });
     }
 
     /// It was not started after all.
     pub(crate) fn unmark_start(&self) {
-        self.live().start = None;
+        self.facts().start = None;
     }
 
-    /// Who began to start it, if anybody did.
+    /// For whom the runtime was called to start it, if it was.
     pub(crate) fn start_mark(&self) -> Option<StartMark> {
-        self.live().start
+        self.facts().start
     }
 
-    /// Whether this errand is the one that started it, in an earlier life.
-    pub(crate) fn was_started_by(&self, errand: &Errand) -> bool {
+    /// Whether this request is the one that started it, before a restart.
+    pub(crate) fn was_started_by(&self, context: &Errand) -> bool {
         self.start_mark()
-            .is_some_and(|mark| errand.left(mark.request))
-            && (self.now().phase != Phase::Created)
+            .is_some_and(|mark| context.left(mark.request))
+            && (self.now().phase() != Phase::Created)
     }
 
-    /// From here until [`started`](Self::started) an exit is kept back.
-    pub(crate) fn starting(&self) {
-        self.live().starting = true;
+    /// An operation begins that makes, starts or examines it: an exit waits until
+    /// [`release`](Self::release). Refused in runc-v2's words if it has ended meanwhile.
+    pub(crate) fn begin(&self) -> Result<(), Error> {
+        if self.apply(Transition::Begin).is_ok() {
+            return Ok(());
+        }
+        self.admit_first_start()?;
+        self.now().lifecycle.admit(Operation::Start)?;
+        // It ended just now, and that is not visible yet.
+        Err(Error::WrongState("cannot start a stopped process"))
     }
 
-    /// The events of the operation are out; gives the exit that came meanwhile.
-    pub(crate) fn started(&self) -> Option<ExitRecord> {
-        let mut live = self.live();
-        live.starting = false;
-        live.early_exit.take()
+    /// The operation is over, its event emitted; gives the exit that waited for that.
+    pub(crate) fn release(&self) -> Option<ExitRecord> {
+        match self.apply(Transition::Release) {
+            Ok(Effect::Settle(record)) => Some(record),
+            // It ended or failed, and the operation with it.
+            Ok(Effect::None) | Err(_) => None,
+        }
     }
 
-    /// The start came to nothing: waiters are let go, an exit that was kept back is moot.
-    pub(crate) fn start_failed(&self) {
-        let mut live = self.live();
-        live.starting = false;
-        live.early_exit = None;
-        live.streams = None;
-        live.start = None;
-        drop(live);
+    /// A monitor reports its exit. Gives it back if it is to be concluded now: not if it waits for
+    /// an operation, nor if the process has ended already.
+    pub(crate) fn report(&self, record: ExitRecord) -> Option<ExitRecord> {
+        match self.apply(Transition::Report(record)) {
+            Ok(Effect::Settle(record)) => Some(record),
+            Ok(Effect::None) | Err(_) => None,
+        }
+    }
+
+    /// Its start came to nothing: waiters get their answer, an exit that waits is of no interest.
+    pub(crate) fn fail_start(&self) {
+        self.fail(Transition::Fail {
+            may_have_run: false,
+        });
+    }
+
+    /// Nothing tells whether this exec has run: it is never started again (invariant 20).
+    pub(crate) fn fail_as_maybe_run(&self) {
+        self.fail(Transition::Fail { may_have_run: true });
+    }
+
+    fn fail(&self, how: Transition) {
+        let mut facts = self.facts();
+        facts.streams = None;
+        facts.start = None;
+        drop(facts);
         self.fds.forget_all();
-        self.published.send_modify(|now| now.start_failed = true);
+        // A process that has ended stays ended.
+        let _ = self.apply(how);
     }
 
-    /// Nothing tells whether this exec has run: it is not to be started again.
-    pub(crate) fn may_have_run(&self) {
-        self.live().may_have_run = true;
-        self.start_failed();
-    }
-
-    /// Refuses the start of an exec of which that is not known.
+    /// Refuses the start of an exec that may have run.
     pub(crate) fn admit_first_start(&self) -> Result<(), Error> {
-        match &self.exec {
-            Some(exec) if self.live().may_have_run => Err(Error::MayHaveRun {
+        match (&self.exec, self.now().lifecycle) {
+            (Some(exec), Lifecycle::StartFailed { may_have_run: true }) => Err(Error::MayHaveRun {
                 id: exec.to_string(),
             }),
             _ => Ok(()),
         }
     }
 
-    /// It was made and is undone: the task is again one whose init does not exist. The client's ends stay, for another attempt.
+    /// What was made of it is undone: the task is again one whose init does not exist. The client's
+    /// ends stay, for another attempt.
     pub(crate) fn unmake(&self) {
-        let mut live = self.live();
-        live.process = None;
-        live.identity = None;
-        live.streams = None;
-        live.early_exit = None;
-        drop(live);
+        let mut facts = self.facts();
+        facts.process = None;
+        facts.identity = None;
+        facts.streams = None;
+        drop(facts);
         stdio::discard_pipes(&self.fds);
         self.fds.forget(&[FdRole::Pidfd]);
-        self.published.send_modify(|now| now.pid = 0);
-    }
-
-    /// Keeps the exit back if an operation is under way; gives it back if not.
-    pub(crate) fn hold(&self, record: ExitRecord) -> Option<ExitRecord> {
-        let mut live = self.live();
-        if live.starting {
-            live.early_exit = Some(record);
-            return None;
-        }
-        Some(record)
+        let _ = self.apply(Transition::Unmake);
+        self.state.send_modify(|state| state.pid = 0);
     }
 
     /// It has a pid now.
-    pub(crate) fn runs_as(&self, process: Arc<Process>) {
+    pub(crate) fn set_process(&self, process: Arc<Process>) {
         let identity = process.identity();
-        let mut live = self.live();
-        live.identity = Some(identity);
-        live.process = Some(process);
-        drop(live);
-        self.published
-            .send_modify(|now| now.pid = positive(identity.pid));
+        self.facts().process = Some(process);
+        self.set_identity(identity);
     }
 
-    /// It had this pid, and is gone.
-    pub(crate) fn ran_as(&self, identity: ProcessIdentity) {
-        self.live().identity = Some(identity);
-        self.published
-            .send_modify(|now| now.pid = positive(identity.pid));
+    /// It had this pid.
+    pub(crate) fn set_identity(&self, identity: ProcessIdentity) {
+        self.facts().identity = Some(identity);
+        self.state
+            .send_modify(|state| state.pid = positive(identity.pid));
     }
 
     /// Keeps its streams.
     pub(crate) fn connect(&self, streams: Streams) {
-        let mut live = self.live();
-        if live.stdin_closed {
+        let mut facts = self.facts();
+        if facts.stdin_closed {
             streams.close_stdin();
         }
         // It may have ended before its streams were taken up.
-        if live.ended.is_some() {
+        let lifecycle = self.now().lifecycle;
+        if lifecycle.known_exit().is_some() {
             streams.end_of_process();
         }
-        if self.now().exit.is_some() {
+        if lifecycle.exit().is_some() {
             streams.exit_is_told();
         }
-        live.streams = Some(Arc::new(streams));
+        facts.streams = Some(Arc::new(streams));
     }
 
     /// Its streams, if it has any now.
     pub(crate) fn streams(&self) -> Option<Arc<Streams>> {
-        self.live().streams.clone()
+        self.facts().streams.clone()
     }
 
     /// Lets go of its streams, for good.
     pub(crate) fn disconnect(&self) {
-        self.live().streams = None;
+        self.facts().streams = None;
         self.fds.forget_all();
     }
 
     /// Closes our end of its input, now or as soon as there is one.
     pub(crate) fn close_stdin(&self) {
-        let mut live = self.live();
-        live.stdin_closed = true;
-        if let Some(streams) = &live.streams {
+        let mut facts = self.facts();
+        facts.stdin_closed = true;
+        if let Some(streams) = &facts.streams {
             streams.close_stdin();
         }
     }
@@ -296,22 +326,22 @@ impl TaskProcess {
 
     /// It may read its input from now on, which is kept open if that was decided. Idempotent.
     pub(crate) fn begin_input(&self) {
-        let live = self.live();
-        if let Some(streams) = &live.streams {
-            streams.begin_input(live.stdin_closed);
+        let facts = self.facts();
+        if let Some(streams) = &facts.streams {
+            streams.begin_input(facts.stdin_closed);
         }
     }
 
     /// Which pipes it was given.
     pub(crate) fn note_pipes(&self) {
         let pipes = stdio::pipe_inodes(&self.fds);
-        self.live().pipes = pipes;
+        self.facts().pipes = pipes;
     }
 
     /// Which pipes it was given, and whether the writer of its input was given up.
     pub(crate) fn pipes(&self) -> (PipeInodes, bool) {
-        let live = self.live();
-        (live.pipes, live.stdin_closed)
+        let facts = self.facts();
+        (facts.pipes, facts.stdin_closed)
     }
 
     /// What kind of process it is.
@@ -324,84 +354,79 @@ impl TaskProcess {
 
     /// This program reads its output.
     pub(crate) fn logs_by(&self, logger: ProcessIdentity) {
-        self.live().logger = Some(logger);
+        self.facts().logger = Some(logger);
     }
 
     /// The program that reads its output.
     pub(crate) fn logger(&self) -> Option<ProcessIdentity> {
-        self.live().logger
+        self.facts().logger
     }
 
     /// The program that reads its output, to be ended by the caller.
     pub(crate) fn take_logger(&self) -> Option<ProcessIdentity> {
-        self.live().logger.take()
+        self.facts().logger.take()
     }
 
     /// The living process, if it lives.
     pub(crate) fn process(&self) -> Option<Arc<Process>> {
-        self.live().process.clone()
+        self.facts().process.clone()
     }
 
     /// Who it is or was.
     pub(crate) fn identity(&self) -> Option<ProcessIdentity> {
-        self.live().identity
+        self.facts().identity
     }
 
     /// The OCI `Process` of an exec that was not started.
     pub(crate) fn spec(&self) -> Option<String> {
-        self.live().spec.clone()
+        self.facts().spec.clone()
     }
 
     /// Started: the document is of no use any more.
     pub(crate) fn forget_spec(&self) {
-        self.live().spec = None;
+        self.facts().spec = None;
     }
 
-    /// Notes how it ended, to be saved before it is [published](Self::publish_end). False if that was known already.
+    /// Notes how it ended, to be saved before it is [published](Self::publish_end). False if that
+    /// was known already.
     pub(crate) fn end(&self, exit: Exit) -> bool {
-        let mut live = self.live();
-        let first = live.ended.is_none();
-        live.ended.get_or_insert(exit);
-        live.process = None;
-        first
+        let is_first = self.apply(Transition::End(exit)).is_ok();
+        self.facts().process = None;
+        is_first
     }
 
-    /// Lets everybody see its end.
-    pub(crate) fn publish_end(&self) {
-        let exit = self.live().ended;
-        self.published.send_modify(|now| {
-            now.phase = Phase::Stopped;
-            now.exit = exit;
-        });
+    /// Lets clients see its end, which was saved or could not be (invariant 3).
+    pub(crate) fn publish_end(&self, _: &Result<Saved, Error>) {
+        let _ = self.apply(Transition::Publish);
     }
 
-    /// What there is to remember.
+    /// What there is to record.
     pub(crate) fn record(&self) -> ProcessRecord {
-        let live = self.live();
-        let phase = if live.ended.is_some() {
-            Phase::Stopped
-        } else {
-            self.now().phase
+        let facts = self.facts();
+        let lifecycle = self.now().lifecycle;
+        let failed = match lifecycle {
+            Lifecycle::StartFailed { may_have_run } => Some(may_have_run),
+            _ => None,
         };
         ProcessRecord {
-            stdin_closed: live.stdin_closed,
-            pipes: live.pipes,
-            logger: live.logger,
-            phase,
+            stdin_closed: facts.stdin_closed,
+            pipes: facts.pipes,
+            logger: facts.logger,
+            phase: lifecycle.phase_to_record(),
             stdio: self.stdio.clone(),
-            identity: live.identity,
-            exit: live.ended,
-            spec: live.spec.clone(),
+            identity: facts.identity,
+            exit: lifecycle.known_exit(),
+            spec: facts.spec.clone(),
             number: self.fds.number(),
             made_by: self.made_by,
-            start: live.start,
-            start_failed: self.now().start_failed,
-            may_have_run: live.may_have_run,
+            start: facts.start,
+            start_failed: failed.is_some(),
+            may_have_run: failed.unwrap_or(false),
         }
     }
 
-    fn live(&self) -> MutexGuard<'_, Live> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,157 +1,29 @@
-//! The durable task store: one small JSON document per task in the state directory, replaced atomically.
-//! Owns the format and its versions; never holds the truth in memory, that is the task's.
+//! [`Store`]: one small JSON document per task in the state directory, replaced atomically. Owns the
+//! files; the format is [`record`](super::record)'s, and the truth in memory is the task's.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::cgroup::{Cgroup, Metrics};
 use crate::error::Error;
 use crate::failpoint;
-use crate::id::{ContainerId, ExecId, Namespace, TaskKey};
-use crate::process::ProcessIdentity;
-use crate::rootfs::Mount;
-use crate::stdio::{PipeInodes, StdioPaths};
-use crate::task::{Exit, Phase, RequestId, RuntimeOptions};
+use crate::id::{ContainerId, Namespace, TaskKey};
+use crate::task::record::{TaskRecord, VERSION};
 
-/// The format this program writes. A reader refuses what is newer and keeps fields it does not know.
-pub(crate) const VERSION: u32 = 1;
 /// Directory of the records below the state directory.
 const TASKS: &str = "tasks";
 /// Where unreadable records go, so that they are neither lost nor read again.
 const UNREADABLE: &str = "unreadable";
 const SUFFIX: &str = ".json";
 
-/// Everything the daemon has to remember about a task.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct TaskRecord {
-    pub(crate) version: u32,
-    pub(crate) boot_id: String,
-    pub(crate) namespace: Namespace,
-    pub(crate) id: ContainerId,
-    pub(crate) bundle: Bundle,
-    pub(crate) owner: String,
-    pub(crate) runtime: RuntimeOptions,
-    pub(crate) rootfs: Vec<Mount>,
-    /// The image that `Start` restores.
-    #[serde(default)]
-    pub(crate) checkpoint: Option<PathBuf>,
-    /// `create` has come to its end: what lacks this is debris of a daemon that died in it.
-    pub(crate) complete: bool,
-    pub(crate) init: ProcessRecord,
-    #[serde(default)]
-    pub(crate) execs: BTreeMap<ExecId, ProcessRecord>,
-    #[serde(default)]
-    pub(crate) cgroup: Option<Cgroup>,
-    #[serde(default)]
-    pub(crate) oom_kills: u64,
-    #[serde(default)]
-    pub(crate) last_metrics: Option<Metrics>,
-    /// Fields of a newer version, given back unread.
-    #[serde(flatten)]
-    pub(crate) unknown: serde_json::Map<String, serde_json::Value>,
-}
+/// Proof that a record was written: what the record says may be acted on (invariant 3).
+#[derive(Debug)]
+pub(crate) struct Saved(());
 
-/// Which directory a bundle is, whatever its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BundleId {
-    /// The file system's device number.
-    pub device: u64,
-    /// The directory's number there.
-    pub inode: u64,
-}
-
-impl BundleId {
-    /// Of the directory at `path`. Blocks on the file system.
-    pub fn of(path: &Path) -> io::Result<Self> {
-        Bundle::open(path).map(|bundle| bundle.id())
-    }
-}
-
-/// A bundle directory, and which one of that name: the same id can get a new bundle of the same path.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Bundle {
-    pub(crate) path: PathBuf,
-    pub(crate) device: u64,
-    pub(crate) inode: u64,
-}
-
-impl Bundle {
-    /// The bundle at `path`. Blocks on the file system.
-    pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        let metadata = fs::metadata(path)?;
-        if !metadata.is_dir() {
-            return Err(io::ErrorKind::NotADirectory.into());
-        }
-        Ok(Self {
-            path: path.to_owned(),
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        })
-    }
-
-    pub(crate) fn id(&self) -> BundleId {
-        BundleId {
-            device: self.device,
-            inode: self.inode,
-        }
-    }
-}
-
-/// The runtime was about to start the process, or has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct StartMark {
-    /// On whose behalf.
-    pub(crate) request: Option<RequestId>,
-    /// When, as start times of processes are counted; 0 in the record of an older version.
-    #[serde(default)]
-    pub(crate) ticks: u64,
-}
-
-/// What there is to remember about one process.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct ProcessRecord {
-    pub(crate) phase: Phase,
-    pub(crate) stdio: StdioPaths,
-    #[serde(default)]
-    pub(crate) identity: Option<ProcessIdentity>,
-    #[serde(default)]
-    pub(crate) exit: Option<Exit>,
-    /// No writer of ours keeps its input open any more.
-    #[serde(default)]
-    pub(crate) stdin_closed: bool,
-    /// Its pipes, by inode.
-    #[serde(default)]
-    pub(crate) pipes: PipeInodes,
-    /// The `binary://` logger that reads its output.
-    #[serde(default)]
-    pub(crate) logger: Option<ProcessIdentity>,
-    /// The OCI `Process` of an exec that was not started yet.
-    #[serde(default)]
-    pub(crate) spec: Option<String>,
-    /// Under which its descriptors are kept; 0 in the record of a version that kept none.
-    #[serde(default)]
-    pub(crate) number: u64,
-    /// The request that made it.
-    #[serde(default)]
-    pub(crate) made_by: Option<RequestId>,
-    /// Somebody has begun to start it.
-    #[serde(default)]
-    pub(crate) start: Option<StartMark>,
-    /// This exec could not be started: its waiters are let go.
-    #[serde(default)]
-    pub(crate) start_failed: bool,
-    /// Its runtime was killed before it said whether this exec runs: it is not started again.
-    #[serde(default)]
-    pub(crate) may_have_run: bool,
-}
-
-/// The state directory.
+/// The directory of the records.
 #[derive(Clone, Debug)]
 pub(crate) struct Store {
     tasks: PathBuf,
@@ -190,7 +62,7 @@ impl Store {
     ///
     /// Without fsync: the state directory is on tmpfs or its content is worthless after a power cut, since the
     /// processes are gone too.
-    pub(crate) fn save(&self, record: &TaskRecord) -> Result<(), Error> {
+    pub(crate) fn save(&self, record: &TaskRecord) -> Result<Saved, Error> {
         let path = self.path(&record.namespace, &record.id);
         // A container id cannot begin with a dot, nor can a namespace: no record has this name.
         let draft = self
@@ -209,7 +81,7 @@ impl Store {
         failpoint::step("before a record is written");
         let written = write();
         failpoint::step("after a record was written");
-        written.map_err(|source| {
+        written.map(Saved).map_err(|source| {
             let _ = fs::remove_file(&draft);
             Error::Path {
                 doing: "cannot write the task record",
@@ -293,7 +165,7 @@ impl Store {
     }
 }
 
-/// Removes the record of a task that whoever calls this has removed himself, for want of a [`Node`](crate::task::Node) on
+/// Removes the record of a task that the caller has removed without a [`Node`](crate::task::Node) on
 /// `state_dir`. Without a record there is nothing to do. Blocks on the file system.
 pub fn discard_record(state_dir: &Path, key: &TaskKey) -> io::Result<()> {
     let store = Store::at(state_dir);
@@ -313,6 +185,12 @@ pub(crate) fn boot_id() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bundle::Bundle;
+    use crate::runtime::RuntimeOptions;
+    use crate::task::api::Exit;
+    use crate::task::lifecycle::Phase;
+    use crate::task::record::ProcessRecord;
+    use std::collections::BTreeMap;
 
     fn record(id: &str) -> TaskRecord {
         TaskRecord {

@@ -1,28 +1,28 @@
 //! [`Task`]: one container in execution, with its processes, its cgroup and the order of its exits.
-//! Owns what must be remembered about it ([`Task::save`]); the operations on it live in the sibling
-//! modules.
+//! Owns what there is to record of it; never writes it, never emits an event, and gives the events
+//! that become due to its caller.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
+use crate::bundle::Bundle;
 use crate::cgroup::{Cgroup, Metrics};
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::fdstore::ProcessFds;
 use crate::id::{ExecId, TaskKey};
 use crate::rootfs::Mount;
-use crate::runtime::Runtime;
-use crate::task::api::{CreateTask, RuntimeOptions};
+use crate::runtime::{Runtime, RuntimeOptions};
+use crate::task::api::CreateTask;
 use crate::task::context::RequestId;
-use crate::task::detached::blocking;
-use crate::task::engine::Shared;
+use crate::task::exit_order::ExitOrder;
 use crate::task::process::TaskProcess;
-use crate::task::store::{Bundle, TaskRecord, VERSION};
+use crate::task::record::{TaskRecord, VERSION};
 
 /// Numbers tasks for the OOM watcher.
 static SERIAL: AtomicU64 = AtomicU64::new(1);
@@ -45,14 +45,33 @@ pub(crate) struct Task {
     execs: Mutex<BTreeMap<ExecId, Arc<TaskProcess>>>,
     facts: Mutex<Facts>,
     order: Mutex<ExitOrder>,
-    /// The init's exit event is out, the last of its container.
-    exit_told: watch::Sender<bool>,
-    complete: AtomicBool,
-    silent: AtomicBool,
-    /// A predecessor died within its creation: whether it is taken over or removed is not decided.
-    is_half_created: AtomicBool,
-    settled: watch::Sender<bool>,
+    /// The order of exits has come to its end.
+    emitted: Notify,
+    standing: watch::Sender<Standing>,
     saving: tokio::sync::Mutex<()>,
+}
+
+/// Where a task is between the reservation of its id and the release of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Standing {
+    stage: Stage,
+    /// A clean-up removes it: nothing is told of it any more.
+    is_given_up: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Its `Create` is in flight: clients cannot see it.
+    Creating,
+    /// Its `Create` was cut short by the death of a daemon. Whether the container is taken over or
+    /// removed is being found out: who wants the id waits.
+    HalfCreated,
+    /// It was taken over, and clients see it. What has to follow from that is in flight.
+    Adopted,
+    /// It is a task.
+    Live,
+    /// Its id is free.
+    Released,
 }
 
 #[derive(Debug, Default)]
@@ -61,14 +80,6 @@ struct Facts {
     oom_kills: u64,
     last_metrics: Option<Metrics>,
     unknown: serde_json::Map<String, serde_json::Value>,
-}
-
-/// The init's exit is the last of its container (892dc54bd, 421a4b568 in containerd).
-#[derive(Debug, Default)]
-struct ExitOrder {
-    init_ended: bool,
-    running_execs: usize,
-    held: Option<EventKind>,
 }
 
 impl Task {
@@ -132,11 +143,11 @@ impl Task {
             execs: Mutex::default(),
             facts: Mutex::default(),
             order: Mutex::default(),
-            exit_told: watch::Sender::new(false),
-            complete: AtomicBool::new(false),
-            silent: AtomicBool::new(false),
-            is_half_created: AtomicBool::new(false),
-            settled: watch::Sender::new(false),
+            emitted: Notify::new(),
+            standing: watch::Sender::new(Standing {
+                stage: Stage::Creating,
+                is_given_up: false,
+            }),
             saving: tokio::sync::Mutex::default(),
         }
     }
@@ -164,7 +175,9 @@ impl Task {
             has_own_pid_namespace,
             init,
         );
-        task.complete.store(record.complete, Ordering::Relaxed);
+        if record.complete {
+            task.set_stage(Stage::Live);
+        }
         *task.facts() = Facts {
             cgroup: record.cgroup,
             oom_kills: record.oom_kills,
@@ -189,7 +202,7 @@ impl Task {
     }
 
     /// What there is to remember.
-    fn record(&self, boot_id: &str) -> TaskRecord {
+    pub(crate) fn record(&self, boot_id: &str) -> TaskRecord {
         let facts = self.facts();
         TaskRecord {
             version: VERSION,
@@ -215,12 +228,9 @@ impl Task {
         }
     }
 
-    /// Writes down what there is to remember. The lock keeps an older picture from replacing a
-    /// newer one.
-    pub(crate) async fn save(&self, shared: &Shared) -> Result<(), Error> {
-        let _turn = self.saving.lock().await;
-        let (store, record) = (shared.store.clone(), self.record(&shared.boot_id));
-        blocking(move || store.save(&record)).await?
+    /// Only one record of it is written at a time: an older picture must not replace a newer one.
+    pub(crate) async fn lock_saving(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.saving.lock().await
     }
 
     /// The container's id.
@@ -256,52 +266,71 @@ impl Task {
         (owner != (0, 0)).then_some(owner)
     }
 
-    /// `create` came to its end: the task may be seen.
+    /// Whether clients can see it.
     pub(crate) fn is_complete(&self) -> bool {
-        self.complete.load(Ordering::Acquire)
+        matches!(self.standing.borrow().stage, Stage::Live | Stage::Adopted)
     }
 
-    /// It may be seen from now on.
-    pub(crate) fn completed(&self) {
-        self.complete.store(true, Ordering::Release);
+    /// Clients can see it from now on.
+    pub(crate) fn mark_complete(&self) {
+        self.standing.send_modify(|standing| {
+            standing.stage = match standing.stage {
+                Stage::HalfCreated => Stage::Adopted,
+                _ => Stage::Live,
+            };
+        });
     }
 
-    /// It may not be seen after all.
-    pub(crate) fn uncompleted(&self) {
-        self.complete.store(false, Ordering::Release);
+    /// Clients must not see it after all.
+    pub(crate) fn mark_incomplete(&self) {
+        self.standing.send_modify(|standing| {
+            standing.stage = match standing.stage {
+                Stage::Adopted => Stage::HalfCreated,
+                _ => Stage::Creating,
+            };
+        });
     }
 
-    /// Its creation was cut short. Who wants its id has to wait for what becomes of it.
-    pub(crate) fn is_to_be_settled(&self) {
-        self.is_half_created.store(true, Ordering::Release);
+    /// Its creation was cut short: who wants its id waits for what becomes of it.
+    pub(crate) fn mark_half_created(&self) {
+        self.set_stage(Stage::HalfCreated);
     }
 
-    /// Whether it will be known soon if its id is free.
+    /// It is a task like any other now.
+    pub(crate) fn mark_adopted(&self) {
+        self.set_stage(Stage::Live);
+    }
+
+    /// Its id is free.
+    pub(crate) fn mark_released(&self) {
+        self.set_stage(Stage::Released);
+    }
+
+    fn set_stage(&self, stage: Stage) {
+        self.standing.send_modify(|standing| standing.stage = stage);
+    }
+
+    /// Whether it is being found out if its id is free.
     pub(crate) fn is_half_created(&self) -> bool {
-        self.is_half_created.load(Ordering::Acquire)
-    }
-
-    /// It is a task, or its id is free.
-    pub(crate) fn was_settled(&self) {
-        self.is_half_created.store(false, Ordering::Release);
-        self.settled.send_replace(true);
+        self.standing.borrow().is_undecided()
     }
 
     /// Waits until it is a task or its id is free.
-    pub(crate) async fn until_settled(&self) {
+    pub(crate) async fn decided(&self) {
         // The sender is a field of this task: it cannot be gone.
-        let mut settled = self.settled.subscribe();
-        let _ = settled.wait_for(|settled| *settled).await;
+        let mut standing = self.standing.subscribe();
+        let _ = standing.wait_for(|standing| !standing.is_undecided()).await;
     }
 
-    /// Nobody wants to hear of it any more: whoever gave it up tells its end himself.
-    pub(crate) fn silence(&self) {
-        self.silent.store(true, Ordering::Release);
+    /// A clean-up removes it: nothing is told of it any more, its end is told by who gave it up.
+    pub(crate) fn give_up(&self) {
+        self.standing
+            .send_modify(|standing| standing.is_given_up = true);
     }
 
-    /// Whether somebody wants to hear of it.
-    pub(crate) fn is_silent(&self) -> bool {
-        self.silent.load(Ordering::Acquire)
+    /// Whether nothing is to be told of it.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.standing.borrow().is_given_up
     }
 
     /// The process of that name.
@@ -353,61 +382,59 @@ impl Task {
 
     /// Refuses an exec's start once the init has ended.
     pub(crate) fn admit_exec_start(&self) -> Result<(), Error> {
-        self.check_init(&self.order())
-    }
-
-    fn check_init(&self, order: &ExitOrder) -> Result<(), Error> {
-        if order.init_ended {
-            return Err(Error::InitNotRunning {
-                id: self.id().to_owned(),
-            });
+        if self.order().has_init_ended() {
+            return Err(self.init_not_running());
         }
         Ok(())
+    }
+
+    fn init_not_running(&self) -> Error {
+        Error::InitNotRunning {
+            id: self.id().to_owned(),
+        }
     }
 
     /// Counts an exec as running, unless the init has ended (e7357916b).
     pub(crate) fn enter_exec(&self) -> Result<(), Error> {
-        let mut order = self.order();
-        self.check_init(&order)?;
-        order.running_execs += 1;
-        Ok(())
+        if self.order().enter_exec() {
+            return Ok(());
+        }
+        Err(self.init_not_running())
     }
 
-    /// An exec does not run any more. Emits the init's exit if it was held for this one.
-    pub(crate) fn leave_exec(&self, shared: &Shared) {
-        let mut order = self.order();
-        order.running_execs = order.running_execs.saturating_sub(1);
-        if order.running_execs == 0
-            && let Some(exit) = order.held.take()
-        {
-            self.tell_exit(shared, exit);
-        }
+    /// An exec does not run any more. Gives the init's exit event if it waited for that.
+    #[must_use = "the event is the caller's to emit"]
+    pub(crate) fn leave_exec(&self) -> Option<EventKind> {
+        self.order().leave_exec()
     }
 
     /// No exec is started from here on.
-    pub(crate) fn init_ended(&self) {
-        self.order().init_ended = true;
+    pub(crate) fn mark_init_ended(&self) {
+        self.order().init_ended();
     }
 
-    /// Emits the init's exit as soon as no exec runs.
-    pub(crate) fn tell_init_exit(&self, shared: &Shared, exit: EventKind) {
-        let mut order = self.order();
-        if order.running_execs == 0 {
-            self.tell_exit(shared, exit);
-        } else {
-            order.held = Some(exit);
+    /// The init's exit event is due. Gives it back if no exec runs, and otherwise when the last one
+    /// [leaves](Self::leave_exec).
+    #[must_use = "the event is the caller's to emit"]
+    pub(crate) fn init_exited(&self, exit: EventKind) -> Option<EventKind> {
+        self.order().init_exited(exit)
+    }
+
+    /// The init's exit event is emitted, the last of its container.
+    pub(crate) fn mark_exit_emitted(&self) {
+        self.order().emitted();
+        self.emitted.notify_waiters();
+    }
+
+    /// Waits until the init's exit event is emitted.
+    pub(crate) async fn exit_emitted(&self) {
+        loop {
+            let emitted = self.emitted.notified();
+            if self.order().is_over() {
+                return;
+            }
+            emitted.await;
         }
-    }
-
-    fn tell_exit(&self, shared: &Shared, exit: EventKind) {
-        shared.emit(self, exit);
-        self.exit_told.send_replace(true);
-    }
-
-    /// Waits until the init's exit event is out.
-    pub(crate) async fn exit_told(&self) {
-        // The sender is a field of ours: it cannot be gone.
-        let _ = self.exit_told.subscribe().wait_for(|told| *told).await;
     }
 
     /// Its cgroup, once it is known.
@@ -448,5 +475,11 @@ impl Task {
 
     fn order(&self) -> MutexGuard<'_, ExitOrder> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Standing {
+    fn is_undecided(self) -> bool {
+        matches!(self.stage, Stage::HalfCreated | Stage::Adopted)
     }
 }

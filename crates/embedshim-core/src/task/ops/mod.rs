@@ -1,5 +1,12 @@
-//! The operations on tasks and their processes.
+//! What clients can ask for, each operation a method of [`Engine`](super::engine::Engine). An
+//! operation writes and emits through the engine only, and changes a process only by transitions of
+//! its [`Lifecycle`](super::lifecycle::Lifecycle).
 
-pub(super) mod delete;
+mod checkpoint;
+mod cleanup;
+mod create;
+mod delete;
+mod exec;
 pub(super) mod kill;
-pub(super) mod start;
+mod pause;
+mod start;

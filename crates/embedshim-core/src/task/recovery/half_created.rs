@@ -10,50 +10,53 @@ use tracing::{info, warn};
 use crate::error::Error;
 use crate::process::Process;
 use crate::reaper::Ticket;
-use crate::runtime::wait_for;
+use crate::runtime::{RuntimeStatus, wait_for};
 use crate::stdio::{self, Plan};
-use crate::task::engine::Shared;
-use crate::task::exits;
-use crate::task::launch::{
-    created, end_logger, find_cgroup, opened, read_pid, remove_traces, watch_for_oom,
-};
-use crate::task::recovery::finish::{connect, take_terminal};
+use crate::task::engine::Engine;
+use crate::task::launch::{find_cgroup, open_reported, read_pid};
+use crate::task::recovery::streams::{connect, take_terminal};
 use crate::task::task::Task;
+use crate::task::teardown::end_logger;
 
-/// Finishes the creation, in a task of its own. Who wants the id waits for that.
-pub(in crate::task) fn finish(shared: &Arc<Shared>, task: Arc<Task>, calls: Vec<Process>) {
-    task.is_to_be_settled();
-    let half_created = HalfCreated {
-        // Until the init is watched, no orphan is reaped: it might be the init.
-        _ticket: shared.orphans.ticket(),
-        _turn: task.init.turn_now(),
-        shared: Arc::clone(shared),
-        task,
-    };
-    let work = shared.work();
-    tokio::spawn(async move {
-        half_created.settle(&calls).await;
-        drop(work);
-    });
+impl Engine {
+    /// Finishes the creation, in a task of its own. Who wants the id waits for that.
+    pub(super) fn finish_creation(self: &Arc<Self>, task: Arc<Task>, calls: Vec<Process>) {
+        task.mark_half_created();
+        let half_created = HalfCreated {
+            // Until the init is watched, no orphan is reaped: it might be the init.
+            _ticket: self.orphans.ticket(),
+            _lock: task.init.try_lock_mutations(),
+            engine: Arc::clone(self),
+            task,
+        };
+        let mutation = self.mutation();
+        tokio::spawn(async move {
+            half_created.decide(&calls).await;
+            drop(mutation);
+        });
+    }
 }
 
 struct HalfCreated {
-    shared: Arc<Shared>,
+    engine: Arc<Engine>,
     task: Arc<Task>,
     _ticket: Ticket,
     /// A clean-up waits for it.
-    _turn: Option<OwnedSemaphorePermit>,
+    _lock: Option<OwnedSemaphorePermit>,
 }
 
 impl HalfCreated {
-    async fn settle(&self, calls: &[Process]) {
-        let (shared, task) = (&self.shared, &self.task);
-        wait_for(calls, shared.config.runtime_deadline).await;
+    async fn decide(&self, calls: &[Process]) {
+        let (engine, task) = (&self.engine, &self.task);
+        wait_for(calls, engine.config.runtime_deadline).await;
         match self.adopt().await {
             Ok(pid) => {
-                info!(namespace = %task.key.namespace, id = %task.id(), pid, "created by a predecessor");
-                exits::release_early(shared, task, &task.init);
-                task.was_settled();
+                info!(
+                    namespace = %task.key.namespace, id = %task.id(), pid,
+                    "created by a predecessor"
+                );
+                engine.release_exit(task, &task.init);
+                task.mark_adopted();
             }
             Err(reason) => {
                 warn!(id = %task.id(), %reason, "removing a task whose creation was cut short");
@@ -64,7 +67,7 @@ impl HalfCreated {
 
     /// Takes over the container that the runtime has made, with its streams.
     async fn adopt(&self) -> Result<u32, Error> {
-        let (shared, task) = (&self.shared, &self.task);
+        let (engine, task) = (&self.engine, &self.task);
         let not_made = |why: &str| Error::Internal(why.into());
         if task.checkpoint.is_some() {
             return Err(not_made("its creation calls no runtime"));
@@ -73,7 +76,7 @@ impl HalfCreated {
         let pid = read_pid(&task.pid_file()).await?;
         let known = task.runtime.state(task.id(), &task.log()).await?;
         // A pid file can be an earlier attempt's.
-        if known.status != "created" || known.pid != pid {
+        if known.status != RuntimeStatus::Created || known.pid != pid {
             return Err(not_made("the runtime has not made it"));
         }
         if !stdio::are_kept(&plan, &task.init.fds) {
@@ -82,8 +85,8 @@ impl HalfCreated {
         if plan.logger().is_some() && !self.has_living_logger() {
             return Err(not_made("its logger has ended"));
         }
-        task.init.starting();
-        let process = Arc::new(opened(pid)?);
+        task.init.begin()?;
+        let process = Arc::new(open_reported(pid)?);
         if plan.terminal() {
             take_terminal(task, &task.init).await;
             if !stdio::has_terminal(&task.init.fds) {
@@ -93,9 +96,9 @@ impl HalfCreated {
         task.init.note_pipes();
         connect(task, &task.init);
         task.set_cgroup(find_cgroup(pid).await);
-        shared.watch(task, &task.init, process).await?;
-        watch_for_oom(shared, task);
-        created(shared, task).await
+        engine.watch(task, &task.init, process).await?;
+        engine.watch_for_oom(task);
+        engine.complete_creation(task).await
     }
 
     fn has_living_logger(&self) -> bool {
@@ -105,13 +108,12 @@ impl HalfCreated {
 
     /// Removes the task. Its id is free afterwards, for the request that comes again.
     async fn remove(&self) {
-        let (shared, task) = (&self.shared, &self.task);
+        let (engine, task) = (&self.engine, &self.task);
         if let Some(identity) = task.init.identity() {
-            shared.disown(identity);
-            let _ = shared.monitor.unwatch(identity).await;
+            engine.unwatch(task, identity).await;
             task.init.unmake();
         }
-        shared.oom.unwatch(task.serial);
+        engine.oom.unwatch(task.serial);
         end_logger(&task.init).await;
         // What is in the pipes are the runtime's words; the client reads on, and gets the output of
         // the next attempt. From the removal of the record on, the request that is noted beside the
@@ -119,8 +121,8 @@ impl HalfCreated {
         let (fds, request) = (&task.init.fds, task.init.made_by);
         stdio::discard_pipes(fds);
         fds.leave_to(request.map(|request| (request.connection, request.stream)));
-        remove_traces(shared, task, true).await;
-        shared.leave_client_ends(request, fds.clone());
-        shared.release(task);
+        engine.remove_traces(task, true).await;
+        engine.leave_client_ends(request, fds.clone());
+        engine.registry.release(task);
     }
 }

@@ -6,10 +6,10 @@ use std::ffi::OsString;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::blocking::blocking;
 use crate::cgroup::Cgroup;
 use crate::process::Process;
 use crate::stdio::{self, PipeInodes};
-use crate::task::detached::blocking;
 use crate::task::process::TaskProcess;
 use crate::task::task::Task;
 

@@ -1,0 +1,74 @@
+//! [`ExecFiles`]: the files of one `exec` call of the runtime, in the bundle. Owns what they say of
+//! an exec whose daemon died within the call; never starts one.
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::blocking::blocking;
+use crate::clock::BootTime;
+use crate::error::Error;
+use crate::id::ExecId;
+use crate::runtime::last_error;
+
+/// The files of one `exec` call. Exec ids cannot hold a slash, nor begin with a dot.
+pub(in crate::task) struct ExecFiles {
+    /// The OCI `Process`.
+    pub(in crate::task) process: PathBuf,
+    /// Where the runtime writes the pid.
+    pub(in crate::task) pid: PathBuf,
+    /// Made when the runtime is called.
+    pub(in crate::task) mark: PathBuf,
+    pub(in crate::task) log: PathBuf,
+}
+
+impl ExecFiles {
+    pub(in crate::task) fn new(bundle: &Path, exec: &ExecId) -> Self {
+        let file = |suffix| bundle.join(format!(".exec-{exec}.{suffix}"));
+        Self {
+            process: file("process.json"),
+            pid: file("pid"),
+            mark: file("called"),
+            log: file("log.json"),
+        }
+    }
+
+    pub(in crate::task) async fn write_process(&self, spec: String) -> Result<(), Error> {
+        let path = self.process.clone();
+        tokio::fs::write(&path, spec)
+            .await
+            .map_err(|source| Error::Path {
+                doing: "cannot write the exec's process document",
+                path,
+                source,
+            })
+    }
+
+    /// Whether the process may have been started though no pid was written: not if the runtime was
+    /// never called, nor if it has said why it failed.
+    pub(in crate::task) async fn may_have_begun(&self) -> bool {
+        // What cannot be looked at may be there.
+        let was_called = tokio::fs::try_exists(&self.mark).await.unwrap_or(true);
+        was_called && last_error(&self.log).await.is_none()
+    }
+
+    /// When the exec has begun, in ticks since boot: after its document was written and before its
+    /// pid was. The wall clock of the files is not exact.
+    pub(in crate::task) async fn beginning(&self) -> Option<RangeInclusive<u64>> {
+        const TOLERANCE: Duration = Duration::from_secs(1);
+        let files = [self.process.clone(), self.pid.clone()];
+        let times = blocking(move || files.map(|file| file.metadata()?.modified())).await;
+        let [Ok(first), Ok(last)] = times.ok()? else {
+            return None;
+        };
+        let first = BootTime::of_wall(first.checked_sub(TOLERANCE)?);
+        let last = BootTime::of_wall(last.checked_add(TOLERANCE)?);
+        Some(first.ticks()..=last.ticks())
+    }
+
+    pub(in crate::task) async fn remove(&self) {
+        let files = [&self.process, &self.pid, &self.log, &self.mark].map(PathBuf::clone);
+        // Left-overs would go with the bundle.
+        let _ = blocking(move || files.map(|file| std::fs::remove_file(file).is_ok())).await;
+    }
+}

@@ -1,0 +1,69 @@
+//! `Checkpoint`: the container's state to files, by CRIU. Owns where CRIU works and what is left of
+//! its log.
+
+use std::sync::Arc;
+
+use crate::blocking::blocking;
+use crate::error::Error;
+use crate::id::TaskKey;
+use crate::runtime::Checkpoint;
+use crate::task::api::CheckpointTask;
+use crate::task::engine::Engine;
+use crate::task::lifecycle::{Operation, Phase};
+
+/// What CRIU writes last of an image.
+const INVENTORY: &str = "inventory.img";
+
+impl Engine {
+    /// Writes the container's state to files.
+    pub(in crate::task) async fn checkpoint(
+        self: Arc<Self>,
+        key: TaskKey,
+        request: CheckpointTask,
+        is_again: bool,
+    ) -> Result<(), Error> {
+        let task = self.registry.task(&key)?;
+        let _mutation = task.init.lock_mutations().await?;
+        let has_ended = task.init.now().phase() == Phase::Stopped;
+        if is_again && request.exit && has_ended && request.image.join(INVENTORY).exists() {
+            // It ended because that was asked for.
+            return Ok(());
+        }
+        task.init.now().lifecycle.admit(Operation::Checkpoint)?;
+        if !request.image.is_absolute() {
+            let path = request.image.display();
+            return Err(Error::Invalid(format!(
+                "checkpoint {path} is not an absolute path"
+            )));
+        }
+        let own_work = task.bundle.path.join("criu-work");
+        let work = request.work.as_ref().unwrap_or(&own_work);
+        let call = Checkpoint {
+            id: task.id(),
+            image: &request.image,
+            work,
+            leave_running: !request.exit,
+            tcp: request.tcp,
+            unix_sockets: request.unix_sockets,
+            terminal: request.terminal,
+            file_locks: request.file_locks,
+            empty_namespaces: &request.empty_namespaces,
+            cgroups_mode: &request.cgroups_mode,
+        };
+        let result = task.runtime.checkpoint(&call, &task.log()).await;
+        let failed = result.is_err();
+        let log = task.bundle.path.join("criu-dump.log");
+        let (kept, work) = (log.clone(), work.clone());
+        let is_own = request.work.is_none();
+        blocking(move || {
+            // There is no log where CRIU is missing.
+            let _ = failed.then(|| std::fs::copy(work.join("dump.log"), kept));
+            let _ = is_own.then(|| std::fs::remove_dir_all(work));
+        })
+        .await?;
+        result.map_err(|error| Error::Checkpoint {
+            message: error.to_string(),
+            log,
+        })
+    }
+}

@@ -1,0 +1,98 @@
+//! What is recorded of a task, for a daemon that takes it up after this one. Owns the format and its
+//! versions; reads and writes no file.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::bundle::Bundle;
+use crate::cgroup::{Cgroup, Metrics};
+use crate::id::{ContainerId, ExecId, Namespace};
+use crate::process::ProcessIdentity;
+use crate::rootfs::Mount;
+use crate::runtime::RuntimeOptions;
+use crate::stdio::{PipeInodes, StdioPaths};
+use crate::task::api::Exit;
+use crate::task::context::RequestId;
+use crate::task::lifecycle::Phase;
+
+/// The format this program writes. A reader refuses what is newer and keeps fields it does not know.
+pub(crate) const VERSION: u32 = 1;
+/// Everything the daemon has to remember about a task.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct TaskRecord {
+    pub(crate) version: u32,
+    pub(crate) boot_id: String,
+    pub(crate) namespace: Namespace,
+    pub(crate) id: ContainerId,
+    pub(crate) bundle: Bundle,
+    pub(crate) owner: String,
+    pub(crate) runtime: RuntimeOptions,
+    pub(crate) rootfs: Vec<Mount>,
+    /// The image that `Start` restores.
+    #[serde(default)]
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// `create` has come to its end: what lacks this is debris of a daemon that died in it.
+    pub(crate) complete: bool,
+    pub(crate) init: ProcessRecord,
+    #[serde(default)]
+    pub(crate) execs: BTreeMap<ExecId, ProcessRecord>,
+    #[serde(default)]
+    pub(crate) cgroup: Option<Cgroup>,
+    #[serde(default)]
+    pub(crate) oom_kills: u64,
+    #[serde(default)]
+    pub(crate) last_metrics: Option<Metrics>,
+    /// Fields of a newer version, given back unread.
+    #[serde(flatten)]
+    pub(crate) unknown: serde_json::Map<String, serde_json::Value>,
+}
+
+/// The runtime was about to start the process, or has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StartMark {
+    /// On whose behalf.
+    pub(crate) request: Option<RequestId>,
+    /// When, as start times of processes are counted; 0 in the record of an older version.
+    #[serde(default)]
+    pub(crate) ticks: u64,
+}
+
+/// What there is to remember about one process.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct ProcessRecord {
+    pub(crate) phase: Phase,
+    pub(crate) stdio: StdioPaths,
+    #[serde(default)]
+    pub(crate) identity: Option<ProcessIdentity>,
+    #[serde(default)]
+    pub(crate) exit: Option<Exit>,
+    /// No writer of ours keeps its input open any more.
+    #[serde(default)]
+    pub(crate) stdin_closed: bool,
+    /// Its pipes, by inode.
+    #[serde(default)]
+    pub(crate) pipes: PipeInodes,
+    /// The `binary://` logger that reads its output.
+    #[serde(default)]
+    pub(crate) logger: Option<ProcessIdentity>,
+    /// The OCI `Process` of an exec that was not started yet.
+    #[serde(default)]
+    pub(crate) spec: Option<String>,
+    /// Under which its descriptors are kept; 0 in the record of a version that kept none.
+    #[serde(default)]
+    pub(crate) number: u64,
+    /// The request that made it.
+    #[serde(default)]
+    pub(crate) made_by: Option<RequestId>,
+    /// Somebody has begun to start it.
+    #[serde(default)]
+    pub(crate) start: Option<StartMark>,
+    /// This exec could not be started: its waiters are let go.
+    #[serde(default)]
+    pub(crate) start_failed: bool,
+    /// Its runtime was killed before it said whether this exec runs: it is not started again.
+    #[serde(default)]
+    pub(crate) may_have_run: bool,
+}

@@ -1,0 +1,43 @@
+//! The removal of what a task leaves: container, mounts, record, logger. Owns that each step is
+//! tried, whatever became of the others, and can be repeated; never decides that a task is to go.
+
+use std::sync::Arc;
+
+use tracing::warn;
+
+use crate::blocking::blocking;
+use crate::rootfs;
+use crate::stdio;
+use crate::task::engine::Engine;
+use crate::task::process::TaskProcess;
+use crate::task::task::Task;
+
+impl Engine {
+    /// Removes container, mounts and record of a task that is not to be. Idempotent.
+    pub(in crate::task) async fn remove_traces(&self, task: &Arc<Task>, runtime_was_called: bool) {
+        if runtime_was_called
+            && let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await
+        {
+            // The runtime is missing, say, which is what the client is told already.
+            warn!(id = %task.id(), %error, "cannot delete a container that was not created");
+        }
+        if !task.rootfs.is_empty() {
+            let target = task.rootfs_path();
+            match blocking(move || rootfs::unmount_recursive(&target)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => warn!(id = %task.id(), %error, "cannot unmount"),
+                Err(error) => warn!(id = %task.id(), %error, "cannot unmount"),
+            }
+        }
+        if let Err(error) = self.remove_record(task).await {
+            warn!(id = %task.id(), %error, "cannot remove a task record");
+        }
+    }
+}
+
+/// Ends the process's logger, if it has one.
+pub(in crate::task) async fn end_logger(process: &TaskProcess) {
+    if let Some(logger) = process.take_logger() {
+        stdio::end_logger(logger).await;
+    }
+}
