@@ -35,6 +35,7 @@ mod clocks;
 mod loader;
 mod maps;
 mod monitor;
+mod object;
 mod pins;
 mod probe;
 mod program;

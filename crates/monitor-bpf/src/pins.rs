@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statfs::{FsType, statfs};
 
 use crate::clocks::Offsets;
-use crate::loader::{OBJECT, PROGRAMS, own_pid_namespace};
+use crate::object::{OBJECT, PROGRAMS, own_pid_namespace};
 
 /// Where bpffs is expected.
 const BPFFS: &str = "/sys/fs/bpf";

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::Cgroup;
+use super::{Cgroup, CgroupError};
 
 /// Files of v1 worth reading, by controller.
 const V1: [(&str, &[&str]); 5] = [
@@ -90,6 +90,18 @@ pub struct DeviceCounter {
     pub operation: String,
     /// How much of it.
     pub value: u64,
+}
+
+impl Cgroup {
+    /// What it uses. Missing controllers count zero; an error means that the cgroup is gone. Blocks.
+    pub(crate) fn metrics(&self) -> Result<Metrics, CgroupError> {
+        let directory = self.directory().unwrap_or(Path::new("/"));
+        fs::metadata(directory).map_err(|source| CgroupError::Read {
+            path: directory.into(),
+            source,
+        })?;
+        Ok(Metrics::read(self))
+    }
 }
 
 impl Metrics {

@@ -167,30 +167,6 @@ impl Cgroup {
             std::thread::sleep(KILL_PAUSE);
         }
     }
-
-    /// How many of its processes the kernel has killed for want of memory (4.13); `None` if nobody knows. Blocks.
-    pub(crate) fn oom_kills(&self) -> Option<u64> {
-        let (directory, file) = self.oom_file()?;
-        metrics::keyed(&fs::read_to_string(directory.join(file)).ok()?, "oom_kill")
-    }
-
-    /// The file that counts OOM kills.
-    fn oom_file(&self) -> Option<(&Path, &'static str)> {
-        match self {
-            Self::V1(controllers) => Some((controllers.get("memory")?, "memory.oom_control")),
-            Self::V2(path) => Some((path, "memory.events")),
-        }
-    }
-
-    /// What it uses. Missing controllers count zero; an error means that the cgroup is gone. Blocks.
-    pub(crate) fn metrics(&self) -> Result<Metrics, CgroupError> {
-        let directory = self.directory().unwrap_or(Path::new("/"));
-        fs::metadata(directory).map_err(|source| CgroupError::Read {
-            path: directory.into(),
-            source,
-        })?;
-        Ok(Metrics::read(self))
-    }
 }
 
 fn is_gone(error: &io::Error) -> bool {

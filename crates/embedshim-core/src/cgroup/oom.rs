@@ -6,6 +6,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -16,6 +17,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::Cgroup;
+use super::metrics::keyed;
 use crate::sys;
 
 /// The token of the inotify instance in the epoll set; the others are the callers', which count from 1.
@@ -34,6 +36,23 @@ enum Watch {
     /// The kernel writes to the eventfd at each OOM, and once more when the cgroup goes.
     V1(EventFd),
     V2(WatchDescriptor),
+}
+
+impl Cgroup {
+    /// How many of its processes the kernel has killed for want of memory (4.13);
+    /// `None` if the kernel does not tell. Blocks.
+    pub(crate) fn oom_kills(&self) -> Option<u64> {
+        let (directory, file) = self.oom_file()?;
+        keyed(&fs::read_to_string(directory.join(file)).ok()?, "oom_kill")
+    }
+
+    /// The file that counts OOM kills.
+    fn oom_file(&self) -> Option<(&Path, &'static str)> {
+        match self {
+            Self::V1(controllers) => Some((controllers.get("memory")?, "memory.oom_control")),
+            Self::V2(path) => Some((path, "memory.events")),
+        }
+    }
 }
 
 impl fmt::Debug for OomWatcher {

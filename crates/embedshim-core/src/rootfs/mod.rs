@@ -5,6 +5,7 @@ mod helper;
 mod idmap;
 mod loop_device;
 mod lowerdirs;
+mod mount;
 mod options;
 
 use std::io;
@@ -17,97 +18,16 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::stat::Mode;
-use serde::{Deserialize, Serialize};
 
 use crate::mountinfo::{MountPoint, read_mountinfo};
 pub(crate) use helper::HelperContext;
 use loop_device::LoopDevice;
+pub use mount::{Mount, MountError};
 use options::Options;
 
 /// How long a busy mount may stay busy before the unmount is given up.
 const BUSY: Duration = Duration::from_secs(1);
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
-
-/// One mount as containerd describes it (`containerd.types.Mount`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mount {
-    /// `bind`, `overlay`, `tmpfs` ...
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// What to mount.
-    pub source: String,
-    /// Where, below the rootfs; empty for the rootfs itself.
-    #[serde(default)]
-    pub target: String,
-    /// fstab-style options.
-    pub options: Vec<String>,
-}
-
-/// Why a rootfs could not be mounted or unmounted.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum MountError {
-    /// An option of containerd's that is not ours to interpret, or that does not fit.
-    #[error("mount option {option:?} of {kind} on {target} is not supported{why}", target = .target.display())]
-    Unsupported {
-        /// The option.
-        option: String,
-        /// The file-system type.
-        kind: String,
-        /// Where.
-        target: PathBuf,
-        /// What else there is to say.
-        why: &'static str,
-    },
-    /// The options are longer than mount(2) takes.
-    #[error("the options of {kind} on {target} are {length} bytes long, mount takes {limit}", target = .target.display())]
-    OptionsTooLong {
-        /// The file-system type.
-        kind: String,
-        /// Where.
-        target: PathBuf,
-        /// How long they are.
-        length: usize,
-        /// How long they may be.
-        limit: usize,
-    },
-    /// A directory to mount on.
-    #[error("cannot {doing} mount point {target}", target = .target.display())]
-    Target {
-        /// "make" or "open".
-        doing: &'static str,
-        /// Which.
-        target: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// mount(2) refused.
-    #[error("cannot mount {kind} {from} on {target}", target = .target.display())]
-    Mount {
-        /// The file-system type.
-        kind: String,
-        /// The source.
-        from: String,
-        /// Where.
-        target: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// umount2(2) refused. The text is runc-v2's.
-    #[error("failed rootfs umount: {target}", target = .target.display())]
-    Unmount {
-        /// Where.
-        target: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// The kernel's list of mounts cannot be read.
-    #[error("cannot read /proc/self/mountinfo")]
-    MountInfo(#[source] io::Error),
-}
 
 #[cfg(fuzzing)]
 pub(crate) fn options_are_understood(mount: &Mount, target: &Path) -> bool {

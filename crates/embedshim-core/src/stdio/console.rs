@@ -12,7 +12,8 @@ use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 use tracing::warn;
 
-use super::{StdioError, open};
+use super::StdioError;
+use super::non_blocking::set_non_blocking;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 
@@ -101,7 +102,7 @@ impl ConsoleSocket {
                 "what the OCI runtime sent is not a terminal",
             )));
         }
-        open::set_non_blocking(&master).map_err(failed)?;
+        set_non_blocking(&master).map_err(failed)?;
         self.fds
             .keep_at_once(FdRole::Terminal, master)
             .map_err(|source| StdioError::NotKept { source })?;

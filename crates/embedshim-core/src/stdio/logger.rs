@@ -18,7 +18,8 @@ use percent_encoding::percent_decode_str;
 use tokio::io::Interest;
 use tracing::warn;
 
-use super::{StdioError, open};
+use super::StdioError;
+use super::non_blocking::set_non_blocking;
 use crate::child_context::ChildContext;
 use crate::process::{Process, ProcessIdentity};
 use crate::reaper::Orphans;
@@ -140,7 +141,7 @@ impl Logger {
         let identity = Process::open(child.pid())
             .map_err(|error| self.failed("cannot be watched", io::Error::other(error)))?
             .identity();
-        open::set_non_blocking(&ready).map_err(failed("cannot be waited for"))?;
+        set_non_blocking(&ready).map_err(failed("cannot be waited for"))?;
         Ok(Starting {
             logger: self.clone(),
             pipes: LoggerPipes { stdout, stderr },

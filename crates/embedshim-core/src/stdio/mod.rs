@@ -19,6 +19,7 @@ mod console;
 mod ends;
 mod flow;
 mod logger;
+mod non_blocking;
 mod open;
 mod plan;
 mod prepare;

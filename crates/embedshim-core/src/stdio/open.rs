@@ -18,6 +18,7 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::pipe2;
 
 use super::StdioError;
+use super::non_blocking::set_non_blocking;
 use super::plan::Output;
 use crate::fdstore::{FdRole, ProcessFds};
 
@@ -237,12 +238,6 @@ pub(super) fn pipe_of(pid: i32, inode: u64, flags: i32) -> Option<OwnedFd> {
         .ok()?;
     let is_it = is_pipe(&named) && fstat(&named).is_ok_and(|stat| stat.st_ino == inode);
     is_it.then(|| reopen(&named, flags).ok())?
-}
-
-pub(super) fn set_non_blocking(descriptor: &impl AsFd) -> io::Result<()> {
-    let flags = OFlag::from_bits_retain(fcntl(descriptor, FcntlArg::F_GETFL)?);
-    fcntl(descriptor, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
 }
 
 pub(super) fn null(stream: &'static str) -> Result<OwnedFd, StdioError> {

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use nix::sys::stat::fstat;
 use serde::{Deserialize, Serialize};
 
+use super::non_blocking::set_non_blocking;
 use super::open::{self, Pipe};
 use super::plan::{Output, Plan};
 use super::{LoggerPipes, StdioError};
@@ -205,7 +206,7 @@ pub(crate) fn prepare_terminal(
     match logger {
         // A terminal has no error output of its own: that pipe is closed here.
         Some(pipes) => {
-            open::set_non_blocking(&pipes.stdout).map_err(failed)?;
+            set_non_blocking(&pipes.stdout).map_err(failed)?;
             fds.keep([(FdRole::StdoutClient, StreamFd::new(pipes.stdout))])
                 .map_err(not_kept)?;
         }

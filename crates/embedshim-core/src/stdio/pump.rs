@@ -467,7 +467,7 @@ mod tests {
     #[test]
     fn a_terminal_goes_both_ways_and_says_when_nobody_has_it_open() {
         let pty = nix::pty::openpty(None, None).unwrap();
-        open::set_non_blocking(&pty.master).unwrap();
+        crate::stdio::non_blocking::set_non_blocking(&pty.master).unwrap();
         let ((result, to), (from, writer)) = (pipe(), pipe());
         let mut slave = File::from(pty.slave);
         slave.write_all(b"out\n").unwrap();

@@ -6,8 +6,9 @@ use aya::maps::{Map, MapData};
 use aya::programs::RawTracePoint;
 use aya::{Btf, Ebpf, EbpfLoader};
 
-use super::{Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, own_pid_namespace};
+use super::{Link, LoadError, Loaded, Plan};
 use crate::clocks::Offsets;
+use crate::object::{OBJECT, PROGRAMS, TRACEPOINT, own_pid_namespace};
 
 pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
     let (namespace, has_boot_clock) = (own_pid_namespace(), u32::from(plan.has_boot_clock));

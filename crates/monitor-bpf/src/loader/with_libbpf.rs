@@ -7,9 +7,10 @@ use aya::maps::MapData;
 use libbpf_rs::{MapCore, ObjectBuilder, OpenMapMut, OpenObject, PrintLevel, set_print};
 use tracing::{debug, warn};
 
-use super::{Link, LoadError, Loaded, OBJECT, PROGRAMS, Plan, TRACEPOINT, own_pid_namespace};
+use super::{Link, LoadError, Loaded, Plan};
 use crate::clocks::Offsets;
 use crate::maps::GLOBALS;
+use crate::object::{OBJECT, PROGRAMS, TRACEPOINT, own_pid_namespace};
 
 pub(super) fn load(plan: &Plan<'_>) -> Result<Loaded, LoadError> {
     // libbpf has one voice for the whole program, and it is stderr unless it is told otherwise.

@@ -10,7 +10,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::until;
+use super::wait::until;
 
 /// Where all daemons pin.
 const PINS: &str = "/sys/fs/bpf/embedshim";

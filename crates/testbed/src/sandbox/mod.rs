@@ -6,13 +6,12 @@ mod config;
 mod daemon;
 mod process;
 mod tasks;
+mod wait;
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::sys::signal::Signal;
@@ -20,6 +19,7 @@ use nix::sys::signal::Signal;
 pub use cleanup::{clean_up_all, clean_up_on_signals};
 pub use process::{Finished, Running};
 pub use tasks::Task;
+pub use wait::{PATIENCE, until};
 
 use crate::image;
 
@@ -27,9 +27,6 @@ use crate::image;
 pub const EMBEDSHIM: &str = "io.containerd.embed.v1";
 /// The Go shim, for comparison.
 pub const RUNC_V2: &str = "io.containerd.runc.v2";
-
-/// Long enough for a loaded machine of two cores; waiting ends at once when what is waited for is there.
-pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A private containerd.
 #[derive(Debug)]
@@ -264,21 +261,6 @@ impl Drop for Sandbox {
         }
         cleanup::clean_up(&self.directory);
     }
-}
-
-/// Waits for a condition, at most [`PATIENCE`].
-pub fn until(
-    what: &str,
-    mut condition: impl FnMut() -> anyhow::Result<bool>,
-) -> anyhow::Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition()? {
-        if Instant::now() >= deadline {
-            bail!("waited {} s in vain: {what}", PATIENCE.as_secs());
-        }
-        sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }
 
 /// Whether a process exists and any of its threads is no zombie: a killed daemon's main thread is one before the others have
