@@ -1,15 +1,21 @@
-//! [`Family`]: processes that end as they are told, and their parent, whose verdict counts. The parent is not us: what a backend
-//! knows of our own children proves nothing.
+//! [`Family`]: processes that end as they are told, and their parent, whose verdict counts. The
+//! parent is not us: what a backend knows of our own children proves nothing.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use embedshim_core::clock::BootTime;
 use embedshim_core::exit::{Evidence, Exactness, ExitRecord, ExitStatus, Guarantees};
 use embedshim_core::process::{Process, ProcessIdentity};
+use embedshim_tests::Answers;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// How long a parent may take to answer: a process that does not end, since a monitor holds it up,
+/// fails its check.
+const ANSWER: Duration = Duration::from_mins(1);
 
 /// Thousands of pidfds are open at once.
 pub(crate) fn raise_descriptor_limit() {
@@ -37,7 +43,7 @@ pub(crate) fn program() -> &'static Path {
 pub(crate) struct Family {
     parent: Child,
     orders: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    answers: Answers<ChildStdout>,
     pub(crate) members: Vec<Arc<Process>>,
     pub(crate) shape: String,
 }
@@ -58,7 +64,7 @@ impl Family {
             .spawn()
             .unwrap();
         let orders = parent.stdin.take().unwrap();
-        let answers = BufReader::new(parent.stdout.take().unwrap());
+        let answers = Answers::new(parent.stdout.take().unwrap());
         let mut family = Self {
             parent,
             orders,
@@ -86,8 +92,8 @@ impl Family {
     }
 
     fn answer(&mut self) -> i32 {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
+        let line = self.answers.next_within(ANSWER);
+        let line = line.unwrap_or_else(|error| panic!("{}: no answer: {error}", self.shape));
         line.trim().parse().expect("the parent's answer")
     }
 

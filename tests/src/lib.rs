@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: the stage they play on, and the trace a container may leave. The tests themselves are in
 //! `end_to_end/`.
 
+mod answers;
 mod cri;
 mod docker;
 mod ends;
@@ -10,6 +11,7 @@ mod shim;
 mod stage;
 mod streaming;
 
+pub use answers::Answers;
 pub use cri::{Cri, Executed, Namespaces, Pod};
 pub use docker::{Docker, DockerSetup, runtime_path, runtime_type};
 pub use ends::{Reader, ensure_counted, on_a_terminal, writer};
