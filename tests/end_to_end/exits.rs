@@ -1,9 +1,16 @@
 //! How processes end and what containerd is told.
 
-use anyhow::ensure;
+use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use serde_json::Value;
 use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, until};
 
@@ -21,8 +28,9 @@ pub(crate) const TESTS: [Test; 8] = tests!(AnyRuntime:
     a_stopped_task_keeps_its_pid_and_status_until_deleted,
 );
 
-pub(crate) const OURS: [Test; 1] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 2] = tests!(EmbedshimOnly:
     with_a_shared_pid_namespace_the_rest_is_killed,
+    an_exit_is_told_although_its_cgroup_does_not_answer,
 );
 
 fn run(sandbox: &Sandbox, id: &str, command: &[&str]) -> anyhow::Result<Finished> {
@@ -182,5 +190,69 @@ fn a_stopped_task_keeps_its_pid_and_status_until_deleted(stage: &Stage) -> anyho
     let code = sandbox.delete_task("c")?;
     ensure!(code == 12, "{code}");
     ensure!(sandbox.find_task("c")?.is_none(), "the task is still there");
+    Ok(())
+}
+
+/// A cgroup's file, replaced by a fifo that is open on no side: whoever opens it waits.
+struct Deaf {
+    file: PathBuf,
+    fifo: PathBuf,
+}
+
+impl Deaf {
+    /// The file that counts the OOM kills of a process's cgroup.
+    fn oom_counter(sandbox: &Sandbox, pid: u32) -> anyhow::Result<Self> {
+        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let of = |line: &str| -> Option<PathBuf> {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (fields.next()?, fields.next()?.trim_start_matches('/'));
+            match controllers {
+                "" => Some(Path::new("/sys/fs/cgroup").join(path).join("memory.events")),
+                "memory" => {
+                    let directory = Path::new("/sys/fs/cgroup/memory").join(path);
+                    Some(directory.join("memory.oom_control"))
+                }
+                _ => None,
+            }
+        };
+        let mut files = cgroups.lines().filter_map(of).filter(|file| file.exists());
+        let file = files.next().context("no file counts OOM kills")?;
+        let fifo = sandbox.directory().join("deaf");
+        mkfifo(&fifo, Mode::S_IRWXU)?;
+        let flags = MsFlags::MS_BIND;
+        mount(Some(&fifo), &file, None::<&str>, flags, None::<&str>)?;
+        Ok(Self { file, fifo })
+    }
+}
+
+impl Drop for Deaf {
+    fn drop(&mut self) {
+        let _ = umount2(&self.file, MntFlags::MNT_DETACH);
+        // What waits reads the end.
+        let _ = fs::OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&self.fifo);
+    }
+}
+
+fn an_exit_is_told_although_its_cgroup_does_not_answer(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let pid = shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    let deaf = Deaf::oom_counter(&sandbox, pid)?;
+    shim.kill("c", Signal::SIGKILL)?;
+    let told = until("the exit is told", || {
+        Ok(shim.state("c")?.status() == api::Status::STOPPED)
+    });
+    drop(deaf);
+    told?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
     Ok(())
 }

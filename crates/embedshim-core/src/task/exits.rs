@@ -24,7 +24,8 @@ use crate::task::task::Task;
 
 /// A monitor that fails is asked again after this.
 const MONITOR_RETRY: Duration = Duration::from_secs(1);
-/// How long an exit waits for the last reading of the counters.
+/// How long an exit waits for each thing that its cgroup is asked for: the last reading of the
+/// counters, the end of its other processes, its OOM kills.
 const LAST_READ: Duration = Duration::from_secs(5);
 
 impl Engine {
@@ -218,24 +219,33 @@ impl Engine {
         }
         let Some(cgroup) = task.cgroup() else { return };
         let _ticket = self.orphans.ticket();
-        match blocking(move || cgroup.kill_all()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => warn!(
+        match timeout(LAST_READ, blocking(move || cgroup.kill_all())).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => warn!(
                 id = %task.id(), %error,
                 "cannot end all processes of a container in a shared pid namespace"
             ),
-            Err(error) => warn!(id = %task.id(), %error, "cannot end all processes of a container"),
+            Ok(Err(error)) => {
+                warn!(id = %task.id(), %error, "cannot end all processes of a container");
+            }
+            Err(late) => warn!(
+                id = %task.id(), %late,
+                "its cgroup does not answer: processes of a container may be left"
+            ),
         }
     }
 
     /// One last look: the OOM event precedes the exit it caused, even if its notification was not
     /// read yet (62845f4a9).
     async fn flush_oom(&self, task: &Arc<Task>) {
-        if let Some(cgroup) = task.cgroup()
-            && let Ok(Some(kills)) = blocking(move || cgroup.oom_kills()).await
-            && task.count_oom_kills(kills)
-        {
-            self.emit(task, EventKind::Oom);
+        let Some(cgroup) = task.cgroup() else { return };
+        match timeout(LAST_READ, blocking(move || cgroup.oom_kills())).await {
+            Ok(Ok(Some(kills))) if task.count_oom_kills(kills) => self.emit(task, EventKind::Oom),
+            Ok(_) => {}
+            Err(late) => warn!(
+                id = %task.id(), %late,
+                "its cgroup does not answer: an OOM kill may not be emitted"
+            ),
         }
     }
 
