@@ -9,14 +9,15 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::sandbox::{is_alive, until};
+use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::half_done::{SlowRuntime, end, fifo, join, start};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 3] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
     an_exec_that_ends_while_a_slow_runtime_is_waited_for_keeps_its_code,
     an_exec_that_ends_while_the_next_daemon_stands_still_keeps_its_code,
+    an_exec_whose_end_only_the_keeper_knows_keeps_its_code_when_the_keeper_is_upgraded,
     a_terminal_that_two_daemons_have_died_over_is_taken_by_the_third,
 );
 
@@ -67,9 +68,34 @@ fn an_exec_that_ends_while_a_slow_runtime_is_waited_for_keeps_its_code(
     end(&sandbox, &shim, &before)
 }
 
-/// Nobody but the keeper can know how it ended.
+/// Only the keeper can know how it ended.
 fn an_exec_that_ends_while_the_next_daemon_stands_still_keeps_its_code(
     stage: &Stage,
+) -> anyhow::Result<()> {
+    known_to_the_keeper_alone(stage, |_, daemon| Ok(kill(daemon, Signal::SIGCONT)?))
+}
+
+/// The keeper becomes another, and only then a daemon asks it.
+fn an_exec_whose_end_only_the_keeper_knows_keeps_its_code_when_the_keeper_is_upgraded(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    known_to_the_keeper_alone(stage, |sandbox, daemon| {
+        let keeper = sandbox.keeper_pid().context("no keeper")?;
+        kill(Pid::from_raw(keeper), Signal::SIGUSR2)?;
+        until("the keeper is another", || {
+            Ok(sandbox.daemon_log().contains("keeper replaced"))
+        })?;
+        // It would leave at the new keeper's word, if it did not stand still.
+        kill(daemon, Signal::SIGKILL)?;
+        sandbox.successor_of(daemon.as_raw()).map(drop)
+    })
+}
+
+/// An exec's process ends and is reaped by the keeper while the only daemon stands still; then
+/// `meanwhile` lets a daemon come to it.
+fn known_to_the_keeper_alone(
+    stage: &Stage,
+    meanwhile: impl FnOnce(&Sandbox, Pid) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let (sandbox, shim) = start(stage)?;
     let runtime = SlowRuntime::new(&sandbox, "exec", false)?;
@@ -91,11 +117,13 @@ fn an_exec_that_ends_while_the_next_daemon_stands_still_keeps_its_code(
         let reaped = until("the exec is reaped", || {
             Ok(pid.as_ref().is_ok_and(|&pid| is_reaped(pid)))
         });
-        kill(next, Signal::SIGCONT)?;
-        reaped?;
+        let served = meanwhile(&sandbox, next);
+        // Whatever has failed, the requests are to be answered.
+        let _ = kill(next, Signal::SIGCONT);
+        reaped.and(served)?;
         ensure!(join(started)?? == pid?.unsigned_abs(), "another pid");
         let code = join(wait)??;
-        ensure!(code == 7, "{code}");
+        ensure!(code == 7, "{code}: {}", sandbox.daemon_log());
         anyhow::Ok(())
     })?;
     ensure!(shim.delete_exec("c", "e")? == 7, "not 7");

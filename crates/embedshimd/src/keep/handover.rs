@@ -1,22 +1,49 @@
-//! What a keeper tells the one that it becomes by `execve`: which descriptor is what, and who the daemon is. Owns the format, a line
-//! for each thing in a file in memory; the descriptors themselves stay open under their numbers.
+//! What a keeper tells the one that it becomes by `execve`: which descriptor is what, who the daemon
+//! is, and how the processes have ended that it reaped unasked. Owns the format, a line for each
+//! thing in a file in memory; the descriptors themselves stay open under their numbers.
 
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::warn;
 
 use super::kept::Kept;
 use super::message::is_name;
+use super::zombies::{Reaped, Zombies};
 use crate::sys;
 
-/// The version of the format. Another one is another keeper's, and ours refuses to become it.
-pub(super) const FORMAT: &str = "1";
+/// A version of the format. A keeper becomes no other that understands neither.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// Descriptors and the daemon: that of versions that forget statuses.
+    Descriptors,
+    /// The same and the statuses of reaped processes.
+    Statuses,
+}
+
+impl Format {
+    /// All of them, the best first.
+    pub(super) const ALL: [Self; 2] = [Self::Statuses, Self::Descriptors];
+
+    /// Its name, as `embedshimd keep --understands` takes it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Descriptors => "1",
+            Self::Statuses => "2",
+        }
+    }
+
+    /// The format of this name, if this keeper understands it.
+    pub(super) fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|format| format.name() == name)
+    }
+}
+
 /// No keeper has that many descriptors.
 const MAX_LENGTH: u64 = 1 << 20;
 
@@ -27,9 +54,12 @@ pub(super) struct Handover {
     pub(super) lock: OwnedFd,
     pub(super) daemon: Option<i32>,
     pub(super) kept: Vec<(String, OwnedFd)>,
+    /// The latest first.
+    pub(super) reaped: Vec<Reaped>,
 }
 
-/// Writes it down and lets the descriptors through. While this lives they are inherited by every program that is started.
+/// Writes it down and lets the descriptors through. While this lives they are inherited by every
+/// program that is started.
 #[derive(Debug)]
 pub(super) struct Open<'a> {
     file: File,
@@ -38,13 +68,15 @@ pub(super) struct Open<'a> {
 
 impl<'a> Open<'a> {
     pub(super) fn new(
-        inbox: BorrowedFd<'a>,
-        lock: BorrowedFd<'a>,
+        format: Format,
+        (inbox, lock): (BorrowedFd<'a>, BorrowedFd<'a>),
         daemon: Option<i32>,
         kept: &'a Kept,
+        zombies: &Zombies,
     ) -> anyhow::Result<Self> {
         let mut text = format!(
-            "keeper {FORMAT}\ninbox {}\nlock {}\ndaemon {}\n",
+            "keeper {}\ninbox {}\nlock {}\ndaemon {}\n",
+            format.name(),
             inbox.as_raw_fd(),
             lock.as_raw_fd(),
             daemon.unwrap_or(0)
@@ -53,6 +85,9 @@ impl<'a> Open<'a> {
         for (name, descriptor) in kept.iter() {
             writeln!(text, "descriptor {} {name}", descriptor.as_raw_fd())?;
             descriptors.push(descriptor);
+        }
+        if format == Format::Statuses {
+            write_reaped(&mut text, zombies)?;
         }
         let mut file = File::from(memfd_create("keeper", MFdFlags::MFD_CLOEXEC)?);
         file.write_all(text.as_bytes())?;
@@ -81,6 +116,28 @@ impl Drop for Open<'_> {
     }
 }
 
+fn write_reaped(text: &mut String, zombies: &Zombies) -> std::fmt::Result {
+    for Reaped {
+        pid,
+        start_ticks,
+        status,
+    } in zombies.all_reaped()
+    {
+        writeln!(text, "reaped {pid} {start_ticks} {status}")?;
+    }
+    Ok(())
+}
+
+fn parse_reaped(line: &str) -> Option<Reaped> {
+    let mut words = line.strip_prefix("reaped ")?.split(' ');
+    let reaped = Reaped {
+        pid: words.next()?.parse().ok()?,
+        start_ticks: words.next()?.parse().ok()?,
+        status: words.next()?.parse().ok()?,
+    };
+    words.next().is_none().then_some(reaped)
+}
+
 impl Handover {
     /// Takes over what is told in the file of this number.
     pub(super) fn take(number: RawFd) -> anyhow::Result<Self> {
@@ -99,18 +156,24 @@ impl Handover {
                 .and_then(|rest| rest.strip_prefix(' '))
                 .with_context(|| format!("{line:?} in the place of {key}"))
         };
-        let format = next("keeper")?;
-        ensure!(format == FORMAT, "the format is {format}, not {FORMAT}");
+        let name = next("keeper")?;
+        let format = Format::of(name).with_context(|| format!("the format {name} is unknown"))?;
         let inbox = own(next("inbox")?.parse()?)?;
         let lock = own(next("lock")?.parse()?)?;
         let daemon = Some(next("daemon")?.parse()?).filter(|&pid| pid > 0);
-        let mut kept = Vec::new();
+        let (mut kept, mut reaped) = (Vec::new(), Vec::new());
         for line in lines {
+            if format == Format::Statuses
+                && let Some(known) = parse_reaped(line)
+            {
+                reaped.push(known);
+                continue;
+            }
             let descriptor = line
                 .strip_prefix("descriptor ")
                 .and_then(|rest| rest.split_once(' '));
             let Some((number, name)) = descriptor.filter(|(_, name)| is_name(name)) else {
-                bail!("{line:?} is no descriptor");
+                bail!("{line:?} is neither a descriptor nor a status");
             };
             // The others are more important than that this one is there.
             match own(number.parse()?) {
@@ -123,6 +186,7 @@ impl Handover {
             lock,
             daemon,
             kept,
+            reaped,
         })
     }
 }
@@ -147,15 +211,45 @@ mod tests {
     }
 
     #[test]
+    fn statuses_of_reaped_processes_go_from_keeper_to_keeper_if_both_know_of_them() {
+        let known = [(7, 11, 1 << 8), (7, 9, 9)].map(|(pid, start_ticks, status)| Reaped {
+            start_ticks,
+            pid,
+            status,
+        });
+        let kept = Kept::default();
+        for (format, expected) in [
+            (Format::Statuses, known.as_slice()),
+            (Format::Descriptors, &[]),
+        ] {
+            let (inbox, lock) = (any(0).unwrap(), any(0).unwrap());
+            let ends = (inbox.as_fd(), lock.as_fd());
+            let zombies = Zombies::with(known);
+            let open = Open::new(format, ends, Some(77), &kept, &zombies).unwrap();
+            let mut file = &open.file;
+            file.rewind().unwrap();
+            let mut text = String::new();
+            file.read_to_string(&mut text).unwrap();
+            let told = Handover::parse(&text, any).unwrap();
+            assert_eq!((told.daemon, told.reaped.as_slice()), (Some(77), expected));
+            assert_eq!(Format::of(format.name()), Some(format));
+        }
+    }
+
+    #[test]
     fn anything_else_is_refused() {
         for text in [
             "",
-            "keeper 2\ninbox 4\nlock 5\ndaemon 77\n",
+            "keeper 3\ninbox 4\nlock 5\ndaemon 77\n",
             "keeper 1\ninbox x\nlock 5\ndaemon 77\n",
             "keeper 1\ninbox 4\nlock 5\n",
             "keeper 1\ninbox 4\nlock 5\ndaemon 77\ndescriptor 6\n",
             "keeper 1\ninbox 4\nlock 5\ndaemon 77\nnonsense 6 a\n",
             "keeper 1\ninbox 4\nlock 5\ndaemon 77\ndescriptor 6 a:b\n",
+            "keeper 1\ninbox 4\nlock 5\ndaemon 77\nreaped 7 11 256\n",
+            "keeper 2\ninbox 4\nlock 5\ndaemon 77\nreaped 7 11\n",
+            "keeper 2\ninbox 4\nlock 5\ndaemon 77\nreaped 7 11 256 1\n",
+            "keeper 2\ninbox 4\nlock 5\ndaemon 77\nreaped 7 11 99999999999\n",
         ] {
             assert!(Handover::parse(text, any).is_err(), "{text}");
         }

@@ -77,6 +77,7 @@ impl Keeper {
         (lock, claim): (Flock<File>, Claim),
         inbox: Inbox,
         kept: Kept,
+        zombies: Zombies,
     ) -> Self {
         Self {
             parts,
@@ -85,7 +86,7 @@ impl Keeper {
             inbox,
             kept,
             daemon: Daemon::Due(Instant::now()),
-            zombies: Zombies::default(),
+            zombies,
             backoff: Backoff::default(),
             was_ever_ready: false,
             is_ending: false,
@@ -318,7 +319,7 @@ impl Keeper {
             |command| command.spawn().map(Box::new),
             || self.drain(),
         ) {
-            Ok(()) => self.become_next(),
+            Ok(format) => self.become_next(format),
             Err(error) => error,
         };
         let text = format!("{refused:#}");
@@ -328,10 +329,10 @@ impl Keeper {
         self.tell();
     }
 
-    fn become_next(&self) -> anyhow::Error {
+    fn become_next(&self, format: handover::Format) -> anyhow::Error {
         let daemon = self.daemon_pid().map(Pid::as_raw_pid);
-        let lock: BorrowedFd<'_> = self.lock.as_fd();
-        let open = handover::Open::new(self.inbox.socket.as_fd(), lock, daemon, &self.kept);
+        let ends: (BorrowedFd<'_>, BorrowedFd<'_>) = (self.inbox.socket.as_fd(), self.lock.as_fd());
+        let open = handover::Open::new(format, ends, daemon, &self.kept, &self.zombies);
         match open {
             Ok(open) => self.parts.program.become_next(open.number()).into(),
             Err(error) => error,

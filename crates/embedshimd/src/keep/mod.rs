@@ -32,6 +32,7 @@ use inbox::Inbox;
 use keeper::{Keeper, Parts};
 use kept::Kept;
 use program::Program;
+use zombies::Zombies;
 
 pub(crate) use kept::MAX_NAMES;
 pub(crate) use message::{REAP, REAPED, RESTORE};
@@ -40,10 +41,9 @@ pub(crate) use succession::Succession;
 /// Keeps until SIGTERM or SIGINT.
 pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
     if let Some(format) = &options.understands {
-        return Ok(if format == handover::FORMAT {
-            Code::Ok
-        } else {
-            Code::Failed
+        return Ok(match handover::Format::of(format) {
+            Some(_) => Code::Ok,
+            None => Code::Failed,
         });
     }
     if options.detached && options.resume.is_none() {
@@ -83,7 +83,13 @@ fn begin(parts: Parts, state_dir: &Path) -> Result<Keeper, Failure> {
     let claim = Claim::take(state_dir, Role::Keeper).ok_or_else(taken)?;
     let inbox = Inbox::open(&parts.inbox_path)
         .with_context(|| format!("cannot listen on {}", parts.inbox_path.display()))?;
-    Ok(Keeper::new(parts, (lock, claim), inbox, Kept::default()))
+    Ok(Keeper::new(
+        parts,
+        (lock, claim),
+        inbox,
+        Kept::default(),
+        Zombies::default(),
+    ))
 }
 
 /// Goes on where the keeper was that this process has been.
@@ -99,7 +105,8 @@ fn resume(parts: Parts, state_dir: &Path, number: RawFd) -> Result<Keeper, Failu
         let _ = kept.insert(&name, descriptor, u64::MAX);
     }
     let inbox = Inbox::resume(told.inbox);
-    let mut keeper = Keeper::new(parts, (lock, claim), inbox, kept);
+    let zombies = Zombies::with(told.reaped);
+    let mut keeper = Keeper::new(parts, (lock, claim), inbox, kept, zombies);
     keeper.replace(told.daemon);
     Ok(keeper)
 }

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, io};
 
@@ -15,7 +15,7 @@ use anyhow::{Context, bail};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::Pid;
 
-use super::handover;
+use super::handover::Format;
 use super::kept::Kept;
 use crate::cli::{Keep, Locations, Serve, UNDERSTANDS, WATCHDOG, WATCHDOG_VARIABLE};
 
@@ -151,25 +151,46 @@ impl Program {
     }
 }
 
-/// Asks the program whether it can be the next keeper: an `execve` that succeeds cannot be taken back. `meanwhile` is done again
-/// and again until it answers. `spawn` starts it.
+/// Asks the program in which format it can go on: an `execve` that succeeds cannot be taken back.
+/// `meanwhile` is done again and again until it answers. `spawn` starts it.
 pub(super) fn check<C: DerefMut<Target = Child>>(
     path: &Path,
-    spawn: impl FnOnce(&mut Command) -> io::Result<C>,
+    spawn: impl Fn(&mut Command) -> io::Result<C>,
     mut meanwhile: impl FnMut(),
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Format> {
+    let mut refused = None;
+    for format in Format::ALL {
+        let status = ask(path, format, &spawn, &mut meanwhile)?;
+        if status.success() {
+            return Ok(format);
+        }
+        refused = Some(status);
+    }
+    let status = refused.map_or_else(String::new, |status| format!(" ({status})"));
+    bail!(
+        "{} cannot go on with what this keeper keeps{status}",
+        path.display()
+    )
+}
+
+fn ask<C: DerefMut<Target = Child>>(
+    path: &Path,
+    format: Format,
+    spawn: impl Fn(&mut Command) -> io::Result<C>,
+    mut meanwhile: impl FnMut(),
+) -> anyhow::Result<ExitStatus> {
     let name = path.display();
     let mut command = Command::new(path);
     command
-        .args(["keep", UNDERSTANDS, handover::FORMAT])
+        .args(["keep", UNDERSTANDS, format.name()])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let mut child = spawn(&mut command).with_context(|| format!("cannot run {name}"))?;
     let deadline = Instant::now() + ANSWER_LIMIT;
-    let status = loop {
+    loop {
         if let Some(status) = child.try_wait()? {
-            break status;
+            return Ok(status);
         }
         if Instant::now() > deadline {
             child.kill()?;
@@ -178,11 +199,7 @@ pub(super) fn check<C: DerefMut<Target = Child>>(
         }
         meanwhile();
         std::thread::sleep(PAUSE);
-    };
-    if !status.success() {
-        bail!("{name} cannot go on with what this keeper keeps ({status})");
     }
-    Ok(())
 }
 
 /// Why a program was not started.

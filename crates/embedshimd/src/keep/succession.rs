@@ -15,6 +15,7 @@ use super::handover;
 use super::inbox::{self, Inbox};
 use super::kept::Kept;
 use super::program::{self, Program};
+use super::zombies::Zombies;
 use crate::cli::Serve;
 use crate::lock;
 
@@ -22,6 +23,7 @@ use crate::lock;
 #[derive(Debug)]
 pub(crate) struct Succession {
     program: Program,
+    format: handover::Format,
     lock: Flock<File>,
     inbox: Inbox,
 }
@@ -30,7 +32,7 @@ impl Succession {
     /// Takes the keeper's place. Blocks on the state directory and on a run of our own program.
     pub(crate) fn prepare(options: &Serve, node: &Node) -> anyhow::Result<Self> {
         let program = Program::of_daemon(options).context("cannot find our own program")?;
-        program::check(program.path(), |command| node.spawn(command), || {})?;
+        let format = program::check(program.path(), |command| node.spawn(command), || {})?;
         let state_dir = &options.locations.state_dir;
         let lock = lock::take(state_dir, &lock::of_keeper(state_dir))?
             .context("another keeper has taken the state directory")?;
@@ -39,6 +41,7 @@ impl Succession {
             Inbox::open(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
         Ok(Self {
             program,
+            format,
             lock,
             inbox,
         })
@@ -57,8 +60,9 @@ impl Succession {
                 error!(name, "not kept: {full}; it is lost");
             }
         }
-        let (inbox, lock) = (self.inbox.socket.as_fd(), self.lock.as_fd());
-        let open = handover::Open::new(inbox, lock, None, &kept)?;
+        let ends = (self.inbox.socket.as_fd(), self.lock.as_fd());
+        // A daemon has reaped nothing unasked.
+        let open = handover::Open::new(self.format, ends, None, &kept, &Zombies::default())?;
         Err(self.program.become_next(open.number()).into())
     }
 }

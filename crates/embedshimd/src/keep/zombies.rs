@@ -29,16 +29,29 @@ pub(super) struct Zombies {
     reaped: VecDeque<Reaped>,
 }
 
-/// How one has ended that nobody had asked for before it was reaped.
-#[derive(Clone, Copy, Debug)]
-struct Reaped {
-    start_ticks: u64,
-    pid: i32,
+/// How a process has ended that was reaped before the daemon had asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Reaped {
+    pub(super) start_ticks: u64,
+    pub(super) pid: i32,
     /// As `waitpid(2)` gives it.
-    status: i32,
+    pub(super) status: i32,
 }
 
 impl Zombies {
+    /// Goes on with the statuses that another keeper has kept, the latest first.
+    pub(super) fn with(reaped: impl IntoIterator<Item = Reaped>) -> Self {
+        Self {
+            reaped: reaped.into_iter().take(MAX_REAPED).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// All statuses that are kept, the latest first.
+    pub(super) fn all_reaped(&self) -> impl Iterator<Item = Reaped> {
+        self.reaped.iter().copied()
+    }
+
     /// When to look again; never, if there are none.
     pub(super) fn due(&self) -> Option<Instant> {
         self.due
