@@ -17,12 +17,13 @@ use crate::exits::{REBOOTS, reboots_when_told};
 use crate::survival::handles_term;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 9] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 10] = tests!(EmbedshimOnly:
     a_client_gets_its_exit_code_though_the_daemon_was_killed,
     an_init_that_reboots_ends_as_ever_though_the_daemon_was_killed,
     ten_kills_in_a_row_lose_nothing,
     a_hangup_replaces_the_daemon,
     an_upgrade_takes_the_binary_on_disk_and_loses_nothing,
+    an_upgrade_to_a_program_of_the_first_handover_loses_no_descriptor,
     an_upgrade_without_a_keeper_is_refused,
     garbage_does_not_disturb_the_keeper,
     a_stopped_keeper_holds_up_nobody,
@@ -194,6 +195,40 @@ fn an_upgrade_takes_the_binary_on_disk_and_loses_nothing(stage: &Stage) -> anyho
         shim.wait("c")? == 7 && shim.delete("c")? == 7,
         "the code was lost"
     );
+    Ok(())
+}
+
+/// A version before statuses were handed over, as a downgrade meets it.
+fn an_upgrade_to_a_program_of_the_first_handover_loses_no_descriptor(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    let original = stage.binary("embedshimd");
+    let program = sandbox.directory().join("embedshimd");
+    replace(&program, &fs::read(&original)?)?;
+    sandbox.start_daemon_of(&program)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let shim = Shim::connect(&sandbox)?;
+    let pid = shim.create("c", bundle.path())?;
+    let asked = sandbox.directory().join("asked");
+    let script = format!(
+        "#!/bin/sh\nif [ \"$2\" = --understands ]; then echo $3 >>{}; [ $3 = 1 ]; exit; fi\nexec {} \"$@\"\n",
+        asked.display(),
+        original.display()
+    );
+    replace(&program, script.as_bytes())?;
+    let upgraded = upgrade(&original, &sandbox)?;
+    ensure!(
+        upgraded.code == Some(0),
+        "{upgraded:?}: {}",
+        sandbox.daemon_log()
+    );
+    let asked = fs::read_to_string(&asked)?;
+    ensure!(asked == "2\n1\n", "{asked}");
+    // On the same connection.
+    ensure!(shim.start("c")? == pid, "another task");
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(shim.wait("c")? == 137 && shim.delete("c")? == 137, "no 137");
     Ok(())
 }
 
