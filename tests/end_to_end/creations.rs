@@ -5,20 +5,22 @@ use std::fs;
 use std::thread::scope;
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test};
+use containerd_shim_protos::api;
+use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, write_program};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use testbed::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::bootstrap::delete;
 use crate::half_done::{SlowRuntime, terminal};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
     a_creation_that_outlives_three_daemons_ends,
     a_creation_that_outlives_three_daemons_keeps_its_terminal,
     a_creation_that_outlives_three_daemons_keeps_its_log_file,
     a_creation_that_outlives_its_daemon_is_cleaned_up_if_containerd_gives_it_up,
+    a_mount_helper_that_outlives_its_daemon_mounts_nothing_afterwards,
 );
 
 fn calls_of_create(sandbox: &Sandbox) -> usize {
@@ -126,4 +128,62 @@ fn a_creation_that_outlives_its_daemon_is_cleaned_up_if_containerd_gives_it_up(
     })?;
     ensure!(shim.state("c").is_err(), "it is still there");
     before.wait_for_return(&sandbox)
+}
+
+/// The creation is undone and done again, with another helper. The first one would mount over what
+/// that has mounted, or into a bundle that is no more.
+fn a_mount_helper_that_outlives_its_daemon_mounts_nothing_afterwards(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let mut sandbox = stage.bare_sandbox()?;
+    let (programs, directory) = (
+        sandbox.directory().join("programs"),
+        sandbox.directory().to_owned(),
+    );
+    fs::create_dir(&programs)?;
+    let going = directory.join("going");
+    // Not the shell itself but a child of it does the work, as a script may have it.
+    let helper = format!(
+        "#!/bin/sh\nif mkdir {0}/once 2>/dev/null; then\n\
+         (echo $$ >{0}/pid; mv {0}/pid {0}/going; while [ -e {0}/going ]; do sleep 0.02; done; \
+         mount -t tmpfs stray \"$2\"; touch {0}/mounted)\nexit\nfi\n\
+         exec mount --bind \"$1\" \"$2\"\n",
+        directory.display()
+    );
+    write_program(&programs.join("mount.fuse3"), &helper)?;
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH")?);
+    sandbox.set_environment("PATH", &path);
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "exit 9"])?;
+    let files = directory.join("files");
+    fs::rename(bundle.path().join("rootfs"), &files)?;
+    for name in ["proc", "dev", "sys"] {
+        fs::create_dir_all(files.join(name))?;
+    }
+    let root = api::Mount {
+        type_: "fuse3.any".into(),
+        source: files.to_string_lossy().into_owned(),
+        ..api::Mount::default()
+    };
+    let before = Footprint::of(&sandbox);
+    scope(|scope| {
+        let create = scope
+            .spawn(|| shim.create_with("c", bundle.path(), |request| request.rootfs = vec![root]));
+        until("the helper is at work", || Ok(going.exists()))?;
+        sandbox.kill_daemon()?;
+        create.join().ok().context("a request panicked")??;
+        anyhow::Ok(())
+    })?;
+    let pid = fs::read_to_string(&going)?.trim().parse()?;
+    ensure!(!is_alive(pid), "the first helper is at work yet");
+    shim.start("c")?;
+    ensure!(shim.wait("c")? == 9 && shim.delete("c")? == 9, "not 9");
+    // Whatever of it is left goes on now.
+    fs::remove_file(&going)?;
+    before.wait_for_return(&sandbox)?;
+    ensure!(!directory.join("mounted").exists(), "it has mounted");
+    let note = bundle.path().join("mount-helper");
+    ensure!(!note.exists(), "its note is left");
+    Ok(())
 }

@@ -75,6 +75,25 @@ pub(crate) fn mark_exec(command: &mut Command, mark: CString) {
     unsafe { command.pre_exec(step) };
 }
 
+/// Lets the child write its `/proc/self/stat` into this file before it becomes the program: its
+/// number and its start time say which process that is. A child that cannot write it is not started.
+pub(crate) fn note_self(command: &mut Command, file: CString) {
+    let step = move || {
+        let read = nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_CLOEXEC;
+        let stat = nix::fcntl::open(c"/proc/self/stat", read, Mode::empty())?;
+        let mut buffer = [0; 1024];
+        let length = nix::unistd::read(&stat, &mut buffer)?;
+        let write = nix::fcntl::OFlag::O_WRONLY | nix::fcntl::OFlag::O_CLOEXEC;
+        let new = nix::fcntl::OFlag::O_CREAT | nix::fcntl::OFlag::O_TRUNC;
+        let note = nix::fcntl::open(file.as_c_str(), write | new, Mode::S_IRUSR)?;
+        nix::unistd::write(&note, buffer.get(..length).unwrap_or_default())?;
+        Ok(())
+    };
+    // SAFETY: the step makes system calls alone, which are safe after `fork` of a process with
+    // threads; the path was allocated before, and the buffer is on the stack.
+    unsafe { command.pre_exec(step) };
+}
+
 /// glibc's own, for `pthread_cancel(3)`; its `sigaction` refuses it.
 const SIGCANCEL: libc::c_long = 32;
 

@@ -20,7 +20,7 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::stat::Mode;
 
 use crate::mountinfo::{MountPoint, read_mountinfo};
-pub(crate) use helper::HelperContext;
+pub(crate) use helper::{HelperContext, end_left};
 use loop_device::LoopDevice;
 pub use mount::{Mount, MountError};
 use options::Options;

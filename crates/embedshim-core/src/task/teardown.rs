@@ -22,8 +22,12 @@ impl Engine {
             warn!(id = %task.id(), %error, "cannot delete a container that was not created");
         }
         if !task.rootfs.is_empty() {
-            let target = task.rootfs_path();
-            match blocking(move || rootfs::unmount_recursive(&target)).await {
+            let (target, bundle) = (task.rootfs_path(), task.bundle.path.clone());
+            let unmount = move || {
+                rootfs::end_left(&bundle);
+                rootfs::unmount_recursive(&target)
+            };
+            match blocking(unmount).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => warn!(id = %task.id(), %error, "cannot unmount"),
                 Err(error) => warn!(id = %task.id(), %error, "cannot unmount"),
