@@ -2,20 +2,28 @@
 //! stopped or full.
 
 use std::fs;
-use std::path::Path;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, writer};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::sandbox::{Sandbox, until};
+use protobuf::Message;
+use shim_api::frame::{self, HEADER, Header};
+use ttrpc::proto::KeyValue;
+use ttrpc::{Code, Request, Response};
+use testbed::sandbox::{PATIENCE, Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 3] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
     what_was_sent_to_a_stopped_keeper_is_kept_when_it_goes_on,
     a_stopped_keeper_holds_up_no_end_of_a_stream,
     a_container_with_three_streams_takes_two_places_beside_its_connection,
+    a_connection_without_a_task_costs_little_and_nothing_when_its_containerd_has_died,
 );
 
 fn kept(sandbox: &Sandbox) -> anyhow::Result<usize> {
@@ -111,10 +119,119 @@ fn a_container_with_three_streams_takes_two_places_beside_its_connection(
     shim.start("c")?;
     until("they are kept", || Ok(kept(&sandbox)? == places + 3))?;
     sandbox.kill_daemon()?;
-    ensure!(kept(&sandbox)? == places + 3, "{}", kept(&sandbox)?);
+    // A moment ago it had its own beside its predecessor's.
+    until("the next has taken them over", || {
+        Ok(kept(&sandbox)? == places + 3)
+    })?;
     shim.kill("c", Signal::SIGKILL)?;
     shim.wait("c")?;
     shim.delete("c")?;
     until("they are let go", || Ok(kept(&sandbox)? == places + 1))?;
     before.wait_for_return(&sandbox)
+}
+
+/// What each connection has of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Cost {
+    daemons_descriptors: usize,
+    keepers_descriptors: usize,
+    journals: usize,
+    /// Of daemon and keeper, in kB.
+    memory: usize,
+}
+
+impl Cost {
+    fn now(sandbox: &Sandbox) -> anyhow::Result<Self> {
+        let entries = |path: &Path| fs::read_dir(path).map(Iterator::count);
+        let [daemon, keeper] = [sandbox.daemon_pid(), sandbox.keeper_pid()]
+            .map(|pid| pid.map(|pid| PathBuf::from(format!("/proc/{pid}"))));
+        let (daemon, keeper) = (daemon.context("no daemon")?, keeper.context("no keeper")?);
+        let mut memory = 0;
+        for process in [&daemon, &keeper] {
+            let text = fs::read_to_string(process.join("smaps_rollup"))?;
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("Anonymous:"));
+            let number = line.and_then(|line| line.split_whitespace().next());
+            memory += number.context("no memory")?.parse::<usize>()?;
+        }
+        Ok(Self {
+            daemons_descriptors: entries(&daemon.join("fd"))?,
+            keepers_descriptors: entries(&keeper.join("fd"))?,
+            journals: entries(&sandbox.state_dir().join("connections"))?,
+            memory,
+        })
+    }
+}
+
+/// A connection as containerd 1.6 makes it for a bundle that its predecessor has left before
+/// `Create`, and keeps: it asks who is there, and never anything again.
+fn ask_who_is_there(sandbox: &Sandbox, id: &str) -> anyhow::Result<UnixStream> {
+    let request = api::ConnectRequest {
+        id: id.into(),
+        ..api::ConnectRequest::default()
+    };
+    let namespace = KeyValue {
+        key: "containerd-namespace-ttrpc".into(),
+        value: sandbox.namespace().into(),
+        ..KeyValue::default()
+    };
+    let request = Request {
+        service: "containerd.task.v2.Task".into(),
+        method: "Connect".into(),
+        payload: request.write_to_bytes()?,
+        metadata: vec![namespace],
+        ..Request::default()
+    };
+    let mut stream = UnixStream::connect(sandbox.state_dir().join("shim.sock"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(&frame::request(1, &request).context("too long")?)?;
+    let mut header = [0; HEADER];
+    stream.read_exact(&mut header)?;
+    let mut payload = vec![0; usize::try_from(Header::decode(header).length)?];
+    stream.read_exact(&mut payload)?;
+    let response = Response::parse_from_bytes(&payload)?;
+    ensure!(response.status().code() == Code::OK, "{response:?}");
+    Ok(stream)
+}
+
+/// containerd 1.6 keeps some each time it is killed; with its own shims each would be a process.
+fn a_connection_without_a_task_costs_little_and_nothing_when_its_containerd_has_died(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    const MANY: usize = 500;
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let without = |cost: &Cost| (cost.journals, cost.keepers_descriptors);
+    let idle = Cost::now(&sandbox)?;
+    drop(ask_who_is_there(&sandbox, "first")?);
+    let mut before = idle;
+    until("the first is gone", || {
+        before = Cost::now(&sandbox)?;
+        Ok(without(&before) == without(&idle))
+    })?;
+    let connections = (0..MANY)
+        .map(|number| ask_who_is_there(&sandbox, &format!("c{number}")))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let mut with = before;
+    until("each is kept", || {
+        with = Cost::now(&sandbox)?;
+        Ok(with.keepers_descriptors >= before.keepers_descriptors + MANY)
+    })?;
+    let memory = with.memory.saturating_sub(before.memory);
+    println!("{MANY} connections without a task: {memory} kB of memory; {before:?}, {with:?}");
+    // In the daemon a socket, its duplicate for a keeper that dies, and its journal; in the keeper the
+    // socket.
+    ensure!(
+        with.daemons_descriptors <= before.daemons_descriptors + 3 * MANY
+            && with.keepers_descriptors == before.keepers_descriptors + MANY
+            && memory < 16 * MANY,
+        "{before:?}, {with:?}"
+    );
+    drop(connections);
+    until("nothing is left of them", || {
+        let after = Cost::now(&sandbox)?;
+        let is_less = after.daemons_descriptors <= before.daemons_descriptors;
+        Ok(without(&after) == without(&before) && is_less)
+    })
 }
