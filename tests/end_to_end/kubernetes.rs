@@ -21,7 +21,7 @@ pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     kubectl_attach_can_come_back,
 );
 
-const LONG: Duration = Duration::from_secs(20);
+pub(crate) const LONG: Duration = Duration::from_secs(20);
 
 fn with_cri(stage: &Stage) -> anyhow::Result<(Sandbox, Cri)> {
     let mut sandbox = stage.bare_sandbox()?;
@@ -33,7 +33,7 @@ fn with_cri(stage: &Stage) -> anyhow::Result<(Sandbox, Cri)> {
 }
 
 /// Waits for the end of a container and returns its exit code and reason.
-fn ended(cri: &mut Cri, id: &str) -> anyhow::Result<(i32, String)> {
+pub(crate) fn ended(cri: &mut Cri, id: &str) -> anyhow::Result<(i32, String)> {
     let mut end = None;
     until("the container has ended", || {
         let status = cri.status(id)?;

@@ -42,6 +42,7 @@ mod streams;
 mod survival;
 mod terminals;
 mod two_containerds;
+mod user_namespaces;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
         &terminals::TESTS,
         &terminals::OURS,
         &two_containerds::TESTS,
+        &user_namespaces::TESTS,
         &survival::TESTS,
         &survival::OURS,
         &survival::UPGRADES,

@@ -121,7 +121,8 @@ impl Cri {
         attempt: u32,
         command: &[&str],
     ) -> anyhow::Result<String> {
-        self.start(pod, name, attempt, command, false)
+        let config = container(pod, name, attempt, command);
+        self.start(pod, config)
     }
 
     /// The same with a standard input, to attach to.
@@ -131,39 +132,32 @@ impl Cri {
         name: &str,
         command: &[&str],
     ) -> anyhow::Result<String> {
-        self.start(pod, name, 0, command, true)
+        let mut config = container(pod, name, 0, command);
+        config.stdin = true;
+        self.start(pod, config)
     }
 
-    fn start(
+    /// The same with a directory of the host, read-only with all that is mounted in it.
+    pub fn run_with_volume(
         &mut self,
         pod: &Pod,
         name: &str,
-        attempt: u32,
+        (host, at): (&Path, &str),
         command: &[&str],
-        stdin: bool,
     ) -> anyhow::Result<String> {
-        let context = api::LinuxContainerSecurityContext {
-            namespace_options: Some(pod.namespaces.option()),
-            ..api::LinuxContainerSecurityContext::default()
-        };
-        let config = api::ContainerConfig {
-            metadata: Some(api::ContainerMetadata {
-                name: name.into(),
-                attempt,
-            }),
-            image: Some(api::ImageSpec {
-                image: image::NAME.into(),
-                ..api::ImageSpec::default()
-            }),
-            command: command.iter().map(|&word| word.to_owned()).collect(),
-            log_path: format!("{name}.{attempt}.log"),
-            stdin,
-            linux: Some(api::LinuxContainerConfig {
-                security_context: Some(context),
-                ..api::LinuxContainerConfig::default()
-            }),
-            ..api::ContainerConfig::default()
-        };
+        let mut config = container(pod, name, 0, command);
+        config.mounts = vec![api::Mount {
+            container_path: at.into(),
+            host_path: host.to_string_lossy().into_owned(),
+            readonly: true,
+            recursive_read_only: true,
+            propagation: api::MountPropagation::PropagationPrivate.into(),
+            ..api::Mount::default()
+        }];
+        self.start(pod, config)
+    }
+
+    fn start(&mut self, pod: &Pod, config: api::ContainerConfig) -> anyhow::Result<String> {
         let request = api::CreateContainerRequest {
             pod_sandbox_id: pod.id.clone(),
             config: Some(config),
@@ -180,6 +174,19 @@ impl Cri {
         self.runtime
             .block_on(self.client.start_container(request))?;
         Ok(id)
+    }
+
+    /// What containerd offers kubelet of a runtime handler; of a containerd that does not tell (before
+    /// 2.0) nothing.
+    pub fn features(
+        &mut self,
+        handler: &str,
+    ) -> anyhow::Result<Option<api::RuntimeHandlerFeatures>> {
+        let request = api::StatusRequest { verbose: false };
+        let status = self.runtime.block_on(self.client.status(request))?;
+        let handlers = status.into_inner().runtime_handlers;
+        let of = handlers.into_iter().find(|of| of.name == handler);
+        Ok(of.and_then(|of| of.features))
     }
 
     /// The status of a container.
@@ -330,6 +337,30 @@ impl Cri {
     }
 }
 
+fn container(pod: &Pod, name: &str, attempt: u32, command: &[&str]) -> api::ContainerConfig {
+    let context = api::LinuxContainerSecurityContext {
+        namespace_options: Some(pod.namespaces.option()),
+        ..api::LinuxContainerSecurityContext::default()
+    };
+    api::ContainerConfig {
+        metadata: Some(api::ContainerMetadata {
+            name: name.into(),
+            attempt,
+        }),
+        image: Some(api::ImageSpec {
+            image: image::NAME.into(),
+            ..api::ImageSpec::default()
+        }),
+        command: command.iter().map(|&word| word.to_owned()).collect(),
+        log_path: format!("{name}.{attempt}.log"),
+        linux: Some(api::LinuxContainerConfig {
+            security_context: Some(context),
+            ..api::LinuxContainerConfig::default()
+        }),
+        ..api::ContainerConfig::default()
+    }
+}
+
 /// A pod that runs.
 #[derive(Debug)]
 pub struct Pod {
@@ -345,6 +376,8 @@ pub struct Namespaces {
     pub network: api::NamespaceMode,
     /// One for each container, or one for all.
     pub pid: api::NamespaceMode,
+    /// The host's first of the 65536 users and groups that a pod has in a user namespace of its own.
+    pub users: Option<u32>,
 }
 
 impl Namespaces {
@@ -352,12 +385,26 @@ impl Namespaces {
     pub const SIMPLE: Self = Self {
         network: api::NamespaceMode::Node,
         pid: api::NamespaceMode::Container,
+        users: None,
     };
 
     fn option(self) -> api::NamespaceOption {
+        let userns_options = self.users.map(|host_id| {
+            let mapping = api::IdMapping {
+                host_id,
+                container_id: 0,
+                length: 1 << 16,
+            };
+            api::UserNamespace {
+                mode: api::NamespaceMode::Pod.into(),
+                uids: vec![mapping],
+                gids: vec![mapping],
+            }
+        });
         api::NamespaceOption {
             network: self.network.into(),
             pid: self.pid.into(),
+            userns_options,
             ..api::NamespaceOption::default()
         }
     }

@@ -1,6 +1,6 @@
 //! Programs of other releases of Debian, beside the machine's own: fetched and verified by apt with
-//! lists of its own, unpacked into the cache, and run by their own dynamic loader. Nothing of the
-//! system is changed.
+//! lists of its own, unpacked into the cache, and run with their own loader and libraries, by a
+//! script or as a copy that names them. Nothing of the system is changed.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,6 +18,8 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const CONTAINERD: [&str; 2] = ["containerd", "libc6"];
 /// The file that says that a directory of the cache has everything.
 const COMPLETE: &str = "complete";
+/// Changes which loader and libraries a program asks for.
+const PATCHELF: &str = "patchelf";
 const CONTAINERD_PROGRAMS: [&str; 3] = [
     "usr/bin/containerd",
     "usr/bin/ctr",
@@ -47,6 +49,15 @@ impl Release {
         }
     }
 
+    /// The release whose programs are in this directory.
+    pub fn of(programs: Option<&Path>) -> Option<Self> {
+        let is_its = |release: &Self| {
+            let fetched = release.suite().map(|suite| Suite::new("containerd", suite));
+            fetched.map(|suite| suite.scripts()).as_deref() == programs
+        };
+        Self::ALL.into_iter().find(is_its)
+    }
+
     /// The directory with its programs, fetched if they are not there yet; none for what is
     /// installed.
     pub fn programs(self) -> anyhow::Result<Option<PathBuf>> {
@@ -55,6 +66,13 @@ impl Release {
         };
         let packages = Suite::new("containerd", suite);
         packages.fetch(&CONTAINERD, &CONTAINERD_PROGRAMS).map(Some)
+    }
+
+    /// Its containerd's own shim for runc, as it is: it needs no newer libraries than the installed
+    /// ones, and executes itself again. None for what is installed.
+    pub fn runc_v2(self) -> Option<PathBuf> {
+        let root = Suite::new("containerd", self.suite()?).cache.join("root");
+        Some(root.join("usr/bin/containerd-shim-runc-v2"))
     }
 
     /// Its version, such as 1.7.24.
@@ -83,6 +101,15 @@ impl Release {
 /// The directory with a CRIU that knows today's kernels; Debian 12's does not know 6.18.
 pub fn criu() -> anyhow::Result<PathBuf> {
     Suite::new("criu", "sid").fetch(&["criu"], &["usr/sbin/criu"])
+}
+
+/// The directory with `runc` and `crun` that know what Debian 12's do not: mounts with mapped owners,
+/// which pods with user namespaces need.
+pub fn runtimes() -> anyhow::Result<PathBuf> {
+    Suite::new("runtimes", "sid").fetch_adapted(
+        &["runc", "crun", PATCHELF],
+        &["usr/sbin/runc", "usr/bin/crun"],
+    )
 }
 
 /// Packages of another release, beside the system.
@@ -217,6 +244,11 @@ impl Suite {
         self.unpacked().join(COMPLETE).exists()
     }
 
+    /// Where [`Suite::fetch`] and [`Suite::fetch_adapted`] put programs.
+    fn scripts(&self) -> PathBuf {
+        self.cache.join("bin")
+    }
+
     /// Tests run in parallel, and each may be the first to ask.
     fn lock(&self) -> anyhow::Result<fs::File> {
         fs::create_dir_all(&self.cache)?;
@@ -227,9 +259,23 @@ impl Suite {
 
     /// The directory with scripts that start these programs; what is not there yet is fetched.
     fn fetch(&self, packages: &[&str], programs: &[&str]) -> anyhow::Result<PathBuf> {
-        let scripts = self.cache.join("bin");
+        self.fetch_and(packages, |into| self.wrap(programs, into))
+    }
+
+    /// The directory with copies of these programs that name their loader and libraries themselves:
+    /// a program that executes itself again, as OCI runtimes do, is not its script then.
+    fn fetch_adapted(&self, packages: &[&str], programs: &[&str]) -> anyhow::Result<PathBuf> {
+        self.fetch_and(packages, |into| self.adapt(programs, into))
+    }
+
+    fn fetch_and(
+        &self,
+        packages: &[&str],
+        make: impl FnOnce(&Path) -> anyhow::Result<()>,
+    ) -> anyhow::Result<PathBuf> {
+        let programs = self.scripts();
         let _one_at_a_time = self.lock()?;
-        if !scripts.join(COMPLETE).exists() {
+        if !programs.join(COMPLETE).exists() {
             println!(
                 "Fetching {} of Debian {} into {}",
                 packages.join(", "),
@@ -238,10 +284,11 @@ impl Suite {
             );
             self.download(packages)
                 .with_context(|| format!("cannot fetch packages of Debian {}", self.suite))?;
-            self.wrap(programs, &scripts)?;
-            fs::write(scripts.join(COMPLETE), "")?;
+            fs::create_dir_all(&programs)?;
+            make(&programs)?;
+            fs::write(programs.join(COMPLETE), "")?;
         }
-        Ok(scripts)
+        Ok(programs)
     }
 
     /// Fetches the packages with all they depend on, and unpacks them.
@@ -276,19 +323,9 @@ impl Suite {
 
     /// Scripts that start each program by the loader it was linked for.
     fn wrap(&self, programs: &[&str], scripts: &Path) -> anyhow::Result<()> {
-        fs::create_dir_all(scripts)?;
-        let root = self.cache.join("root");
-        let libraries = root.join(format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH));
-        let loader = fs::read_dir(&libraries)?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| {
-                path.file_name()
-                    .is_some_and(|name| name.to_string_lossy().starts_with("ld-linux"))
-            })
-            .context("the C library's package has no loader")?;
+        let (libraries, loader) = self.loader()?;
         for program in programs {
-            let program = root.join(program);
+            let program = self.cache.join("root").join(program);
             let script = format!(
                 "#!/bin/sh\nexec '{}' --library-path '{}' --argv0 \"$0\" '{}' \"$@\"\n",
                 loader.display(),
@@ -300,5 +337,37 @@ impl Suite {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         }
         Ok(())
+    }
+
+    /// Copies of the programs, with the loader and the libraries of this release.
+    fn adapt(&self, programs: &[&str], into: &Path) -> anyhow::Result<()> {
+        let (libraries, loader) = self.loader()?;
+        let root = self.cache.join("root");
+        for program in programs {
+            let program = root.join(program);
+            let copy = into.join(program.file_name().unwrap_or_default());
+            fs::copy(&program, &copy)?;
+            let mut patchelf = Command::new(&loader);
+            patchelf.arg("--library-path").arg(&libraries);
+            patchelf.arg(root.join("usr/bin").join(PATCHELF));
+            patchelf.arg("--set-interpreter").arg(&loader);
+            patchelf.arg("--set-rpath").arg(&libraries);
+            run(patchelf.arg(&copy))?;
+        }
+        Ok(())
+    }
+
+    /// The directory with the libraries of this release, and the loader in it.
+    fn loader(&self) -> anyhow::Result<(PathBuf, PathBuf)> {
+        let libraries = format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH);
+        let libraries = self.cache.join("root").join(libraries);
+        let is_loader = |path: &PathBuf| {
+            let name = path.file_name().map(|name| name.to_string_lossy());
+            name.is_some_and(|name| name.starts_with("ld-linux"))
+        };
+        let entries = fs::read_dir(&libraries)?.flatten();
+        let loader = entries.map(|entry| entry.path()).find(is_loader);
+        let loader = loader.context("the C library's package has no loader")?;
+        Ok((libraries, loader))
     }
 }

@@ -30,9 +30,23 @@ impl Sandbox {
         Ok(fs::write(self.directory.join("containerd.toml"), config)?)
     }
 
-    /// The CRI with two handlers: `embed` by our own runtime type, `path` by runc-v2's with the path of our launcher.
+    /// The CRI with three handlers: `embed` by our own runtime type, `path` by runc-v2's with the path
+    /// of our launcher, `runc-v2` by its own.
     fn cri(&self) -> String {
         let launcher = self.binaries.join("containerd-shim-embed-v1");
+        let options = |handler: &str| {
+            let binary = self.oci_runtime.as_ref();
+            binary.map_or_else(String::new, |binary| {
+                let table = format!(
+                    "plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{handler}.options"
+                );
+                format!(
+                    "    [{table}]\n      BinaryName = \"{}\"\n",
+                    binary.display()
+                )
+            })
+        };
+        let [embed, path, runc_v2] = ["embed", "path", "runc-v2"].map(options);
         let (launcher, directory, image) =
             (launcher.display(), self.directory.display(), image::NAME);
         format!(
@@ -51,10 +65,12 @@ impl Sandbox {
     default_runtime_name = "embed"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.embed]
       runtime_type = "{EMBEDSHIM}"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.path]
+{embed}    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.path]
       runtime_type = "{RUNC_V2}"
       runtime_path = "{launcher}"
-"#
+{path}    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc-v2]
+      runtime_type = "{RUNC_V2}"
+{runc_v2}"#
         )
     }
 

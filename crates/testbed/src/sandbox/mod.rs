@@ -37,6 +37,7 @@ pub struct Sandbox {
     binaries: PathBuf,
     programs: Option<PathBuf>,
     shims: Option<PathBuf>,
+    oci_runtime: Option<PathBuf>,
     containerd: Option<Running>,
     environment: Vec<(String, String)>,
 }
@@ -70,6 +71,7 @@ impl Sandbox {
             binaries: binaries.into(),
             programs: None,
             shims: None,
+            oci_runtime: None,
             containerd: None,
             environment: Vec::new(),
         };
@@ -85,6 +87,11 @@ impl Sandbox {
     /// Lets containerd look for shims in this directory first, from its next start on.
     pub fn use_shims(&mut self, directory: PathBuf) {
         self.shims = Some(directory);
+    }
+
+    /// Lets the handlers of the CRI use this OCI runtime, when [`Sandbox::enable_cri`] is called next.
+    pub fn use_oci_runtime(&mut self, program: PathBuf) {
+        self.oci_runtime = Some(program);
     }
 
     /// Where everything is.
