@@ -46,7 +46,7 @@ enum By {
 
 fn with_cri(stage: &Stage, by: By) -> anyhow::Result<(Sandbox, Cri)> {
     let mut sandbox = stage.bare_sandbox()?;
-    let runtimes = releases::runtimes()?;
+    let runc = releases::runc()?.join("runc");
     // Also that of runc-v2.
     let shims = sandbox.directory().join("shims");
     fs::create_dir(&shims)?;
@@ -54,8 +54,8 @@ fn with_cri(stage: &Stage, by: By) -> anyhow::Result<(Sandbox, Cri)> {
         symlink(shim, shims.join("containerd-shim-runc-v2"))?;
     }
     match by {
-        By::BinaryName => sandbox.use_oci_runtime(runtimes.join("runc")),
-        By::Path => symlink(runtimes.join("runc"), shims.join("runc"))?,
+        By::BinaryName => sandbox.use_oci_runtime(runc),
+        By::Path => symlink(runc, shims.join("runc"))?,
     }
     sandbox.use_shims(shims);
     sandbox.enable_cri()?;

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: builds the products, runs every test of the workspace, and counts. What is skipped says why, and in CI
 //! (environment variable `CI`) counts as failed.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,7 +11,7 @@ use clap::{Args, ValueEnum};
 use testbed::engines::Engine;
 use testbed::machine;
 use testbed::products::{self, Profile};
-use testbed::releases::Release;
+use testbed::releases::{self, Release};
 use testbed::sandbox::EMBEDSHIM;
 
 /// What `--clients` runs.
@@ -33,6 +34,9 @@ pub(crate) struct Options {
     /// Run the end-to-end suite only, with this containerd; those of other releases are fetched
     #[arg(long, value_enum)]
     containerd: Option<Containerd>,
+    /// Run the end-to-end suite only, with runc of Debian's development release (1.3 or later)
+    #[arg(long)]
+    newer_runc: bool,
     /// Run the tests with Docker only, in full (200 runs while the daemon is killed, checkpoints),
     /// with Docker 20.10, 26.1 and 28.5, each with its release's containerd; --containerd takes one
     #[arg(long)]
@@ -99,7 +103,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             .stdout(Stdio::piped());
         cargo
     };
-    if options.runtime.is_none() && options.containerd.is_none() && !options.clients {
+    let is_whole = options.runtime.is_none() && options.containerd.is_none();
+    if is_whole && !options.clients && !options.newer_runc {
         fetch_docker(Release::Installed);
         // The same features as the binaries were built with, or they would be built anew without.
         let features = format!("{BOTH_LOADERS},{}", products::FAILPOINTS);
@@ -123,6 +128,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     for release in options.containerd.unwrap_or(default).releases() {
         let mut cargo = command(&["--package", "embedshim-tests", "--test", "end_to_end"]);
         cargo.env("EMBEDSHIM_TEST_RUNTIME", runtime);
+        if options.newer_runc {
+            cargo.env("PATH", with_newer_runc()?);
+        }
         if let Some(programs) = release.programs()? {
             cargo.env("EMBEDSHIM_TEST_PROGRAMS", programs);
         }
@@ -153,6 +161,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         );
     }
     verdict(sum)
+}
+
+/// The programs as ever, but for runc.
+fn with_newer_runc() -> anyhow::Result<OsString> {
+    let usual = std::env::var_os("PATH").unwrap_or_default();
+    let newer = std::iter::once(releases::runc()?);
+    Ok(std::env::join_paths(
+        newer.chain(std::env::split_paths(&usual)),
+    )?)
 }
 
 /// Runs one `cargo test`, shows what it prints, and counts.

@@ -103,13 +103,10 @@ pub fn criu() -> anyhow::Result<PathBuf> {
     Suite::new("criu", "sid").fetch(&["criu"], &["usr/sbin/criu"])
 }
 
-/// The directory with `runc` and `crun` that know what Debian 12's do not: mounts with mapped owners,
-/// which pods with user namespaces need.
-pub fn runtimes() -> anyhow::Result<PathBuf> {
-    Suite::new("runtimes", "sid").fetch_adapted(
-        &["runc", "crun", PATCHELF],
-        &["usr/sbin/runc", "usr/bin/crun"],
-    )
+/// The directory with a `runc` that knows what Debian 12's does not: mounts with mapped owners, which
+/// pods with user namespaces need.
+pub fn runc() -> anyhow::Result<PathBuf> {
+    Suite::new("runc", "sid").fetch_adapted(&["runc", PATCHELF], &["usr/sbin/runc"])
 }
 
 /// Packages of another release, beside the system.
