@@ -13,9 +13,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protobuf::Message;
 use shim_api::frame::{self, HEADER, Header};
+use testbed::sandbox::{PATIENCE, Sandbox, until};
 use ttrpc::proto::KeyValue;
 use ttrpc::{Code, Request, Response};
-use testbed::sandbox::{PATIENCE, Sandbox, until};
 
 use crate::tests;
 

@@ -10,8 +10,8 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Cri, Footprint, Namespaces, Stage, Test};
 use k8s_cri::v1::NamespaceMode;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use xtask::releases::{self, Release};
-use xtask::sandbox::{Sandbox, until};
+use testbed::releases::{self, Release};
+use testbed::sandbox::{Sandbox, until};
 
 use crate::kubernetes::{LONG, ended};
 use crate::tests;
