@@ -1,4 +1,5 @@
-//! Compiles the BPF program with clang. Nothing generated is kept in git: what runs is what is read.
+//! Compiles the BPF program with clang. Nothing generated is kept in git: what runs is what is
+//! read.
 
 use std::env;
 use std::path::PathBuf;

@@ -1,5 +1,6 @@
-//! Runs a container from an OCI bundle, ends, and another process tells its exit status afterwards: nothing of ours runs while the
-//! container does, nor when it ends. Needs root, runc, bpffs and the static busybox in `/bin/busybox` (for `make`).
+//! Runs a container from an OCI bundle, ends, and another process tells its exit status afterwards:
+//! nothing of ours runs while the container does, nor when it ends. Needs root, runc, bpffs and the
+//! static busybox in `/bin/busybox` (for `make`).
 //!
 //! ```console
 //! # cargo build --package embedshim-core --example bundle && cd target/debug/examples
@@ -10,8 +11,8 @@
 //! # cat /tmp/b/output                                     # hello
 //! ```
 //!
-//! What survives is in two places: the state directory (here `state` in the bundle, better one on a tmpfs), and the pins of the BPF
-//! program, whose name follows from the state directory's.
+//! What survives is in two places: the state directory (here `state` in the bundle, better one on a
+//! tmpfs), and the pins of the BPF program, whose name follows from the state directory's.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -71,7 +72,8 @@ async fn start(bundle: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes over what `start` has left, waits for the end if that is still to come, and removes everything but the bundle.
+/// Takes over what `start` has left, waits for the end if that is still to come, and removes
+/// everything but the bundle.
 async fn wait(bundle: &Path) -> anyhow::Result<()> {
     ensure!(state_dir(bundle).exists(), "it was not started");
     let init = init(bundle)?;

@@ -5,7 +5,8 @@
 //! # cargo run --quiet --package embedshim-core --example probe -- pidfd
 //! ```
 //!
-//! The core ranks the backends but does not know them, so each program writes `report` and `open` for those it links.
+//! The core ranks the backends but does not know them, so each program writes `report` and `open`
+//! for those it links.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -50,7 +51,8 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tries everything. Among backends that promise the same, the first is taken: the cheapest is to be listed first.
+/// Tries everything. Among backends that promise the same, the first is taken: the cheapest is to
+/// be listed first.
 fn report(bpf: &BpfConfig, policy: Policy) -> Report {
     let pidfd = monitor_pidfd::probe();
     let readiness = pidfd.survives();

@@ -1,10 +1,12 @@
-//! Watches a process that is not a child of this program, and says how and when it ended, and how that is known.
+//! Watches a process that is not a child of this program, and says how and when it ended, and how
+//! that is known.
 //!
 //! ```console
 //! # sleep 5 & cargo run --quiet --package embedshim-core --example watch -- $!
 //! ```
 //!
-//! As root it uses BPF, which knows the status of every process; otherwise pidfds, which know it since Linux 6.15.
+//! As root it uses BPF, which knows the status of every process; otherwise pidfds, which know it
+//! since Linux 6.15.
 
 use std::sync::Arc;
 
@@ -41,7 +43,8 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// BPF around pidfds if we may, else pidfds alone. Nothing is pinned: this watch is not to outlive the program.
+/// BPF around pidfds if we may, else pidfds alone. Nothing is pinned: this watch is not to outlive
+/// the program.
 fn monitor() -> anyhow::Result<Arc<dyn ExitMonitor>> {
     let pidfd = Arc::new(PidfdMonitor::new().context("cannot set up the pidfd exit monitor")?);
     match BpfMonitor::open_unpinned(16, &Loading::default(), pidfd.clone()) {

@@ -1,5 +1,5 @@
-//! A bundle directory, and which one of its name it is. Owns that two directories of one path are told
-//! apart (invariant 11).
+//! A bundle directory, and which one of its name it is. Owns that two directories of one path are
+//! told apart (invariant 11).
 
 use std::fs;
 use std::io;
@@ -24,7 +24,8 @@ impl BundleId {
     }
 }
 
-/// A bundle directory, and which one of that name: the same id can get a new bundle of the same path.
+/// A bundle directory, and which one of that name: the same id can get a new bundle of the same
+/// path.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Bundle {
     pub(crate) path: PathBuf,

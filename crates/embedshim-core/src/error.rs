@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::exit::WatchError;
 use crate::id::InvalidId;
 
-/// What class of failure it is, for whoever has to choose a code.
+/// What class of failure it is, for the choice of a code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {

@@ -11,9 +11,9 @@ use crate::stdio::StdioPaths;
 
 /// Who is to hear of every event, at the moment in which it becomes true.
 ///
-/// An event is told before the change that it tells of is durable (but for exits, which are told again after a restart until their
-/// task is deleted): whoever makes it durable in `accept` will never miss one, and may hear one twice. Called by the runtime's thread, so
-/// it must not wait for anybody.
+/// An event is told before the change that it tells of is durable (but for exits, which are told
+/// again after a restart until their task is deleted): a sink that makes it durable in `accept`
+/// never misses one, and may hear one twice. Called by the runtime's thread, so it must not wait.
 pub trait EventSink: fmt::Debug + Send + Sync {
     /// Takes the next event, in order.
     fn accept(&self, event: Event);
@@ -34,8 +34,9 @@ pub struct Event {
     pub kind: EventKind,
 }
 
-/// What became true. Per task: `Created` < `Started` < `Exited` < `Deleted`; per exec: `ExecAdded` < `ExecStarted` <
-/// `Exited`; the init's `Exited` is the last of its container; `Oom` precedes the exit it causes.
+/// What became true. Per task: `Created` < `Started` < `Exited` < `Deleted`; per exec: `ExecAdded`
+/// < `ExecStarted` < `Exited`; the init's `Exited` is the last of its container; `Oom` precedes the
+/// exit it causes.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum EventKind {

@@ -1,7 +1,9 @@
-//! Failpoints: the places where a daemon that is killed leaves the most interesting traces, right before and right after each step
-//! that lasts. Compiled only with the feature `failpoints`, for tests; without it a step costs nothing.
+//! Failpoints: the places where a daemon that is killed leaves the most interesting traces, right
+//! before and right after each step that lasts. Compiled only with the feature `failpoints`, for
+//! tests; without it a step costs nothing.
 //!
-//! A test asks for the death at the n-th step by a file. The file is removed when it is read, so a successor is not killed again.
+//! A test asks for the death at the n-th step by a file. The file is removed when it is read, so a
+//! successor is not killed again.
 
 /// A step that lasts is about to be done, or was just done.
 #[cfg(not(feature = "failpoints"))]
@@ -16,10 +18,11 @@ mod armed {
     use std::path::Path;
     use std::sync::atomic::{AtomicI64, Ordering};
 
-    /// Steps left to live; not positive for ever.
+    /// Steps left to live; no end if it is not positive.
     static LEFT: AtomicI64 = AtomicI64::new(0);
 
-    /// Reads and removes `DIRECTORY/failpoint`, which holds a number: at that step this process is killed.
+    /// Reads and removes `DIRECTORY/failpoint`, which holds a number: at that step this process is
+    /// killed.
     pub fn arm(directory: &Path) {
         let file = directory.join("failpoint");
         let steps = std::fs::read_to_string(&file).unwrap_or_default();

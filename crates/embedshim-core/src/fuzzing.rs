@@ -1,4 +1,5 @@
-//! Doors for the fuzz targets, compiled for nobody else: readers of text from outside, without what would follow from it.
+//! What the fuzz targets call, compiled for them only: readers of text from outside, without what
+//! would follow from it.
 
 use std::path::Path;
 

@@ -2,17 +2,20 @@
 //!
 //! The core of embedshim, usable without containerd and without the daemon:
 //!
-//! - An [`ExitMonitor`](exit::ExitMonitor) from one of the `monitor-*` crates tells how processes end, whoever their parent is:
-//!   useful by itself, for any process that a [`Process`](process::Process) can be opened of.
-//! - [`Node`](task::Node) creates, starts, execs, signals and deletes containers through an OCI runtime; how their processes end,
-//!   a monitor tells it. What must survive this process is in its state directory.
+//! - An [`ExitMonitor`](exit::ExitMonitor) from one of the `monitor-*` crates tells how processes
+//!   end, whatever their parent is: useful by itself, for any process that a
+//!   [`Process`](process::Process) can be opened of.
+//! - [`Node`](task::Node) creates, starts, execs, signals and deletes containers through an OCI
+//!   runtime; how their processes end, a monitor tells it. What must survive this process is in its
+//!   state directory.
 //!
-//! Nothing is global: a process may have as many monitors and nodes as it likes, and an environment, signal handlers and children of
-//! its own. What concerns the whole process (being a child subreaper, a limit of descriptors, a lock on the state directory) is left
-//! to the program. Needed are Linux, a tokio runtime with I/O and time, and that nobody else in the process takes what is not his: no
-//! ignored `SIGCHLD`, no `waitpid(-1)`.
+//! Nothing is global: a process may have as many monitors and nodes as it likes, and an
+//! environment, signal handlers and children of its own. What concerns the whole process (being a
+//! child subreaper, a limit of descriptors, a lock on the state directory) is left to the program.
+//! Needed are Linux, a tokio runtime with I/O and time, and that nothing else in the process reaps
+//! the children of others: no ignored `SIGCHLD`, no `waitpid(-1)`.
 //!
-//! How a process ends that is somebody else's child:
+//! How a process ends that need not be our child:
 //!
 //! ```
 //! use std::process::{Command, Stdio};
@@ -39,9 +42,9 @@
 //! # }
 //! ```
 //!
-//! A container, with a monitor that may be of any kind. That the program is killed before the end of `wait` changes nothing but who
-//! waits: the next node on this state directory answers it (if the monitor promises
-//! [`Survives::Everything`](exit::Survives::Everything)).
+//! A container, with a monitor that may be of any kind. That the program is killed before the end
+//! of `wait` changes nothing but who waits: the next node on this state directory answers it (if
+//! the monitor promises [`Survives::Everything`](exit::Survives::Everything)).
 //!
 //! ```no_run
 //! use std::sync::Arc;

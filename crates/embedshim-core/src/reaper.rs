@@ -1,6 +1,6 @@
-//! The children nobody asked for: as a subreaper the daemon inherits every orphan below it and must
-//! reap it ([`NodeConfig::reap_orphans`](crate::task::NodeConfig::reap_orphans)). Owns the patience
-//! that makes this safe; never reaps a process that somebody watches or may be about to.
+//! Children that nothing here has started: as a subreaper the daemon inherits every orphan below it
+//! and must reap it ([`NodeConfig::reap_orphans`](crate::task::NodeConfig::reap_orphans)). Owns the
+//! patience that makes this safe; never reaps a process that is watched or may be about to be.
 //!
 //! `runc exec --detach` leaves its process to us and tells its pid by a file. If that process is
 //! over before the file is read, its zombie must still be there, or its status is lost and its
@@ -119,8 +119,8 @@ enum Next {
 }
 
 impl Orphans {
-    /// Takes part: whoever runs something whose children we inherit holds a ticket until their pids
-    /// are known.
+    /// Takes part: a caller that runs something whose children we inherit holds a guard until their
+    /// pids are known.
     pub(crate) fn ticket(&self) -> Ticket {
         let mut tickets = self.shared.lock();
         let number = tickets.next;
@@ -147,7 +147,7 @@ impl Orphans {
         })
     }
 
-    /// Reaps for ever. `watched` tells whether a pid has somebody who will reap it.
+    /// Reaps without end. `watched` tells whether the process of a number is reaped by its monitor.
     pub(crate) async fn reap(self, watched: impl Fn(i32) -> bool) {
         let mut children = match signal(SignalKind::child()) {
             Ok(children) => children,
@@ -198,7 +198,9 @@ impl Orphans {
             }
             match sys::reap_zombie(pid) {
                 Ok(_) => debug!(pid, "reaped an orphan"),
-                Err(error) => debug!(pid, %error, "an orphan was reaped by somebody else"),
+                Err(error) => {
+                    debug!(pid, %error, "another part of this process has reaped an orphan")
+                }
             }
             *head = None;
         }
@@ -219,7 +221,7 @@ async fn wait(children: &mut Signal, returned: &Notify, limit: Option<Duration>)
     }
 }
 
-/// Nobody's child has ended, or we have no children at all.
+/// No child has ended, or there are none.
 fn first_zombie() -> Option<i32> {
     loop {
         match sys::peek_zombie() {

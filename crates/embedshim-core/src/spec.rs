@@ -1,4 +1,5 @@
-//! The few facts we need of a container's `config.json`; everything else is the OCI runtime's business.
+//! The few facts we need of a container's `config.json`; everything else is the OCI runtime's
+//! business.
 
 use std::io;
 use std::path::Path;
@@ -66,14 +67,16 @@ impl Spec {
         serde_json::from_slice(&text).map_err(|e| failed("cannot parse the OCI spec")(e.into()))
     }
 
-    /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that can't send
-    /// runc's options (CRI and nerdctl with a runtime type of ours) still write this form (`containerd.md` 4.4).
+    /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that
+    /// can't send runc's options (CRI and nerdctl with a runtime type of ours) still write this
+    /// form (`containerd.md` 4.4).
     pub(crate) fn wants_systemd_cgroup(&self) -> bool {
         let path = &self.linux.cgroups_path;
         !path.starts_with('/') && path.split(':').count() == 3
     }
 
-    /// Whether the end of the init ends all processes by itself: only in a pid namespace of its own.
+    /// Whether the end of the init ends all processes by itself: only in a pid namespace of its
+    /// own.
     ///
     /// A container in a shared one has to be killed process by process (`ShouldKillAllOnExit`).
     pub(crate) fn has_own_pid_namespace(&self) -> bool {

@@ -16,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::fdstore::StreamFd;
 
-/// Owns a descriptor that the kernel has just installed for us (`SCM_RIGHTS`) and that nobody else
+/// Owns a descriptor that the kernel has just installed for us (`SCM_RIGHTS`) and that nothing else
 /// knows.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller got the number from a control message this moment; it is open and has no
@@ -76,7 +76,8 @@ pub(crate) fn mark_exec(command: &mut Command, mark: CString) {
 }
 
 /// Lets the child write its `/proc/self/stat` into this file before it becomes the program: its
-/// number and its start time say which process that is. A child that cannot write it is not started.
+/// number and its start time say which process that is. A child that cannot write it is not
+/// started.
 pub(crate) fn note_self(command: &mut Command, file: CString) {
     let step = move || {
         let read = nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_CLOEXEC;
@@ -353,7 +354,7 @@ struct LoopConfig {
 
 const _: () = assert!(size_of::<LoopConfig>() == 304, "the kernel's layout");
 
-/// The number of a loop device that nobody uses, from `/dev/loop-control`.
+/// The number of a loop device that is not in use, from `/dev/loop-control`.
 pub(crate) fn free_loop_device(control: BorrowedFd<'_>) -> io::Result<u32> {
     const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
     // SAFETY: LOOP_CTL_GET_FREE takes no argument; the descriptor is borrowed and so open.
@@ -434,7 +435,7 @@ pub(crate) fn map_owners(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) 
 pub(crate) struct NamespaceHolder(libc::pid_t);
 
 impl NamespaceHolder {
-    /// Starts it. A namespace without mappings: whoever needs them writes them to
+    /// Starts it. A namespace without mappings: a caller that needs them writes them to
     /// `/proc/PID/uid_map` and `gid_map`.
     pub(crate) fn start() -> io::Result<Self> {
         // With our table of descriptors, not a copy: no pipe stays open for the moment it lives.
@@ -472,7 +473,7 @@ impl Drop for NamespaceHolder {
     fn drop(&mut self) {
         // SAFETY: our own child, not reaped yet: the number cannot be another process's.
         unsafe { libc::kill(self.0, libc::SIGKILL) };
-        // It fails for one that was waited for already, and nobody can have.
+        // It fails for one that was waited for already, and nothing can have.
         let _ = wait_unseen(self.0);
     }
 }

@@ -1,5 +1,5 @@
-//! [`BootTime`]. Owns the conversion between the kernel's boot clock, in which exits are recorded, and the
-//! wall clock, in which containerd speaks.
+//! [`BootTime`]. Owns the conversion between the kernel's boot clock, in which exits are recorded,
+//! and the wall clock, in which containerd speaks.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

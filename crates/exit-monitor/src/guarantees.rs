@@ -22,7 +22,7 @@ pub struct Guarantees {
 pub enum Survives {
     /// An exit while the daemon is down is lost.
     Nothing,
-    /// An exit while the daemon is down is known if somebody kept the pidfd.
+    /// An exit while the daemon is down is known if the pidfd was kept.
     WithDescriptors,
     /// An exit is recorded though no process of ours is alive.
     Everything,
@@ -33,7 +33,7 @@ pub enum Survives {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Exactness {
-    /// Known as long as nobody has reaped the process, else unknown.
+    /// Known until the process is reaped, then unknown.
     UntilReaped,
     /// Known, but if the main thread ends by itself at the very moment in which the process does,
     /// or reboot(2) ends the first process of a pid namespace, it can be the main thread's own
@@ -64,7 +64,7 @@ impl fmt::Display for Survives {
         f.write_str(match self {
             Self::Nothing => "an exit while the daemon is down is lost",
             Self::WithDescriptors => {
-                "an exit while the daemon is down is known if somebody keeps the pidfd"
+                "an exit while the daemon is down is known if its pidfd is kept"
             }
             Self::Everything => "an exit is recorded though nothing of ours is alive",
         })

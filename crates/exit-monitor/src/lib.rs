@@ -1,4 +1,5 @@
-//! How a process ends, told to a program that is not its parent and that may be restarted meanwhile.
+//! How a process ends, told to a program that is not its parent and that may be restarted
+//! meanwhile.
 //!
 //! This crate has the contract ([`ExitMonitor`]), the identity of a process ([`process::Process`]:
 //! a pidfd, and what distinguishes it from a later process with the same number), what is known of

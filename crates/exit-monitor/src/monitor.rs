@@ -59,7 +59,8 @@ pub enum Watched {
 pub struct Known {
     /// Which one.
     pub identity: ProcessIdentity,
-    /// Its pidfd, if somebody has kept it: since Linux 6.15 that is enough to learn its status, even if it is reaped.
+    /// Its pidfd, if it was kept: since Linux 6.15 that is enough to learn its status, even if it
+    /// is reaped.
     pub pidfd: Option<OwnedFd>,
 }
 
@@ -87,7 +88,7 @@ impl Known {
 pub enum Adopted {
     /// It lives, and its end will be reported. The caller may keep the process.
     Armed(Arc<Process>),
-    /// It ended while nobody was looking; the status may still be exact.
+    /// It ended while it was not watched; the status may still be exact.
     Ended(ExitRecord),
 }
 

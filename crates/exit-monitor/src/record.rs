@@ -40,6 +40,6 @@ pub enum Evidence {
     /// and 7.3). And of the first process of a pid namespace that was rebooted (reboot(2)) it is 0
     /// or SIGKILL, while its parent sees SIGHUP or SIGINT (`zap_pid_ns_processes()`).
     PidfdInfo,
-    /// Nobody knows.
+    /// It is unknown.
     None,
 }

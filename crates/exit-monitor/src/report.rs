@@ -1,5 +1,5 @@
-//! [`Report`]: which exit monitor to use, from what probing found and what was asked for, with the reason for each place.
-//! A pure function: it never probes and never starts a backend.
+//! [`Report`]: which exit monitor to use, from what probing found and what was asked for, with the
+//! reason for each place. A pure function: it never probes and never starts a backend.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -19,7 +19,8 @@ pub enum Policy {
     Only(Backend),
 }
 
-/// What probing found, and what follows from it. Its `Display` is the table that `embedshimd probe` prints.
+/// What probing found, and what follows from it. Its `Display` is the table that `embedshimd probe`
+/// prints.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Everything that was tried, backend by backend.
@@ -49,9 +50,9 @@ pub struct Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Promise {
-    /// Whoever is killed.
+    /// Whatever is killed.
     Kept,
-    /// As long as the daemon lives, or somebody keeps its descriptors.
+    /// As long as the daemon lives, or its descriptors are kept.
     Partly,
     /// No exit monitor runs.
     Unsupported,
@@ -83,7 +84,8 @@ impl fmt::Display for NoBackend {
 }
 
 impl Report {
-    /// Ranks by guarantees; among equals, the earlier in `backends` is first (list them cheapest first).
+    /// Ranks by guarantees; among equals, the earlier in `backends` is first (list them cheapest
+    /// first).
     pub fn new(backends: Vec<Availability>, policy: Policy) -> Self {
         let mut order: Vec<&Availability> = backends.iter().collect();
         order.sort_by_key(|found| {

@@ -1,5 +1,5 @@
 //! [`ExitStatus`]: how a process ended. Owns the decoding of the kernel's wait status;
-//! never invents a number: what nobody observed is `Unknown`, with the reason.
+//! never invents a number: what was not observed is `Unknown`, with the reason.
 
 use std::fmt;
 
@@ -19,7 +19,7 @@ pub enum ExitStatus {
         /// The kernel set the core-dump flag (0x80) in the wait status.
         core_dumped: bool,
     },
-    /// It is dead, and nobody can tell how it ended.
+    /// It is dead, and how it ended cannot be learned.
     Unknown {
         /// Why not.
         reason: UnknownReason,
@@ -31,10 +31,10 @@ pub enum ExitStatus {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum UnknownReason {
-    /// It is not our child, somebody else reaped it, and the kernel keeps no exit
+    /// It is not our child, another process reaped it, and the kernel keeps no exit
     /// information for pidfds (before Linux 6.15).
     NotOurChild,
-    /// It ended while nobody was watching, and no record was kept.
+    /// It ended while it was not watched, and no record was kept.
     Unwatched,
     /// The kernel's answer could not be decoded.
     Undecodable,
@@ -44,14 +44,14 @@ impl fmt::Display for UnknownReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::NotOurChild => "reaped by another process, and the kernel keeps no status for it",
-            Self::Unwatched => "it ended while nobody was watching",
+            Self::Unwatched => "it ended while it was not watched",
             Self::Undecodable => "the kernel's answer could not be decoded",
         })
     }
 }
 
 impl ExitStatus {
-    /// The number containerd and shells show for a status nobody knows.
+    /// The number containerd and shells show for an unknown status.
     pub const UNKNOWN_CODE: u32 = 255;
 
     /// Decodes a wait status as `waitpid(2)` returns it.

@@ -63,7 +63,7 @@ fn width<'a>(cells: impl Iterator<Item = &'a str>, title: &str) -> usize {
 impl fmt::Display for Promise {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Kept => "No exit is lost here, whoever is killed.",
+            Self::Kept => "No exit is lost here, whatever is killed.",
             Self::Partly => {
                 "Exits are known here while the daemon lives; while it is down they can be lost."
             }

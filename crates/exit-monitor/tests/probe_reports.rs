@@ -1,5 +1,6 @@
-//! What `embedshimd probe` says on kernels that are not here: feature sets that were recorded there (`probe --json` of the guests of
-//! `cargo xtask test-matrix`, and of this machine without bpffs or without rights), ranked and printed by the code of today.
+//! What `embedshimd probe` says on kernels that are not here: feature sets that were recorded there
+//! (`probe --json` of the guests of `cargo xtask test-matrix`, and of this machine without bpffs or
+//! without rights), ranked and printed by the code of today.
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 

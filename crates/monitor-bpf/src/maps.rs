@@ -1,5 +1,5 @@
-//! The two maps as user space sees them: whom to record, and what was recorded.
-//! Owns the layout that `exit.bpf.c` shares; changing it means a new pin directory (see `pins::LAYOUT`).
+//! The two maps as user space sees them: whom to record, and what was recorded. Owns the layout
+//! that `exit.bpf.c` shares; changing it means a new pin directory (see `pins::LAYOUT`).
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use exit_monitor::BootTime;

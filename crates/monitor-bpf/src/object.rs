@@ -13,7 +13,8 @@ pub(crate) const TRACEPOINT: &str = "sched_process_exit";
 /// `PROC_PID_INIT_INO` of linux/proc_ns.h.
 const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
-/// The inode of our pid namespace, or 0 for the initial one, where the kernel's own numbers are ours.
+/// The inode of our pid namespace, or 0 for the initial one, where the kernel's own numbers are
+/// ours.
 pub(crate) fn own_pid_namespace() -> u32 {
     let inode =
         std::fs::metadata("/proc/self/ns/pid").map_or(INITIAL_PID_NAMESPACE, |found| found.ino());

@@ -44,9 +44,9 @@ pub fn pin_dir_for(state_dir: &Path) -> PathBuf {
         .join(LAYOUT)
 }
 
-/// Ends the recording and removes what is pinned, with all records that nobody has read. For
-/// whoever will not come back: a monitor that is dropped leaves its pins to a successor. What is
-/// not there is removed already.
+/// Ends the recording and removes what is pinned, with all records that were not read. For a
+/// program that will not come back: a monitor that is dropped leaves its pins to a successor. What
+/// is not there is removed already.
 pub fn remove_pins(pin_dir: &Path) -> io::Result<()> {
     let gone = |result: io::Result<()>| match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -75,7 +75,12 @@ pub fn probe(wanted: &BpfConfig, readiness: Survives) -> Availability {
             "to know how a process ended",
             recorded,
         ),
-        Feature::tried("pinned link", "5.7", "to record while nobody runs", pinned),
+        Feature::tried(
+            "pinned link",
+            "5.7",
+            "to record while no daemon runs",
+            pinned,
+        ),
     ];
     Availability {
         backend: Backend::Bpf,

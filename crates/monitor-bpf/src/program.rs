@@ -1,5 +1,6 @@
-//! The program attached and its maps open: loaded anew, taken over from a predecessor, or put in the place of an older version.
-//! Owns every error that the kernel's refusal can become, in words an operator can act on.
+//! The program attached and its maps open: loaded again, taken over from a predecessor, or put in
+//! the place of an older version. Owns every error that the kernel's refusal can become, in words
+//! an operator can act on.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ pub enum OpenError {
     /// The kernel says no.
     #[error("no permission for BPF: CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN, are needed")]
     Denied(#[source] LoadError),
-    /// The kernel does not describe its types, and nobody else does.
+    /// The kernel does not describe its types, and no file does.
     #[error(
         "the kernel has no BTF at /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF), and none is configured (monitor.btf)"
     )]
@@ -163,8 +164,8 @@ impl Program {
         }
     }
 
-    /// What a predecessor of the same version has pinned goes on recording: it is used as it is. `None` if there is nothing, only a
-    /// part, or another version.
+    /// What a predecessor of the same version has pinned goes on recording: it is used as it is.
+    /// `None` if there is nothing, only a part, or another version.
     fn take_over(pins: &Pins, capacity: u32) -> Result<Option<Self>, OpenError> {
         if !pins.links().iter().any(|link| link.exists()) {
             return Ok(None);
@@ -186,7 +187,7 @@ impl Program {
                 let (from, to) = (maps.capacity(), capacity);
                 info!(
                     from,
-                    to, "no process is watched: the BPF maps are made anew"
+                    to, "no process is watched: the BPF maps are made again"
                 );
                 pins.remove()
                     .map_err(|error| pin_failed("remove the pins in", pins.directory(), error))?;
@@ -212,7 +213,7 @@ impl Program {
 }
 
 fn unusable(pins: &Pins, error: &dyn std::error::Error) -> Option<Program> {
-    warn!(%error, pins = %pins.directory().display(), "what is pinned cannot be used; attaching anew");
+    warn!(%error, pins = %pins.directory().display(), "cannot use what is pinned: attaching again");
     // Or the new links would find their names taken.
     for link in pins.links() {
         let _ = std::fs::remove_file(link);

@@ -1,6 +1,6 @@
-//! Exits by pidfd: readiness for every process by one epoll instance, the status by `waitid` for children and by what
-//! the kernel still knows for others. Complete on Linux 6.15 and newer while somebody holds the pidfds; before that exact
-//! for children only. Other backends build on its readiness.
+//! Exits by pidfd: readiness for every process by one epoll instance, the status by `waitid` for
+//! children and by what the kernel still knows for others. Complete on Linux 6.15 and newer while
+//! the pidfds are held; before that exact for children only. Other backends build on its readiness.
 //!
 //! ```
 //! use std::process::Command;
@@ -21,7 +21,7 @@
 //!     Watched::Armed => monitor.next_exits(&mut exits).await?,
 //! }
 //! assert_eq!(exits[0].status.code(), 128 + 9);
-//! // It was our child: the monitor has waited for it, and `Child::wait` would find nobody.
+//! // It was our child: the monitor has waited for it, and `Child::wait` would find no child.
 //! assert_eq!(exits[0].evidence, Evidence::Wait);
 //! # Ok(())
 //! # }

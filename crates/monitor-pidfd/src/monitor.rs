@@ -34,7 +34,7 @@ pub struct PidfdMonitor {
     ready: AsyncFd<File>,
     watches: Mutex<Watches>,
     guarantees: Guarantees,
-    /// The kernel has no pidfds: somebody has to go and look.
+    /// The kernel has no pidfds: a thread has to look again and again.
     by_looking: bool,
 }
 
@@ -146,8 +146,9 @@ impl PidfdMonitor {
         into.extend(ended.map(|process| self.record(&process)));
     }
 
-    /// The record of a process that has ended. A child is reaped when it is confirmed, not now: should we die before anybody has
-    /// written its status down, the zombie still tells our successor.
+    /// The record of a process that has ended. A child is reaped when it is confirmed, not now:
+    /// should we die before anything has written its status down, the zombie still tells our
+    /// successor.
     fn record(&self, process: &Arc<Process>) -> ExitRecord {
         let at = BootTime::now();
         let ended = status::of_ended(process);
@@ -251,7 +252,8 @@ impl ExitMonitor for PidfdMonitor {
                 source,
             };
             let mut ready = self.ready.readable().await.map_err(failed)?;
-            // No await from here on: an exit is taken from the kernel and given to the caller in one step.
+            // No await from here on: an exit is taken from the kernel and given to the caller in
+            // one step.
             if self.take_ready(into)? == 0 {
                 ready.clear_ready();
             } else if into.len() > before {

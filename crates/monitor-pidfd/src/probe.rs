@@ -13,7 +13,8 @@ const CODE: u8 = 42;
 
 type Tried = Result<(), (String, Option<String>)>;
 
-/// Tries everything this backend needs. It runs everywhere; what is missing makes it slower or less certain.
+/// Tries everything this backend needs. It runs everywhere; what is missing makes it slower or less
+/// certain.
 pub fn probe() -> Availability {
     let child = try_child();
     let missing = |why: &str, since: &str| Err((why.to_owned(), Some(newer(since))));
@@ -64,12 +65,7 @@ pub fn probe() -> Availability {
             "the status of our children",
             waited,
         ),
-        Feature::tried(
-            "pidfs inode",
-            "6.9",
-            "to tell processes apart for ever",
-            inode,
-        ),
+        Feature::tried("pidfs inode", "6.9", "to tell processes apart", inode),
         Feature::tried(
             "PIDFD_INFO_EXIT",
             "6.15",

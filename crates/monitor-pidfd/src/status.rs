@@ -45,8 +45,8 @@ pub(crate) fn of_ended(process: &Process) -> Ended {
         evidence,
         is_our_zombie: false,
     };
-    // Our child. It stays a zombie, which is all there is of its status until somebody has written
-    // that down.
+    // Our child. It stays a zombie, which is all there is of its status until the caller has
+    // written that down.
     if let Some(raw) = logged("waitid", process, wait(process, Zombie::Stays)) {
         let evidence = if *ZOMBIES_SHOW_THE_GROUP {
             Evidence::Wait
@@ -104,7 +104,7 @@ fn exit_info(process: &Process) -> Option<i32> {
     logged("PIDFD_GET_INFO", process, sys::exit_info(process.pidfd()?))
 }
 
-/// What a zombie that is somebody else's child still shows.
+/// What a zombie that is another process's child still shows.
 fn of_zombie(process: &Process) -> Option<i32> {
     let identity = process.identity();
     let stat = fs::read(format!("/proc/{}/stat", identity.pid)).ok()?;

@@ -1,4 +1,5 @@
-//! Calls that nix does not wrap, or wraps in a way that loses what we need: the only unsafe code of this crate.
+//! Calls that nix does not wrap, or wraps in a way that loses what we need: the only unsafe code of
+//! this crate.
 
 use std::fs::File;
 use std::io;
@@ -49,11 +50,13 @@ pub(crate) fn exit_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
         mask: PIDFD_INFO_EXIT,
         ..PidfdInfo::default()
     };
-    // SAFETY: the number encodes the size of PidfdInfo, which lives through the call; the descriptor is borrowed.
+    // SAFETY: the number encodes the size of PidfdInfo, which lives through the call; the
+    // descriptor is borrowed.
     let result = unsafe { pidfd_get_info(pidfd.as_raw_fd(), &raw mut info) };
     match result {
         Ok(_) => Ok((info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)),
-        // ENOTTY: before 6.13. ESRCH: reaped, and no information kept (before 6.15). EINVAL: an unknown mask.
+        // ENOTTY: before 6.13. ESRCH: reaped, and no information kept (before 6.15). EINVAL: an
+        // unknown mask.
         Err(Errno::ENOTTY | Errno::ESRCH | Errno::EINVAL) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
@@ -64,14 +67,14 @@ pub(crate) fn exit_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
 pub(crate) enum Target<'a> {
     /// Since Linux 5.4; before, EINVAL.
     Pidfd(BorrowedFd<'a>),
-    /// One that is known to be unreaped, or somebody else might be meant.
+    /// One that is known to be unreaped, or another process might be meant.
     Number(i32),
 }
 
 /// What becomes of a zombie whose status was read.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Zombie {
-    /// It stays, and tells the same to whoever asks next.
+    /// It stays, and tells the next caller the same.
     Stays,
     Reaped,
 }
@@ -92,7 +95,8 @@ pub(crate) fn wait(target: Target<'_>, zombie: Zombie) -> io::Result<Option<i32>
     loop {
         // SAFETY: siginfo_t is plain data for which all zeros are valid.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        // SAFETY: waitid writes one siginfo_t, which lives through the call; a descriptor is borrowed and so open.
+        // SAFETY: waitid writes one siginfo_t, which lives through the call; a descriptor is
+        // borrowed and so open.
         let result = unsafe { libc::waitid(kind, id, &raw mut info, flags) };
         if result == 0 {
             return Ok(wait_status(&info));
@@ -120,7 +124,8 @@ fn wait_status(info: &libc::siginfo_t) -> Option<i32> {
 
 /// A child that ends at once with this code, for probing. Its pid.
 pub(crate) fn fork_and_exit(code: u8) -> io::Result<i32> {
-    // SAFETY: the child calls nothing but _exit, which is async-signal-safe, so threads and locks don't matter.
+    // SAFETY: the child calls nothing but _exit, which is async-signal-safe, so threads and locks
+    // don't matter.
     match unsafe { libc::fork() } {
         // SAFETY: _exit is async-signal-safe and does not return.
         0 => unsafe { libc::_exit(i32::from(code)) },

@@ -1,5 +1,5 @@
-//! Whose exit statuses pidfds can tell: children always, others' children while they are zombies and, where the kernel
-//! keeps exit information (6.15), after that.
+//! Whose exit statuses pidfds can tell: children always, others' children while they are zombies
+//! and, where the kernel keeps exit information (6.15), after that.
 
 #![allow(
     clippy::unwrap_used,
@@ -40,7 +40,8 @@ fn sleeper() -> Child {
     Command::new("sleep").arg("1000").spawn().unwrap()
 }
 
-/// A shell whose child waits for a line and exits with 42; the shell reaps it when it is told to, not before.
+/// A shell whose child waits for a line and exits with 42; the shell reaps it when it is told to,
+/// not before.
 struct Foreign {
     parent: Child,
     child: Arc<Process>,

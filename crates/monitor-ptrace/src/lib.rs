@@ -1,8 +1,10 @@
-//! Exits by ptrace, the last resort: one tracer thread seizes processes that are not our children, where neither BPF nor pidfds tell
-//! how those end. Decorates the monitor that tells *that* a process is dead.
+//! Exits by ptrace, the last resort: one tracer thread seizes processes that are not our children,
+//! where neither BPF nor pidfds tell how those end. Decorates the monitor that tells *that* a
+//! process is dead.
 //!
-//! It has a price: a traced process cannot be debugged by anybody else, each of its signals and new threads takes two context
-//! switches more, and nothing is known of an exit while no tracer runs. Our own children are never traced: `waitid` tells.
+//! It has a price: a traced process cannot be debugged by another program, each of its signals and
+//! new threads takes two context switches more, and nothing is known of an exit while no tracer
+//! runs. Our own children are never traced: `waitid` tells.
 //!
 //! Linux 3.4; CAP_SYS_PTRACE; yama's `ptrace_scope` below 3.
 //!

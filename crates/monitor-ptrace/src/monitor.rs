@@ -1,4 +1,5 @@
-//! [`PtraceMonitor`]: another monitor's word on *that* a process is dead, and the tracer's on *how*, where that one has none or is less sure.
+//! [`PtraceMonitor`]: another monitor's word on *that* a process is dead, and the tracer's on
+//! *how*, where that one has none or is less sure.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -19,12 +20,14 @@ use crate::tracer::{Refusal, Tracer};
 pub struct PtraceMonitor {
     readiness: Arc<dyn ExitMonitor>,
     tracer: Tracer,
-    /// Exits that were taken from the readiness and not given away: who waits for them may stop waiting at any moment.
+    /// Exits that were taken from the readiness and not given away: who waits for them may stop
+    /// waiting at any moment.
     taken: Mutex<VecDeque<ExitRecord>>,
 }
 
 impl PtraceMonitor {
-    /// Starts the tracer thread. `readiness` tells that a process is dead, and how our own children died.
+    /// Starts the tracer thread. `readiness` tells that a process is dead, and how our own children
+    /// died.
     pub fn open(readiness: Arc<dyn ExitMonitor>) -> Result<Self, WatchError> {
         let tracer = Tracer::start().map_err(|source| WatchError::Kernel {
             call: "starting the tracer",
@@ -67,7 +70,8 @@ impl PtraceMonitor {
     }
 }
 
-/// By the parent's number in `/proc/PID/stat`; a wrong answer for a process that has just ended does no harm.
+/// By the parent's number in `/proc/PID/stat`; a wrong answer for a process that has just ended
+/// does no harm.
 fn is_our_child(identity: ProcessIdentity) -> bool {
     const PARENT: usize = 4;
     let stat = fs::read(format!("/proc/{}/stat", identity.pid)).unwrap_or_default();

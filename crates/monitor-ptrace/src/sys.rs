@@ -1,4 +1,5 @@
-//! ptrace(2) and waitpid(2) as numbers: nix's wrappers have no LISTEN and no real-time signals. The only unsafe code of this crate.
+//! ptrace(2) and waitpid(2) as numbers: nix's wrappers have no LISTEN and no real-time signals. The
+//! only unsafe code of this crate.
 
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -36,14 +37,15 @@ pub(crate) fn listen(tid: i32) -> io::Result<()> {
     request(libc::PTRACE_LISTEN, tid, 0)
 }
 
-/// Lets a stopped thread go for ever, with this signal or 0.
+/// Detaches from a stopped thread, with this signal or 0.
 pub(crate) fn detach(tid: i32, signal: i32) -> io::Result<()> {
     request(libc::PTRACE_DETACH, tid, signal)
 }
 
 fn request(request: libc::c_uint, tid: i32, data: i32) -> io::Result<()> {
     let data = libc::c_long::from(data);
-    // SAFETY: none of these requests reads or writes memory of ours: the address is unused, the data is a number.
+    // SAFETY: none of these requests reads or writes memory of ours: the address is unused, the
+    // data is a number.
     let result = unsafe { libc::ptrace(request, tid, std::ptr::null_mut::<libc::c_void>(), data) };
     if result < 0 {
         return Err(io::Error::last_os_error());
@@ -51,7 +53,8 @@ fn request(request: libc::c_uint, tid: i32, data: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for the next tracee or child of this very thread: those of other threads are not ours to reap.
+/// Waits for the next tracee or child of this very thread: those of other threads are not ours to
+/// reap.
 pub(crate) fn wait() -> io::Result<Waited> {
     let mut status = 0;
     let flags = libc::__WALL | libc::__WNOTHREAD | libc::WUNTRACED;
@@ -76,19 +79,20 @@ pub(crate) fn wait() -> io::Result<Waited> {
     }
 }
 
-/// A child of the tracer thread that does nothing but stop when it is told to: what wakes a thread that waits for processes.
+/// A child of the tracer thread that does nothing but stop when it is told to: what wakes a thread
+/// that waits for processes.
 #[derive(Debug, Default)]
 pub(crate) struct Bell(AtomicI32);
 
 impl Bell {
     /// Starts it, from the thread that is to be woken. It ends with that thread.
     pub(crate) fn hang(&self) -> io::Result<()> {
-        // With our table of descriptors, not a copy: a copy would keep open what we close, and whoever reads the other end of
-        // such a pipe would wait for its end as long as the bell hangs.
+        // With our table of descriptors, not a copy: a copy would keep open what we close, and a
+        // reader of the other end of such a pipe would wait for its end as long as the bell hangs.
         let flags = libc::CLONE_FILES | libc::SIGCHLD;
         let parent = std::process::id();
-        // SAFETY: without CLONE_VM, clone is a fork, and the zeros are read by no flag given. The child calls only what is safe
-        // after the fork of a process with threads.
+        // SAFETY: without CLONE_VM, clone is a fork, and the zeros are read by no flag given. The
+        // child calls only what is safe after the fork of a process with threads.
         match unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) } {
             0 => be_a_bell(parent),
             pid if pid > 0 => {
@@ -127,7 +131,8 @@ impl Bell {
     fn signal(&self, signal: i32) {
         let pid = self.pid();
         if pid > 0 {
-            // SAFETY: plain numbers; the child is reaped by `take_down` only, after which the number is 0.
+            // SAFETY: plain numbers; the child is reaped by `take_down` only, after which the
+            // number is 0.
             unsafe { libc::kill(pid, signal) };
         }
     }

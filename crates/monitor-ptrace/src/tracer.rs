@@ -1,7 +1,9 @@
-//! [`Tracer`]: the one thread that all ptrace calls come from, as the kernel demands. Owns the tracees and their last words.
+//! [`Tracer`]: the one thread that all ptrace calls come from, as the kernel demands. Owns the
+//! tracees and their last words.
 //!
-//! Every thread of a process is traced, not only the first: another thread's execve(2) takes the first one's place, and the
-//! tracer of the old one would hear nothing of the new (`de_thread` in fs/exec.c).
+//! Every thread of a process is traced, not only the first: another thread's execve(2) takes the
+//! first one's place, and the tracer of the old one would hear nothing of the new (`de_thread` in
+//! fs/exec.c).
 
 use std::collections::HashMap;
 use std::fs;
@@ -35,7 +37,7 @@ pub(crate) enum Refusal {
 enum Command {
     Watch(ProcessIdentity, oneshot::Sender<Result<(), Refusal>>),
     Unwatch(ProcessIdentity),
-    /// It has ended, and somebody knows how.
+    /// It has ended, and how is known.
     Forget(ProcessIdentity),
     Stop,
 }
@@ -57,7 +59,8 @@ impl Shared {
     }
 }
 
-/// The tracer thread's handle. When it is dropped, the kernel detaches every tracee, and those go on as they were.
+/// The tracer thread's handle. When it is dropped, the kernel detaches every tracee, and those go
+/// on as they were.
 #[derive(Debug)]
 pub(crate) struct Tracer {
     shared: Arc<Shared>,
@@ -76,7 +79,7 @@ impl Tracer {
             .spawn(move || {
                 let hung = work.bell.hang();
                 let is_hung = hung.is_ok();
-                // Whoever started this waits for the answer.
+                // The caller waits for the answer.
                 let _ = tell.send(hung);
                 if is_hung {
                     Work::new(work, received).run();
@@ -124,7 +127,8 @@ impl Tracer {
             .unwrap_or_default()
     }
 
-    /// Forgets a process that has ended. Its end may have been seen by another thread's `waitid`, which finds tracees like children.
+    /// Forgets a process that has ended. Its end may have been seen by another thread's `waitid`,
+    /// which finds tracees like children.
     pub(crate) fn forget(&self, identity: ProcessIdentity) {
         if self.shared.processes().remove(&identity).is_some() {
             // There is time until the thread wakes for something else.
@@ -133,7 +137,7 @@ impl Tracer {
     }
 
     fn command(&self, command: Command) {
-        // Without its thread there is nobody to command, and `watch` says so.
+        // Without its thread there is nothing to command, and `watch` says so.
         let _ = self.commands.send(command);
         self.shared.bell.ring();
     }
@@ -182,7 +186,7 @@ impl Work {
                     self.shared.bell.reset();
                 }
                 Ok(Waited::Ended { pid, .. }) if pid == self.shared.bell.pid() => {
-                    warn!("somebody has killed the tracer's bell; hanging another");
+                    warn!("the process that wakes the tracer was killed: another is started");
                     if let Err(error) = self.shared.bell.hang() {
                         warn!(%error, "the tracer cannot be woken any more");
                     }
@@ -219,7 +223,8 @@ impl Work {
             return Err(Refusal::Ended);
         };
         match self.groups.get_mut(&pid) {
-            // One that is leaving may be detached at any moment: it is seized again below, once it has left.
+            // One that is leaving may be detached at any moment: it is seized again below, once it
+            // has left.
             Some(group) if group.identity == identity && !group.is_leaving => return Ok(()),
             Some(group) => {
                 let old = group.identity;
@@ -234,7 +239,8 @@ impl Work {
                 is_leaving: false,
             },
         );
-        // New threads of traced ones are traced from the start; those of untraced ones need another look.
+        // New threads of traced ones are traced from the start; those of untraced ones need another
+        // look.
         while self.seize_new_threads(pid) > 0 {}
         if self.threads.contains_key(&pid) {
             self.shared.processes().insert(identity, None);
@@ -366,7 +372,8 @@ fn group_of(tid: i32) -> i32 {
         .unwrap_or(tid)
 }
 
-/// A tracee can be killed at any moment, and then no call finds it (ptrace(2), "Death under ptrace").
+/// A tracee can be killed at any moment, and then no call finds it (ptrace(2), "Death under
+/// ptrace").
 fn tolerate(call: &str, tid: i32, result: io::Result<()>) {
     if let Err(error) = result {
         debug!(call, tid, %error, "the tracee is gone");

@@ -1,5 +1,5 @@
-//! `cargo xtask chaos`: builds the product with failpoints and the chaos suite, and runs it. Owns the options, which the suite
-//! reads as well: it is given the same command line.
+//! `cargo xtask chaos`: builds the product with failpoints and the chaos suite, and runs it. Owns
+//! the options, which the suite reads as well: it is given the same command line.
 
 use std::process::Command;
 use std::sync::OnceLock;
@@ -53,7 +53,8 @@ pub struct Options {
     /// Run these phases only; all if none is named
     #[arg(long = "phase", value_enum, value_name = "PHASE")]
     pub phases: Vec<Phase>,
-    /// Single-step through everything, instead of the steps that the seed chooses; takes some minutes
+    /// Single-step through everything, instead of the steps that the seed chooses; takes some
+    /// minutes
     #[arg(long)]
     pub every_step: bool,
     /// Without --every-step, one of so many steps is taken

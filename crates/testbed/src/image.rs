@@ -1,5 +1,5 @@
-//! The test image: static busybox, and a small static program of ours, as an OCI archive made on the spot. No registry is
-//! ever asked.
+//! The test image: static busybox, and a small static program of ours, as an OCI archive made on
+//! the spot. No registry is ever asked.
 
 use std::fs;
 use std::os::unix::fs::symlink;

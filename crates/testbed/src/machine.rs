@@ -1,4 +1,5 @@
-//! What the machine must have: packages of Debian and a mounted bpffs. Says what it is about to do before it does it.
+//! What the machine must have: packages of Debian and a mounted bpffs. Says what it is about to do
+//! before it does it.
 
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -103,8 +103,8 @@ pub fn criu() -> anyhow::Result<PathBuf> {
     Suite::new("criu", "sid").fetch(&["criu"], &["usr/sbin/criu"])
 }
 
-/// The directory with a `runc` that knows what Debian 12's does not: mounts with mapped owners, which
-/// pods with user namespaces need.
+/// The directory with a `runc` that knows what Debian 12's does not: mounts with mapped owners,
+/// which pods with user namespaces need.
 pub fn runc() -> anyhow::Result<PathBuf> {
     Suite::new("runc", "sid").fetch_adapted(&["runc", PATCHELF], &["usr/sbin/runc"])
 }

@@ -1,5 +1,6 @@
-//! The counters of a cgroup, as the kernel names them: `file` and `key`, such as `memory.stat` and `cache`.
-//! Owns the reading and parsing; which counter a face shows under which name is the face's business.
+//! The counters of a cgroup, as the kernel names them: `file` and `key`, such as `memory.stat` and
+//! `cache`. Owns the reading and parsing; which counter a face shows under which name is the face's
+//! business.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -93,7 +94,8 @@ pub struct DeviceCounter {
 }
 
 impl Cgroup {
-    /// What it uses. Missing controllers count zero; an error means that the cgroup is gone. Blocks.
+    /// What it uses. Missing controllers count zero; an error means that the cgroup is gone.
+    /// Blocks.
     pub(crate) fn metrics(&self) -> Result<Metrics, CgroupError> {
         let directory = self.directory().unwrap_or(Path::new("/"));
         fs::metadata(directory).map_err(|source| CgroupError::Read {

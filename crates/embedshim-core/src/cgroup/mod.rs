@@ -1,5 +1,6 @@
-//! Cgroups of containers: which processes are in them, what they use, and whether the kernel killed for memory.
-//! Owns where a container's cgroup is, on v1, v2 and hybrid machines; never creates or configures one, the runtime does.
+//! Cgroups of containers: which processes are in them, what they use, and whether the kernel killed
+//! for memory. Owns where a container's cgroup is, on v1, v2 and hybrid machines; never creates or
+//! configures one, the runtime does.
 
 mod freezer;
 mod metrics;
@@ -56,7 +57,8 @@ pub(crate) enum CgroupError {
         /// Which.
         pid: i32,
     },
-    /// The container runs in the cgroup of the daemon or of the whole machine, so what is in it is not the container.
+    /// The container runs in the cgroup of the daemon or of the whole machine, so what is in it is
+    /// not the container.
     #[error("process {pid} shares the cgroup {path} with others", path = .path.display())]
     Shared {
         /// Which.
@@ -83,7 +85,7 @@ impl Cgroup {
         Ok(found)
     }
 
-    /// The cgroup that a process is in, whoever else is.
+    /// The cgroup that a process is in, perhaps with others.
     fn containing(pid: i32) -> Result<Self, CgroupError> {
         let mounts = Self::read("/proc/self/mountinfo", |_| read_mountinfo())?;
         Self::at(&pid.to_string(), &mounts)?.ok_or(CgroupError::None { pid })
@@ -173,8 +175,8 @@ fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ENODEV as i32)
 }
 
-/// `/proc/PID/cgroup` has a line `number:controllers:path` for each hierarchy; v2's has no controllers. On hybrid machines
-/// the v1 controllers do the work and v2's hierarchy is empty.
+/// `/proc/PID/cgroup` has a line `number:controllers:path` for each hierarchy; v2's has no
+/// controllers. On hybrid machines the v1 controllers do the work and v2's hierarchy is empty.
 fn locate(text: &str, mounts: &[MountPoint]) -> Option<Cgroup> {
     let mut controllers = BTreeMap::new();
     let mut unified = None;

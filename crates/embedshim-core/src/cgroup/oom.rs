@@ -1,5 +1,5 @@
-//! [`OomWatcher`]: which containers have lost a process to the OOM killer, while they live.
-//! One epoll and one inotify instance for all of them; v1 notifies by eventfd, v2 by a modified file.
+//! [`OomWatcher`]: which containers have lost a process to the OOM killer, while they live. One
+//! epoll and one inotify instance for all of them; v1 notifies by eventfd, v2 by a modified file.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -20,7 +20,8 @@ use super::Cgroup;
 use super::metrics::keyed;
 use crate::sys;
 
-/// The token of the inotify instance in the epoll set; the others are the callers', which count from 1.
+/// The token of the inotify instance in the epoll set; the others are the callers', which count
+/// from 1.
 const INOTIFY: u64 = 0;
 
 /// Tells of OOM kills in the cgroups it watches.
@@ -78,7 +79,8 @@ impl OomWatcher {
         })
     }
 
-    /// Begins to watch. `token`, not 0, is what [`next`](Self::next) will say. Opens a few files of the cgroup.
+    /// Begins to watch. `token`, not 0, is what [`next`](Self::next) will say. Opens a few files of
+    /// the cgroup.
     pub(crate) fn watch(&self, token: u64, cgroup: &Cgroup) -> io::Result<()> {
         let Some((directory, file)) = cgroup.oom_file() else {
             return Ok(());
@@ -110,8 +112,9 @@ impl OomWatcher {
         }
     }
 
-    /// Waits for the next sign of an OOM kill. Only a sign: the cgroup may just have been removed, or the file
-    /// modified for another reason; the count in [`Cgroup::oom_kills`] is the fact. Cancel-safe.
+    /// Waits for the next sign of an OOM kill. Only a sign: the cgroup may just have been removed,
+    /// or the file modified for another reason; the count in [`Cgroup::oom_kills`] is the fact.
+    /// Cancel-safe.
     pub(crate) async fn next(&self) -> u64 {
         loop {
             let Ok(mut ready) = self.epoll.readable().await else {
@@ -143,7 +146,7 @@ impl OomWatcher {
         }
     }
 
-    /// Resets the eventfd. One whose cgroup is gone would be ready for ever.
+    /// Resets the eventfd. One whose cgroup is gone would stay ready.
     fn counted(&self, token: u64) -> bool {
         match self.watches().get(&token) {
             Some(Watch::V1(event)) => event.read().is_ok(),
@@ -152,7 +155,8 @@ impl OomWatcher {
     }
 
     fn modified(&self) -> Option<u64> {
-        // One at a time would need a queue; several at once are rare, and each exit looks at its counter anyway.
+        // One at a time would need a queue; several at once are rare, and each exit looks at its
+        // counter anyway.
         let events = self.inotify.read_events().ok()?;
         let watches = self.watches();
         events.iter().find_map(|event| {

@@ -24,7 +24,8 @@ use crate::program::touch;
 use crate::reaper::{Awaited, Orphans};
 use crate::sys;
 
-/// How long a helper may take; containerd's own has no limit, and a Create lasts no longer than its client waits.
+/// How long a helper may take; containerd's own has no limit, and a Create lasts no longer than its
+/// client waits.
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long one that was killed is waited for.
 const KILLED: Duration = Duration::from_secs(1);
@@ -129,9 +130,9 @@ fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
     }
 }
 
-/// Ends the helper that a predecessor has left running in this bundle, if there is one, with what it
-/// has started: nothing is mounted by it afterwards. One in uninterruptible sleep is not waited for
-/// for long.
+/// Ends the helper that a predecessor has left running in this bundle, if there is one, with what
+/// it has started: nothing is mounted by it afterwards. One in uninterruptible sleep is not waited
+/// for for long.
 pub(crate) fn end_left(bundle: &Path) {
     let note = bundle.join(NOTE);
     let Some(helper) = left(&note) else {

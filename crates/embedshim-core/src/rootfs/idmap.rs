@@ -1,5 +1,5 @@
-//! Idmapped mounts (`uidmap=`, `gidmap=`; containerd 2.0+, Linux 5.12): files of a snapshot that many pods share appear to belong to
-//! the users of one pod. Never changes a file's owner on disk.
+//! Idmapped mounts (`uidmap=`, `gidmap=`; containerd 2.0+, Linux 5.12): files of a snapshot that
+//! many pods share appear to belong to the users of one pod. Never changes a file's owner on disk.
 
 use std::fs::{self, File};
 use std::io;
@@ -31,7 +31,8 @@ impl IdMap {
         })
     }
 
-    /// A user namespace with this mapping; it lives as long as the descriptor or a mount that uses it.
+    /// A user namespace with this mapping; it lives as long as the descriptor or a mount that uses
+    /// it.
     fn user_namespace(&self) -> io::Result<OwnedFd> {
         let holder = NamespaceHolder::start()?;
         let of_holder = |file: &str| format!("/proc/{}/{file}", holder.pid());
@@ -78,8 +79,9 @@ pub(super) fn attach(detached: &Detached, target: &Path) -> io::Result<()> {
     Ok(move_mount(detached, "", CWD, target, flags)?)
 }
 
-/// An overlay whose lower directories have other owners. Its layers are mounted in a mount namespace that ends with this call, so
-/// that no copy of a snapshot is left in the file system, whatever happens; `stage` is a directory to mount them on there.
+/// An overlay whose lower directories have other owners. Its layers are mounted in a mount
+/// namespace that ends with this call, so that no copy of a snapshot is left in the file system,
+/// whatever happens; `stage` is a directory to mount them on there.
 pub(super) fn overlay(
     flags: MsFlags,
     data: &str,

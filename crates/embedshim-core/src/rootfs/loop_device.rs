@@ -1,4 +1,5 @@
-//! `loop` mounts: a file behind a block device that goes away with its last mount. Owns nothing longer than the mount call takes.
+//! `loop` mounts: a file behind a block device that goes away with its last mount. Owns nothing
+//! longer than the mount call takes.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,7 +15,7 @@ const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
 /// A wish: the kernel falls back to buffered I/O where the file system below has none.
 const DIRECT_IO: u32 = 16;
-/// Somebody else may take the free device before us; as often as util-linux tries.
+/// Another program may take the free device before us; as often as util-linux tries.
 const TRIES: usize = 32;
 
 /// A configured loop device; kept open until it is mounted, for it goes away with its last user.

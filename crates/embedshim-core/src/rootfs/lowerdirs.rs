@@ -1,5 +1,6 @@
-//! Overlays of many layers: their `lowerdir=` is longer than the page that mount(2) takes (about 50 of containerd's snapshots).
-//! As containerd does, the paths are made relative to what they have in common and mounted from there.
+//! Overlays of many layers: their `lowerdir=` is longer than the page that mount(2) takes (about 50
+//! of containerd's snapshots). As containerd does, the paths are made relative to what they have in
+//! common and mounted from there.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use nix::unistd::chdir;
 
 pub(super) const LOWERDIR: &str = "lowerdir=";
 
-/// The same mount data with shorter paths, and the directory in which it means the same. `None` if there is nothing to gain.
+/// The same mount data with shorter paths, and the directory in which it means the same. `None` if
+/// there is nothing to gain.
 pub(super) fn shorten(data: &str) -> Option<(PathBuf, String)> {
     let options: Vec<&str> = data.split(',').collect();
     let place = options
@@ -53,7 +55,8 @@ fn common_parent(directories: &[&Path]) -> Option<PathBuf> {
     Some(common.to_owned())
 }
 
-/// The lower directories, and all other options. `None` if there are none, or their paths are escaped.
+/// The lower directories, and all other options. `None` if there are none, or their paths are
+/// escaped.
 pub(super) fn split(data: &str) -> Option<(Vec<&Path>, Vec<&str>)> {
     let (lower, rest): (Vec<&str>, Vec<&str>) = data
         .split(',')

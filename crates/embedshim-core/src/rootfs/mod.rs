@@ -1,5 +1,6 @@
-//! Root filesystems: mounting what containerd asks for and unmounting it without a trace.
-//! Owns containerd's option language; never decides what is mounted. All functions block on the file system.
+//! Root filesystems: mounting what containerd asks for and unmounting it without a trace. Owns
+//! containerd's option language; never decides what is mounted. All functions block on the file
+//! system.
 
 mod helper;
 mod idmap;
@@ -34,8 +35,8 @@ pub(crate) fn options_are_understood(mount: &Mount, target: &Path) -> bool {
     Options::parse(mount, target).is_ok()
 }
 
-/// Mounts all of `mounts` in order on (or below) `rootfs`, which is made if it is missing. On failure, what this call
-/// mounted is unmounted again.
+/// Mounts all of `mounts` in order on (or below) `rootfs`, which is made if it is missing. On
+/// failure, what this call mounted is unmounted again.
 pub(crate) fn mount_all(
     mounts: &[Mount],
     rootfs: &Path,
@@ -136,7 +137,8 @@ fn finish(options: &Options, target: &Path) -> Result<(), Errno> {
 
 /// A mount point: the path to mount on, and the path to show and to unmount.
 struct Target {
-    /// Through a descriptor where symlinks had to be resolved inside the rootfs: nothing can be swapped after the check.
+    /// Through a descriptor where symlinks had to be resolved inside the rootfs: nothing can be
+    /// swapped after the check.
     path: PathBuf,
     shown: PathBuf,
     _descriptor: Option<OwnedFd>,
@@ -176,14 +178,16 @@ fn target_below(rootfs: &Path, target: &str) -> Result<Target, MountError> {
     })
 }
 
-/// Unmounts everything at and below `target`, the latest first. What is not there is unmounted already.
+/// Unmounts everything at and below `target`, the latest first. What is not there is unmounted
+/// already.
 pub fn unmount_recursive(target: &Path) -> Result<(), MountError> {
     let mut mounts: Vec<MountPoint> = read_mountinfo()
         .map_err(MountError::MountInfo)?
         .into_iter()
         .filter(|mount| mount.path.starts_with(target))
         .collect();
-    // Later mounts lie over earlier ones: the reverse of the kernel's order takes the top one first.
+    // Later mounts lie over earlier ones: the reverse of the kernel's order takes the top one
+    // first.
     while let Some(mount) = mounts.pop() {
         unmount(&mount.path)?;
     }

@@ -1,5 +1,5 @@
-//! containerd's mount options: fstab words that are flags, words that are propagation, and data for the file system.
-//! The table is that of containerd's `core/mount/mount_linux.go`. Pure.
+//! containerd's mount options: fstab words that are flags, words that are propagation, and data for
+//! the file system. The table is that of containerd's `core/mount/mount_linux.go`. Pure.
 
 use std::path::{Path, PathBuf};
 
@@ -69,7 +69,8 @@ impl Options {
                 data.push(option.as_str());
             }
         }
-        // containerd's bind mounts come as type "bind" with the option, from some clients without it.
+        // containerd's bind mounts come as type "bind" with the option, from some clients without
+        // it.
         if matches!(mount.kind.as_str(), "bind" | "rbind") {
             parsed.flags.set(MsFlags::MS_BIND, true);
             parsed.flags.set(

@@ -1,5 +1,5 @@
-//! [`RuntimeOptions`]: which OCI runtime a task uses, and how. Owns the defaults, which are those of
-//! containerd's shims.
+//! [`RuntimeOptions`]: which OCI runtime a task uses, and how. Owns the defaults, which are those
+//! of containerd's shims.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,8 @@ use crate::id::Namespace;
 pub struct RuntimeOptions {
     /// The runtime's binary, a name on `PATH` or an absolute path; empty means `runc`.
     pub binary: String,
-    /// The base of the runtime's state directory; the namespace is appended. Empty means `/run/containerd/runc`.
+    /// The base of the runtime's state directory; the namespace is appended. Empty means
+    /// `/run/containerd/runc`.
     pub root: String,
     /// Cgroups by systemd; `None` means: by the form of the spec's `cgroupsPath`.
     pub systemd_cgroup: Option<bool>,

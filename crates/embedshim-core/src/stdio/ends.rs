@@ -21,7 +21,7 @@ use crate::sys;
 
 const STDOUT: &[FdRole] = &[FdRole::StdoutPipe];
 const STDERR: &[FdRole] = &[FdRole::StderrPipe];
-/// An init's output that somebody outside of its container still has open is over when nothing has
+/// An init's output that a process outside of its container still has open is over when nothing has
 /// come for this long.
 const HOLDERS: Duration = Duration::from_secs(2);
 /// The same for a terminal: long enough for the kernel's own buffering, which goes through a work

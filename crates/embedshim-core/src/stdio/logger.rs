@@ -1,5 +1,6 @@
-//! `binary://` loggers: a program of the client's that reads a process's output from pipes, as nerdctl uses it.
-//! Owns how it is started, told to be ready, and ended; it outlives the daemon, since only the process holds its pipes open.
+//! `binary://` loggers: a program of the client's that reads a process's output from pipes, as
+//! nerdctl uses it. Owns how it is started, told to be ready, and ended; it outlives the daemon,
+//! since only the process holds its pipes open.
 
 use std::ffi::OsString;
 use std::io;
@@ -25,7 +26,7 @@ use crate::process::{Process, ProcessIdentity};
 use crate::reaper::Orphans;
 use crate::sys;
 
-/// How long a logger may take until it is ready. runc-v2 waits for ever.
+/// How long a logger may take until it is ready. runc-v2 waits without end.
 pub(crate) const READY: Duration = Duration::from_secs(30);
 /// How long it may take to end after SIGTERM (`binaryIOProcTermTimeout` of runc-v2).
 const TERM: Duration = Duration::from_secs(12);
@@ -136,7 +137,8 @@ impl Logger {
         let child = orphans
             .spawn(&mut command)
             .map_err(failed("cannot be started"))?;
-        // Our copies of its ends: with them it would never see that it is alone, nor we that it is ready.
+        // Our copies of its ends: with them it would never see that it is alone, nor we that it is
+        // ready.
         drop(command);
         let identity = Process::open(child.pid())
             .map_err(|error| self.failed("cannot be watched", io::Error::other(error)))?
@@ -219,7 +221,8 @@ impl Starting {
     }
 }
 
-/// Ends a logger as runc-v2 does: SIGTERM, and SIGKILL if that is not enough. Nothing happens to one that has ended.
+/// Ends a logger as runc-v2 does: SIGTERM, and SIGKILL if that is not enough. Nothing happens to
+/// one that has ended.
 pub(crate) async fn end_logger(logger: ProcessIdentity) {
     let ended =
         || Process::reopen(logger).map_or(true, |process| process.has_ended().unwrap_or(true));

@@ -5,7 +5,7 @@
 //! Both ends of each stream are in the process's [`ProcessFds`](crate::fdstore) from before the
 //! first call of the runtime until the process is over and all is moved, and bytes are moved by the
 //! kernel from one to the other: at no instant is there anything in this daemon's memory alone. So
-//! four rules hold whoever is killed:
+//! four rules hold whatever is killed:
 //! - the client reads no end before the process's output is over, and then at once: it waits for
 //!   that before it deletes;
 //! - what a client does not read stays in the pipes, and makes the process wait: never `EPIPE`,

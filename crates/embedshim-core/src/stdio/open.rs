@@ -340,10 +340,10 @@ mod tests {
         let pipe = output_pipe(true).unwrap();
         drop(pipe.ours);
         let mut theirs = File::from(pipe.theirs);
-        theirs.write_all(b"nobody listens").unwrap();
+        theirs.write_all(b"no reader yet!").unwrap();
         let again = File::from(reopen(&theirs, libc::O_RDONLY | libc::O_NONBLOCK).unwrap());
         drop(theirs);
-        assert_eq!(read_all(&again), (b"nobody listens".to_vec(), None));
+        assert_eq!(read_all(&again), (b"no reader yet!".to_vec(), None));
     }
 
     #[test]

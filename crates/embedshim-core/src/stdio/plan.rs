@@ -27,7 +27,8 @@ pub(super) enum Output {
 }
 
 impl Plan {
-    /// Reads the request. Only stdout's scheme counts, as for runc-v2; with `file://` stderr goes there too.
+    /// Reads the request. Only stdout's scheme counts, as for runc-v2; with `file://` stderr goes
+    /// there too.
     pub(crate) fn parse(paths: &StdioPaths) -> Result<Self, StdioError> {
         let plain = |stream, text: &str| -> Result<Option<PathBuf>, StdioError> {
             let path = text.strip_prefix("fifo://").unwrap_or(text);

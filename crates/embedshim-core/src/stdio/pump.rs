@@ -32,7 +32,7 @@ use super::ready::is_ready;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 
 /// The size of the pipes of a stream that flows without pause, since most of its cost are changes
-/// between processes. One that nobody reads does not flow, and stays as small as every pipe: its
+/// between processes. One without a reader does not flow, and stays as small as every pipe: its
 /// process waits after 64 KiB.
 pub(super) const LARGE: usize = 1024 * 1024;
 /// So much without pause makes pipes large.

@@ -61,7 +61,7 @@ pub struct CheckpointTask {
     pub terminal: bool,
     /// Allow file locks.
     pub file_locks: bool,
-    /// Namespaces that are to be made anew, not restored.
+    /// Namespaces that are to be made again, not restored.
     pub empty_namespaces: Vec<String>,
     /// What becomes of cgroups: `soft`, `full` or `strict`; empty for the runtime's default.
     pub cgroups_mode: String,
@@ -70,11 +70,11 @@ pub struct CheckpointTask {
 /// How a process ended, as its waiters learn it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
-    /// Its exit code as containerd counts it; 255 also stands for what nobody knows.
+    /// Its exit code as containerd counts it; 255 also stands for unknown.
     pub code: u32,
     /// When.
     pub at: SystemTime,
-    /// The same in full, which tells 255 from unknown. `None` if nobody saw an end (it never ran, or
+    /// The same in full, which tells 255 from unknown. `None` if no end was seen (it never ran, or
     /// cannot be killed), or if a version without this field recorded it.
     #[serde(default)]
     pub status: Option<ExitStatus>,
@@ -136,7 +136,8 @@ pub struct Deleted {
 pub enum Cleaned {
     /// There is no such task. If its container exists all the same, its record was lost.
     Unknown,
-    /// The id has another bundle by now, or somebody else has just removed it: nothing was done.
+    /// The id has another bundle by now, or another operation has just removed the task: nothing
+    /// was done.
     Replaced,
     /// It was killed if it lived, and removed.
     Removed {

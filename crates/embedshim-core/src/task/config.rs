@@ -14,19 +14,22 @@ pub struct NodeConfig {
     pub state_dir: PathBuf,
     /// The longest that one call of the OCI runtime, with its hooks, may take.
     pub runtime_deadline: Duration,
-    /// Reap every child of this process that nobody waits for, as whoever is a child subreaper must: with a container come
-    /// processes that outlive their parents. It cannot know who else in this process waits for children, so it is only for a
-    /// program that has one node and lets nobody else start any. Without it only children that are watched are reaped.
+    /// Reap every child of this process that nothing in it waits for, as a child subreaper must:
+    /// with a container come processes that outlive their parents. It cannot know what else in this
+    /// process waits for children, so it is only for a program that has one node and starts no
+    /// other children. Without it only children that are watched are reaped.
     pub reap_orphans: bool,
-    /// Holds descriptors that have to outlive this process: terminals, both ends of streams. With [`NoFdStore`], an init's output goes on
-    /// when the next node finds its pipes; terminals, inputs and the outputs of execs end with this process.
+    /// Holds descriptors that have to outlive this process: terminals, both ends of streams. With
+    /// [`NoFdStore`], an init's output goes on when the next node finds its pipes; terminals,
+    /// inputs and the outputs of execs end with this process.
     pub descriptors: Arc<dyn FdStore>,
-    /// Who hears of events; without one they are to be had from [`Node::next_event`](super::Node::next_event).
+    /// Where events go; without a sink, [`Node::next_event`](super::Node::next_event) has them.
     pub events: Option<Arc<dyn EventSink>>,
 }
 
 impl NodeConfig {
-    /// A node whose descriptors nobody keeps, that reaps watched children only and whose runtime has five minutes for a call.
+    /// A node without an fd store, that reaps watched children only and whose runtime has five
+    /// minutes for a call.
     pub fn new(state_dir: impl Into<PathBuf>) -> Self {
         Self {
             state_dir: state_dir.into(),

@@ -1,5 +1,5 @@
-//! [`Errand`]: on whose behalf an operation is done. Owns how a request is recognised that a predecessor has begun and not answered; what
-//! that means for an operation is the operation's.
+//! [`Errand`]: on whose behalf an operation is done. Owns how a request is recognised that a
+//! predecessor has begun and not answered; what that means for an operation is the operation's.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::task::api::Deleted;
 
-/// Which request: the connection that it came on and its number there. No two requests of a boot have the same.
+/// Which request: the connection that it came on and its number there. No two requests of a boot
+/// have the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RequestId {
     /// The connection.
@@ -18,19 +19,22 @@ pub struct RequestId {
     pub stream: u32,
 }
 
-/// Hears what a deletion is about to answer, before the last trace is removed from which it could be learned again.
+/// Hears what a deletion is about to answer, before the last trace is removed from which it could
+/// be learned again.
 #[async_trait]
 pub trait Witness: fmt::Debug + Send + Sync {
     /// The task or exec was deleted; returns when that is noted.
     async fn deleted(&self, deleted: Deleted);
 }
 
-/// On whose behalf an operation is done. The default is nobody's: a caller who will not ask again after a restart.
+/// On whose behalf an operation is done. The default is nobody's: a caller who will not ask again
+/// after a restart.
 #[derive(Clone, Debug, Default)]
 pub struct Errand {
     /// The request. Operations leave it in the records of what they have done.
     pub request: Option<RequestId>,
-    /// A predecessor has begun with this request and died before it was answered. What it has done is answered, not done again.
+    /// A predecessor has begun with this request and died before it was answered. What it has done
+    /// is answered, not done again.
     pub is_again: bool,
     /// Who notes what a deletion will answer.
     pub witness: Option<Arc<dyn Witness>>,

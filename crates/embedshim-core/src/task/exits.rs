@@ -1,6 +1,6 @@
-//! Exits: from the monitor's report to the answered `Wait`, the event and the end of the watch. Owns
-//! their order (invariants 3 and 5): the rest is killed with the init, OOM before exit, durable
-//! before visible, execs before the init.
+//! Exits: from the monitor's report to the answered `Wait`, the event and the end of the watch.
+//! Owns their order (invariants 3 and 5): the rest is killed with the init, OOM before exit,
+//! durable before visible, execs before the init.
 
 use std::sync::Arc;
 use std::time::Duration;

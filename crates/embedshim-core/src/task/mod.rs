@@ -18,8 +18,8 @@
 //!   Created, Starting, Started, Running, Pausing, Paused -- End --> Ended -- Publish --> Stopped
 //! ```
 //!
-//! - `Starting` and `Started` belong to the operation that began: an exit that is reported meanwhile
-//!   waits in them for `Release`, so that it comes after the operation's event and record.
+//! - `Starting` and `Started` belong to the operation that began: an exit that is reported
+//!   meanwhile waits in them for `Release`, so that it comes after the operation's event and record.
 //! - `Ended` knows the exit, and clients do not: it is visible as `Stopped` when it is durable.
 //! - Clients see `Starting` and `StartFailed` as created, `Started` as running, `Ended` as what it
 //!   was before.
@@ -28,9 +28,9 @@
 //!
 //! | transition | by |
 //! | --- | --- |
-//! | `Begin`, `Start`, `Release`, `Fail`, `Unmake` | `ops::create`, `ops::start`; `recovery`, for what a predecessor has begun |
+//! | `Begin`, `Start`, `Release`, `Fail`, `Unmake` | `ops::create`, `ops::start`; `recovery` |
 //! | `Freeze`, `Frozen`, `Thawed` | `ops::pause`; `recovery` |
-//! | `Report`, `End`, `Publish` | `exits`; `Report` also `Engine::watch`, of a process that is over already |
+//! | `Report`, `End`, `Publish` | `exits`; `Report` also `Engine::watch` |
 //!
 //! # What imports what
 //!

@@ -1,5 +1,5 @@
-//! [`Node`]: the tasks of one machine and every operation on them. Owns the background work and what
-//! reads answer; each mutation is the engine's, in a task that outlives its caller.
+//! [`Node`]: the tasks of one machine and every operation on them. Owns the background work and
+//! what reads answer; each mutation is the engine's, in a task that outlives its caller.
 
 use std::io;
 use std::path::Path;
@@ -31,19 +31,19 @@ use crate::task::exits::current_metrics;
 use crate::task::lifecycle::Phase;
 use crate::task::store::{Store, boot_id};
 
-/// How long a read may take to look into a cgroup: the threads for such work can be taken by mounts that hang, and
-/// containerd waits 2 s for an answer. Without the look, what is known answers.
+/// How long a read may take to look into a cgroup: the threads for such work can be taken by mounts
+/// that hang, and containerd waits 2 s for an answer. Without the look, what is known answers.
 const READ_LIMIT: Duration = Duration::from_secs(1);
 /// How long the statistics of a running container may take, since nothing is known of them yet.
 const STATS_LIMIT: Duration = Duration::from_secs(10);
 
 /// The tasks of one machine.
 ///
-/// One state directory has one node at a time, and an [`ExitMonitor`] serves one node: both are for the caller to see to, as by a
-/// lock. Several nodes in one process do not know of each other.
+/// One state directory has one node at a time, and an [`ExitMonitor`] serves one node: both are for
+/// the caller to see to, as by a lock. Several nodes in one process do not know of each other.
 ///
-/// Mutations run in tasks of their own: dropping the returned future abandons the answer, never the work.
-/// Reads answer from the last published state and never wait for the OCI runtime.
+/// Mutations run in tasks of their own: dropping the returned future abandons the answer, never the
+/// work. Reads answer from the last published state and never wait for the OCI runtime.
 #[derive(Clone, Debug)]
 pub struct Node {
     engine: Arc<Engine>,
@@ -65,16 +65,19 @@ impl Drop for Background {
 impl Node {
     /// Takes over what is in the state directory and starts to work. Needs a tokio runtime.
     ///
-    /// What a predecessor has left half done is finished or undone; each operation on such a task waits for that.
+    /// What a predecessor has left half done is finished or undone; each operation on such a task
+    /// waits for that.
     ///
-    /// Where the monitor is not sure of others' children, the program should inherit the containers' processes, as a child
-    /// subreaper (`PR_SET_CHILD_SUBREAPER`, and [`NodeConfig::reap_orphans`]). Dropping the last clone of a node ends its work;
-    /// the containers run on, for the next one that is opened on the state directory.
+    /// Where the monitor is not sure of others' children, the program should inherit the
+    /// containers' processes, as a child subreaper (`PR_SET_CHILD_SUBREAPER`, and
+    /// [`NodeConfig::reap_orphans`]). Dropping the last clone of a node ends its work; the
+    /// containers run on, for the next one that is opened on the state directory.
     pub async fn open(config: NodeConfig, monitor: Arc<dyn ExitMonitor>) -> Result<Self, Error> {
         Self::take_over(config, monitor, &mut InheritedFds::default()).await
     }
 
-    /// The same with the descriptors that a predecessor's store gave back; what belongs to a task is taken out.
+    /// The same with the descriptors that a predecessor's store gave back; what belongs to a task
+    /// is taken out.
     pub async fn take_over(
         config: NodeConfig,
         monitor: Arc<dyn ExitMonitor>,
@@ -110,7 +113,7 @@ impl Node {
         })
     }
 
-    /// The same node, whose operations are done on somebody's behalf.
+    /// The same node, whose operations are done for this request.
     pub fn on_behalf_of(&self, errand: Errand) -> Self {
         Self {
             errand,
@@ -123,7 +126,7 @@ impl Node {
         self.engine.quiet().await;
     }
 
-    /// Somebody has removed the records: writes down again what there is to remember.
+    /// Writes all records again, after their directory was removed.
     pub async fn record_again(&self) -> Result<(), Error> {
         let store = self.engine.store.clone();
         blocking(move || store.make()).await??;
@@ -196,13 +199,15 @@ impl Node {
         self.engine.orphans.spawn(command)
     }
 
-    /// containerd has given this bundle up: kills what lives, removes everything. Waits for operations under way.
+    /// containerd has given this bundle up: kills what lives, removes everything. Waits for
+    /// operations under way.
     pub async fn cleanup(&self, key: &TaskKey, bundle: &Path) -> Result<Cleaned, Error> {
         self.detached(self.engine().cleanup(key.clone(), bundle.to_owned()))
             .await
     }
 
-    /// Closes our end of a process's standard input: it sees the end once the client's ends are closed too.
+    /// Closes our end of a process's standard input: it sees the end once the client's ends are
+    /// closed too.
     pub async fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
         let (task, process) = self.engine.registry.process(key)?;
         process.close_stdin();
@@ -263,8 +268,8 @@ impl Node {
             .map_or(0, |task| task.init.now().pid)
     }
 
-    /// The container's processes. Never empty for a task there is: containerd 1.7 takes that for a leak and
-    /// destroys the task, with its exit code.
+    /// The container's processes. Never empty for a task there is: containerd 1.7 takes that for a
+    /// leak and destroys the task, with its exit code.
     pub async fn pids(&self, key: &TaskKey) -> Result<Vec<ProcessEntry>, Error> {
         let task = self.engine.registry.task(key)?;
         let init = task.init.now();
@@ -309,8 +314,8 @@ impl Node {
         }
     }
 
-    /// The next event, in order; for ever without one if [`NodeConfig::events`] names who hears of them. Meant for one consumer;
-    /// with several, each event goes to one of them.
+    /// The next event, in order. Never answers if [`NodeConfig::events`] has a sink. Meant for one
+    /// consumer; with several, each event goes to one of them.
     pub async fn next_event(&self) -> Option<Event> {
         self.events.lock().await.recv().await
     }

@@ -1,5 +1,5 @@
-//! [`TaskProcess`]: one process of a task, its place in its [`Lifecycle`], its descriptors and what is
-//! known of it. Never calls the runtime, writes a record or emits an event.
+//! [`TaskProcess`]: one process of a task, its place in its [`Lifecycle`], its descriptors and what
+//! is known of it. Never calls the runtime, writes a record or emits an event.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
@@ -319,7 +319,8 @@ impl TaskProcess {
         }
     }
 
-    /// Decides whether its input outlives its client, before it may read. To be durable before [`begin_input`](Self::begin_input).
+    /// Decides whether its input outlives its client, before it may read. To be durable before
+    /// [`begin_input`](Self::begin_input).
     pub(crate) fn decide_stdin(&self) {
         stdio::decide_input(&self.fds);
     }
@@ -437,7 +438,8 @@ impl TaskProcess {
 )]
 const GO_ZERO_BEFORE_EPOCH: Duration = Duration::from_secs(62_135_596_800);
 
-/// The answer to waiters of an exec whose start failed: Go's zero time stands for "never" in containerd's API.
+/// The answer to waiters of an exec whose start failed: Go's zero time stands for "never" in
+/// containerd's API.
 fn never_ran() -> Exit {
     Exit {
         code: 0,

@@ -1,5 +1,5 @@
-//! What is recorded of a task, for a daemon that takes it up after this one. Owns the format and its
-//! versions; reads and writes no file.
+//! What is recorded of a task, for a daemon that takes it up after this one. Owns the format and
+//! its versions; reads and writes no file.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,7 +17,8 @@ use crate::task::api::Exit;
 use crate::task::context::RequestId;
 use crate::task::lifecycle::Phase;
 
-/// The format this program writes. A reader refuses what is newer and keeps fields it does not know.
+/// The format this program writes. A reader refuses what is newer and keeps fields it does not
+/// know.
 pub(crate) const VERSION: u32 = 1;
 /// Everything the daemon has to remember about a task.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -86,7 +87,7 @@ pub(crate) struct ProcessRecord {
     /// The request that made it.
     #[serde(default)]
     pub(crate) made_by: Option<RequestId>,
-    /// Somebody has begun to start it.
+    /// Its start has begun.
     #[serde(default)]
     pub(crate) start: Option<StartMark>,
     /// This exec could not be started: its waiters are let go.

@@ -1,5 +1,5 @@
-//! [`Store`]: one small JSON document per task in the state directory, replaced atomically. Owns the
-//! files; the format is [`record`](super::record)'s, and the truth in memory is the task's.
+//! [`Store`]: one small JSON document per task in the state directory, replaced atomically. Owns
+//! the files; the format is [`record`](super::record)'s, and the truth in memory is the task's.
 
 use std::fs;
 use std::io::{self, Write};
@@ -58,10 +58,11 @@ impl Store {
         }
     }
 
-    /// Replaces the record: after a crash there is the old one or the new one. Blocks on the file system.
+    /// Replaces the record: after a crash there is the old one or the new one. Blocks on the file
+    /// system.
     ///
-    /// Without fsync: the state directory is on tmpfs or its content is worthless after a power cut, since the
-    /// processes are gone too.
+    /// Without fsync: the state directory is on tmpfs or its content is worthless after a power
+    /// cut, since the processes are gone too.
     pub(crate) fn save(&self, record: &TaskRecord) -> Result<Saved, Error> {
         let path = self.path(&record.namespace, &record.id);
         // A container id cannot begin with a dot, nor can a namespace: no record has this name.
@@ -107,8 +108,8 @@ impl Store {
         }
     }
 
-    /// All records. What cannot be read is logged and moved aside, for a human to look at: one bad file must
-    /// not keep the daemon from its other containers. Blocks on the file system.
+    /// All records. What cannot be read is logged and moved aside, for a human to look at: one bad
+    /// file must not keep the daemon from its other containers. Blocks on the file system.
     pub(crate) fn load(&self) -> Result<Vec<TaskRecord>, Error> {
         let failed = |source| Error::Path {
             doing: "cannot list the task records",
@@ -165,8 +166,8 @@ impl Store {
     }
 }
 
-/// Removes the record of a task that the caller has removed without a [`Node`](crate::task::Node) on
-/// `state_dir`. Without a record there is nothing to do. Blocks on the file system.
+/// Removes the record of a task that the caller has removed without a [`Node`](crate::task::Node)
+/// on `state_dir`. Without a record there is nothing to do. Blocks on the file system.
 pub fn discard_record(state_dir: &Path, key: &TaskKey) -> io::Result<()> {
     let store = Store::at(state_dir);
     match fs::remove_file(store.path(&key.namespace, &key.id)) {

@@ -1,6 +1,6 @@
-//! [`HostRoot`]: whether a process is root in this process's own namespaces. Owns what of `/proc` may
-//! be believed about a process that a container could have started; reads nothing that the process
-//! says of itself.
+//! [`HostRoot`]: whether a process is root in this process's own namespaces. Owns what of `/proc`
+//! may be believed about a process that a container could have started; reads nothing that the
+//! process says of itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -106,7 +106,7 @@ impl Process {
         Ok(process)
     }
 
-    /// The process that `identity` names, by a pidfd that somebody has kept of it, reaped or not. A
+    /// The process that `identity` names, by a pidfd that was kept of it, reaped or not. A
     /// pidfd of another process counts as gone.
     pub fn from_pidfd(identity: ProcessIdentity, pidfd: OwnedFd) -> Result<Self, OpenError> {
         let pid = identity.pid;

@@ -1,6 +1,6 @@
-//! Two loaders for one object behind one interface: aya, which needs no C library, and libbpf (feature
-//! `libbpf`), which is the reference. Owns which of them is called; whatever is loaded, the maps are
-//! read by aya.
+//! Two loaders for one object behind one interface: aya, which needs no C library, and libbpf
+//! (feature `libbpf`), which is the reference. Owns which of them is called; whatever is loaded,
+//! the maps are read by aya.
 
 mod plan;
 mod with_aya;

@@ -1,5 +1,6 @@
-//! Removes whatever a sandbox may have left on the machine: processes, containers, mounts, cgroups, pins, files. Works from the
-//! sandbox's directory alone, so that a signal handler's thread can do it too. Every step is tried, whatever became of others.
+//! Removes whatever a sandbox may have left on the machine: processes, containers, mounts, cgroups,
+//! pins, files. Works from the sandbox's directory alone, so that a signal handler's thread can do
+//! it too. Every step is tried, whatever became of others.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -71,7 +72,8 @@ pub(super) fn clean_up(directory: &Path) {
     }
 }
 
-/// Ends what has the sandbox's directory in its command line or environment: containerd, the launchers, the daemon, shims.
+/// Ends what has the sandbox's directory in its command line or environment: containerd, the
+/// launchers, the daemon, shims.
 fn end_processes(directory: &Path) {
     let needle = directory.to_string_lossy().into_owned();
     let own = nix::unistd::getpid().as_raw();
@@ -97,8 +99,8 @@ fn pids() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// The containers of the sandbox's own namespace, and those whose bundle is below its directory: the CRI has one namespace
-/// for all.
+/// The containers of the sandbox's own namespace, and those whose bundle is below its directory:
+/// the CRI has one namespace for all.
 fn delete_containers(namespace: &str, directory: &Path) {
     let base = Path::new("/run/containerd/runc");
     let needle = directory.to_string_lossy().into_owned();
@@ -167,8 +169,8 @@ fn remove_cgroups(cgroup: &Path) {
     });
 }
 
-/// Where a daemon with `directory/es` as its state directory pins. The rule is `monitor_bpf::pin_dir_for`'s; a sandbox's path
-/// has only characters that stay as they are.
+/// Where a daemon with `directory/es` as its state directory pins. The rule is
+/// `monitor_bpf::pin_dir_for`'s; a sandbox's path has only characters that stay as they are.
 pub(super) fn pin_dir(directory: &Path) -> PathBuf {
     let name = directory
         .join("es")

@@ -30,8 +30,8 @@ impl Sandbox {
         Ok(fs::write(self.directory.join("containerd.toml"), config)?)
     }
 
-    /// The CRI with three handlers: `embed` by our own runtime type, `path` by runc-v2's with the path
-    /// of our launcher, `runc-v2` by its own.
+    /// The CRI with three handlers: `embed` by our own runtime type, `path` by runc-v2's with the
+    /// path of our launcher, `runc-v2` by its own.
     fn cri(&self) -> String {
         let launcher = self.binaries.join("containerd-shim-embed-v1");
         let options = |handler: &str| {
@@ -82,7 +82,8 @@ impl Sandbox {
         self.write_config(true)
     }
 
-    /// A network that has nothing in common with others: a pair of interfaces for each pod, which goes away with it.
+    /// A network that has nothing in common with others: a pair of interfaces for each pod, which
+    /// goes away with it.
     fn network(&self) -> String {
         let addresses = self.directory.join("addresses");
         format!(

@@ -1,4 +1,5 @@
-//! The sandbox's `embedshimd`: its keeper and its daemon, who they are, and how they are started and ended.
+//! The sandbox's `embedshimd`: its keeper and its daemon, who they are, and how they are started
+//! and ended.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -71,7 +72,8 @@ impl Sandbox {
         end("the keeper", self.keeper_pid(), Signal::SIGKILL)
     }
 
-    /// Kills the daemon alone, waits until the keeper has started the next one and that one serves, and returns its pid.
+    /// Kills the daemon alone, waits until the keeper has started the next one and that one serves,
+    /// and returns its pid.
     pub fn kill_daemon(&self) -> anyhow::Result<i32> {
         self.replace_daemon(Signal::SIGKILL)
     }

@@ -1,5 +1,5 @@
-//! [`Sandbox`]: a containerd of our own with its own root, state, sockets, namespace and `embedshimd`, in a directory that is
-//! gone afterwards. The system's containerd is never touched.
+//! [`Sandbox`]: a containerd of our own with its own root, state, sockets, namespace and
+//! `embedshimd`, in a directory that is gone afterwards. The system's containerd is never touched.
 
 mod cleanup;
 mod config;
@@ -43,7 +43,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Starts a containerd that finds the launcher in `binaries`, with the image of `archive` in it.
+    /// Starts a containerd that finds the launcher in `binaries`, with the image of `archive` in
+    /// it.
     pub fn start(binaries: &Path, runtime: &str, archive: &Path) -> anyhow::Result<Self> {
         let mut sandbox = Self::new(binaries, runtime)?;
         sandbox.start_containerd()?;
@@ -53,7 +54,8 @@ impl Sandbox {
 
     /// The same with nothing started yet.
     pub fn new(binaries: &Path, runtime: &str) -> anyhow::Result<Self> {
-        // Short, because of the 107 bytes of a socket's path, and plain, so that the pins' directory has the same name.
+        // Short, because of the 107 bytes of a socket's path, and plain, so that the pins'
+        // directory has the same name.
         let directory = tempfile::Builder::new()
             .prefix("embedshim_")
             .tempdir_in("/tmp")?
@@ -89,7 +91,8 @@ impl Sandbox {
         self.shims = Some(directory);
     }
 
-    /// Lets the handlers of the CRI use this OCI runtime, when [`Sandbox::enable_cri`] is called next.
+    /// Lets the handlers of the CRI use this OCI runtime, when [`Sandbox::enable_cri`] is called
+    /// next.
     pub fn use_oci_runtime(&mut self, program: PathBuf) {
         self.oci_runtime = Some(program);
     }
@@ -270,8 +273,8 @@ impl Drop for Sandbox {
     }
 }
 
-/// Whether a process exists and any of its threads is no zombie: a killed daemon's main thread is one before the others have
-/// let go of its descriptors.
+/// Whether a process exists and any of its threads is no zombie: a killed daemon's main thread is
+/// one before the others have let go of its descriptors.
 pub fn is_alive(pid: i32) -> bool {
     let threads = fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
-/// Long enough for a loaded machine of two cores; waiting ends at once when what is waited for is there.
+/// Long enough for a loaded machine of two cores; waiting ends at once when what is waited for is
+/// there.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits for a condition, at most [`PATIENCE`].

@@ -1,5 +1,5 @@
-//! The clean-up after a containerd that has given a container up. Owns that it hits the container of
-//! that bundle and no newer one (invariant 11), and that it comes to an end.
+//! The clean-up after a containerd that has given a container up. Owns that it hits the container
+//! of that bundle and no newer one (invariant 11), and that it comes to an end.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
