@@ -12,9 +12,10 @@ use protobuf::well_known_types::any::Any;
 use tokio::net::UnixStream;
 
 use crate::bundle::BundleNote;
-use crate::launcher_service::{CleanupRequest, CleanupResponse};
 use crate::server::{self, Handler};
-use crate::{bootstrap, events, options, task_service};
+use crate::services::launcher::{CleanupRequest, CleanupResponse};
+use crate::services::{options, task};
+use crate::{bootstrap, events};
 
 /// Serves one connection to its end.
 pub async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> bool {
@@ -25,7 +26,7 @@ pub async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> bool {
 pub fn create(payload: &[u8]) -> Option<(Vec<Mount>, StdioPaths)> {
     let request = CreateTaskRequest::parse_from_bytes(payload).ok()?;
     options::decode(request.options.as_ref()).ok()?;
-    let mounts = request.rootfs.into_iter().map(task_service::mount);
+    let mounts = request.rootfs.into_iter().map(task::mount);
     let streams = StdioPaths {
         stdin: request.stdin,
         stdout: request.stdout,

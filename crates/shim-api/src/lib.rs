@@ -13,12 +13,3 @@ pub mod status;
 
 #[cfg(fuzzing)]
 pub mod fuzzing;
-
-mod any;
-mod launcher_service;
-mod metrics;
-mod options;
-mod peek_off;
-mod task_scope;
-mod task_service;
-mod timestamp;

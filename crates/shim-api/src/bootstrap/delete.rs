@@ -17,8 +17,8 @@ use super::daemon::Place;
 use super::flags::Flags;
 use super::{Failure, client};
 use crate::bundle::BundleNote;
-use crate::launcher_service::{CLEANUP, CleanupRequest, CleanupResponse, NAME};
-use crate::timestamp;
+use crate::services::launcher::{CLEANUP, CleanupRequest, CleanupResponse, NAME};
+use crate::services::timestamp;
 
 /// A daemon that starts now knows the true exit status; but half of containerd's time must remain
 /// for going without.

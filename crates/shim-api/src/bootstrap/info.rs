@@ -9,7 +9,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
 use super::{Failure, delete};
-use crate::options;
+use crate::services::options;
 
 /// The runtime's name, as in containerd's configuration.
 const NAME: &str = "io.containerd.embed.v1";

@@ -8,7 +8,8 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use ttrpc::Status;
 
-use crate::{any, status, timestamp};
+use crate::services::{any, timestamp};
+use crate::status;
 
 /// A topic and a message of `containerd.events`, its other fields empty.
 macro_rules! event {

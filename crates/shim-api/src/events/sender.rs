@@ -16,8 +16,8 @@ use tracing::{debug, warn};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context;
 
-use super::outbox::{Outbox, Waiting};
-use super::unheeded::Rounds;
+use super::queue::{Outbox, Waiting};
+use super::resend::Rounds;
 
 /// The same as Go's publisher.
 const FORWARD_DEADLINE: Duration = Duration::from_secs(5);

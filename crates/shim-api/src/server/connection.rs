@@ -14,7 +14,7 @@ use ttrpc::{Code, Status};
 
 use super::answer::{self, AnswerStore, StoredAnswer};
 use super::calls::{Answer, Begin, Calls, Outcome, begin};
-use super::intake::{self, Frame, Intake};
+use super::frame_reader::{self, Frame, Intake};
 use super::journal::{Identity, Journal, Recovered, Unknown};
 use super::{Course, Handler, Session};
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
@@ -213,7 +213,7 @@ impl Connection {
             let damaged = || status::damaged("this request's answer");
             let outcome = outcomes.remove(&stream);
             let outcome = outcome.map(|outcome| outcome.ok_or_else(damaged));
-            let begun = match intake::whole(&frame) {
+            let begun = match frame_reader::whole(&frame) {
                 Some((header, payload)) => {
                     let again = Begin {
                         header,

@@ -9,8 +9,9 @@
 mod answer;
 mod calls;
 mod connection;
-mod intake;
+mod frame_reader;
 mod journal;
+mod peek_off;
 #[cfg(test)]
 mod tests;
 

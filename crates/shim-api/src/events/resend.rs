@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use embedshim_core::event::{Event, EventKind};
 use embedshim_core::id::TaskKey;
 
-use super::outbox::Outbox;
+use super::queue::Outbox;
 
 /// How long after a connection was made exits are told again: in the first round those from before the connection, in the others
 /// those from before the last round, for who listened later than the connection was made.

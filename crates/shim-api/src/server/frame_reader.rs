@@ -15,8 +15,8 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use super::journal::{Framing, Journal, Partial, Recovered};
+use super::peek_off::PeekOff;
 use crate::frame::{HEADER, Header, Kind, MAX_PAYLOAD};
-use crate::peek_off::PeekOff;
 
 /// Bytes per look; on the stack of a call that does not wait, so an idle connection holds no buffer.
 const CHUNK: usize = 16 * 1024;

@@ -1,13 +1,21 @@
 //! [`Services`]: which service answers a call. Everything not named here is unimplemented, in the words of Go's server:
 //! containerd 2.x falls back to an older API on that code.
 
+pub(crate) mod any;
+pub(crate) mod launcher;
+mod metrics;
+pub(crate) mod options;
+mod scope;
+pub(crate) mod task;
+pub(crate) mod timestamp;
+
 use async_trait::async_trait;
 use embedshim_core::task::Node;
 use ttrpc::{Code, Status};
 
-use crate::launcher_service::{self, LauncherService};
 use crate::server::{Call, Handler};
-use crate::task_service::TaskService;
+use launcher::LauncherService;
+use task::TaskService;
 
 /// The Task service exists under two names with the same messages (`containerd.md` 4.1).
 const TASK: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
@@ -34,7 +42,7 @@ impl Handler for Services {
     async fn call(&self, call: Call) -> Result<Vec<u8>, Status> {
         match call.service.as_str() {
             service if TASK.contains(&service) => self.task.call(&call).await,
-            launcher_service::NAME => self.launcher.call(&call).await,
+            launcher::NAME => self.launcher.call(&call).await,
             other => Err(ttrpc::get_status(
                 Code::UNIMPLEMENTED,
                 format!("service {other}"),

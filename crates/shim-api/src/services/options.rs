@@ -15,7 +15,8 @@ use serde::Deserialize;
 use tracing::{debug, warn};
 use ttrpc::Status;
 
-use crate::{any, status};
+use super::any;
+use crate::status;
 
 const RUNC: &str = "containerd.runc.v1.Options";
 const CHECKPOINT: &str = "containerd.runc.v1.CheckpointOptions";

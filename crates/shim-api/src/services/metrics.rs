@@ -6,7 +6,7 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use ttrpc::Status;
 
-use crate::any::pack;
+use super::any::pack;
 
 /// The kernel counts `cpuacct.stat` in `USER_HZ`, which is 100 on Linux.
 const NANOSECONDS_PER_TICK: u64 = 10_000_000;

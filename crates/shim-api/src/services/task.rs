@@ -19,11 +19,11 @@ use protobuf::{Message, MessageField};
 use tracing::warn;
 use ttrpc::{Code, Status};
 
+use super::scope::{Scope, invalid_id, required};
+use super::{any, metrics, options, timestamp, unknown_method};
 use crate::bundle::BundleNote;
 use crate::server::{Call, Creation, Outcomes};
-use crate::services::unknown_method;
-use crate::task_scope::{Scope, invalid_id, required};
-use crate::{any, metrics, options, status, timestamp};
+use crate::status;
 
 type Answer<T> = Result<T, Status>;
 

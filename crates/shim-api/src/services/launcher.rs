@@ -9,8 +9,8 @@ use embedshim_core::task::{Cleaned, Node};
 use serde::{Deserialize, Serialize};
 use ttrpc::Status;
 
+use super::unknown_method;
 use crate::server::Call;
-use crate::services::unknown_method;
 use crate::status;
 
 /// The service's name on the wire.

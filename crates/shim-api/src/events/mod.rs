@@ -4,9 +4,9 @@
 mod entry;
 mod ledger;
 mod message;
-mod outbox;
+mod queue;
+mod resend;
 mod sender;
-mod unheeded;
 
 #[cfg(test)]
 mod tests;
@@ -25,9 +25,10 @@ use tokio::task::AbortHandle;
 use tracing::warn;
 use ttrpc::Status;
 
-use crate::{status, timestamp};
+use crate::services::timestamp;
+use crate::status;
 use ledger::Ledger;
-use outbox::Outbox;
+use queue::Outbox;
 use sender::Sender;
 
 /// The longest message that ttrpc carries is 4 MiB; what can never be sent must not block what comes after it.
