@@ -373,4 +373,18 @@ mod tests {
         names.sort();
         assert_eq!(names, ["2f62.damaged", "directory", "garbage.damaged"]);
     }
+
+    /// The bytes that version 0.1.0 wrote for these events: a successor of any version reads them.
+    const OF_0_1_0: &[u8] = include_bytes!("../appendlog/fixtures/events.embevnt1");
+
+    #[test]
+    fn the_bytes_of_an_outbox_are_those_of_version_0_1_0() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut ledger = Ledger::new(directory.path(), "/run/a.sock");
+        let span = ledger.append(b"one");
+        ledger.append(b"two");
+        ledger.append(b"three");
+        ledger.acknowledge(span);
+        assert_eq!(fs::read(&ledger.path).unwrap(), OF_0_1_0);
+    }
 }

@@ -142,3 +142,40 @@ fn any_piece_of_a_journal_can_be_read() {
         assert_eq!(again.pending, recovered.pending, "{length} bytes");
     }
 }
+
+/// The bytes that version 0.1.0 wrote for these notes: a successor of any version reads them.
+const OF_0_1_0: &[u8] = include_bytes!("../../appendlog/fixtures/connection.embconn2");
+
+#[test]
+fn the_bytes_of_a_journal_are_those_of_version_0_1_0() {
+    let (_directory, journals) = journals();
+    let mut journal = journals.begin(7);
+    journal.identity(&Identity {
+        namespace: Some("k8s.io".parse().unwrap()),
+        creation: Some(Creation {
+            id: "c1".parse().unwrap(),
+            bundle: BundleId {
+                device: 7,
+                inode: 9,
+            },
+        }),
+    });
+    journal.request(1, b"wait");
+    journal.request(3, b"answered");
+    journal.answered(3);
+    journal.request(5, b"delete");
+    journal.outcome(5, b"code 9");
+    journal.lost(7);
+    journal.request(9, b"refused");
+    journal.refused(9, b"no");
+    journal.rest_sent();
+    journal.request(11, b"last");
+    journal.rest(b"the end of an answer");
+    let frame_header = [0, 0, 0, 20, 0, 0, 0, 13, 1, 0];
+    journal.part(&[], &frame_header[..4]);
+    journal.part_consumed();
+    journal.part(&frame_header[..4], &frame_header[4..]);
+    journal.part_consumed();
+    journal.skipped(12);
+    assert_eq!(fs::read(&journal.path).unwrap(), OF_0_1_0);
+}
