@@ -39,6 +39,11 @@ pub(crate) fn damaged(what: &str) -> Status {
     ttrpc::get_status(Code::DATA_LOSS, text)
 }
 
+/// The answer to a method that a service does not have, in the words of Go's server.
+pub(crate) fn unknown_method(method: &str) -> Status {
+    ttrpc::get_status(Code::UNIMPLEMENTED, format!("method {method}"))
+}
+
 pub(crate) fn internal(text: impl Into<String>) -> Status {
     ttrpc::get_status(Code::INTERNAL, text.into())
 }

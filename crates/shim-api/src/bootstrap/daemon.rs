@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Failure, location};
+use super::failure::Failure;
+use super::location;
 use crate::state_dir;
 
 /// How often to look whether the daemon listens by now; it takes about 30 ms to start.

@@ -3,8 +3,7 @@
 //! Idempotent, and done within containerd's 5 seconds.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::thread::sleep;
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
@@ -13,9 +12,11 @@ use embedshim_core::rootfs::unmount_recursive;
 use embedshim_core::task::{RuntimeOptions, discard_record};
 use protobuf::Message;
 
+use super::client;
 use super::daemon::Place;
+use super::failure::Failure;
 use super::flags::Flags;
-use super::{Failure, client};
+use super::runtime::output;
 use crate::bundle::BundleNote;
 use crate::services::launcher::{CLEANUP, CleanupRequest, CleanupResponse, NAME};
 use crate::services::timestamp;
@@ -178,34 +179,6 @@ fn is_of_another_bundle(binary: &str, root: &Path, id: &ContainerId, bundle: &Pa
         let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         real(&state.bundle) != real(bundle)
     })
-}
-
-/// Runs a short command of the OCI runtime and kills it at the limit.
-pub(super) fn output(
-    mut command: Command,
-    binary: &str,
-    limit: Duration,
-) -> Result<Output, Failure> {
-    let failed = |why: String| Failure::Runtime {
-        binary: binary.into(),
-        why,
-    };
-    let spawned = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut child = spawned.map_err(|error| failed(error.to_string()))?;
-    let deadline = Instant::now() + limit;
-    while child.try_wait()?.is_none() {
-        if Instant::now() >= deadline {
-            child.kill()?;
-            child.wait()?;
-            return Err(failed(format!("no answer within {} s", limit.as_secs())));
-        }
-        sleep(Duration::from_millis(2));
-    }
-    Ok(child.wait_with_output()?)
 }
 
 fn response(pid: u32, exit_status: u32, exited_at: SystemTime) -> DeleteResponse {

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use super::Failure;
+use super::failure::Failure;
 
 const USAGE: &str = "\
 containerd runs this program; nobody else needs to. It expects one of

@@ -8,7 +8,8 @@ use embedshim_core::task::RuntimeOptions;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
-use super::{Failure, delete};
+use super::failure::Failure;
+use super::runtime;
 use crate::services::options;
 
 /// The runtime's name, as in containerd's configuration.
@@ -49,7 +50,7 @@ pub(super) fn options_of(stdin: &[u8]) -> Result<(Any, RuntimeOptions), Failure>
 fn features(binary: &str) -> Option<Any> {
     let mut command = Command::new(binary);
     command.arg("features");
-    let output = delete::output(command, binary, LIMIT)
+    let output = runtime::output(command, binary, LIMIT)
         .ok()
         .filter(|output| output.status.success())?;
     Some(Any {

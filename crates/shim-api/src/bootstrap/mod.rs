@@ -7,48 +7,22 @@
 mod client;
 mod daemon;
 mod delete;
+mod failure;
 mod flags;
 mod info;
 pub mod location;
+mod runtime;
 mod start;
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use embedshim_core::id::InvalidId;
-use embedshim_core::rootfs::MountError;
-
+use failure::Failure;
 use flags::{Action, Flags};
 
 /// More than any message that containerd sends; ttrpc's limit too.
 const MAX_STDIN: u64 = 4 << 20;
-
-/// Why the launcher could not do what it was asked for. containerd shows the text to its client.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("{0}")]
-    Usage(String),
-    #[error(transparent)]
-    InvalidId(#[from] InvalidId),
-    #[error("{doing} {path}", path = .path.display())]
-    Path {
-        doing: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
-    #[error("embedshimd did not start: {0}")]
-    Daemon(String),
-    #[error("embedshimd refused: {0}")]
-    Refused(String),
-    #[error(transparent)]
-    Rootfs(#[from] MountError),
-    #[error("OCI runtime {binary}: {why}")]
-    Runtime { binary: String, why: String },
-    #[error("cannot read or write standard streams")]
-    Streams(#[from] io::Error),
-}
 
 /// The whole program: arguments without the program's name in, exit code out.
 pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {

@@ -9,8 +9,8 @@ use embedshim_core::ChildContext;
 use embedshim_core::id::{ContainerId, Namespace};
 use protobuf::Message;
 
-use super::Failure;
 use super::daemon::Place;
+use super::failure::Failure;
 use super::flags::Flags;
 use crate::bundle::{BundleNote, write_atomically};
 

@@ -7,6 +7,7 @@ mod message;
 mod queue;
 mod resend;
 mod sender;
+mod undeleted;
 
 #[cfg(test)]
 mod tests;

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tracing::warn;
 
 use super::ledger::{Ledger, Left};
-use super::resend::Unheeded;
+use super::undeleted::Unheeded;
 
 /// As many as a busy node sends in some minutes. containerd asks for the state of its tasks when it comes back, so of a longer
 /// absence the oldest events are the ones to lose.

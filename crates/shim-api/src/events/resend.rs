@@ -1,14 +1,13 @@
-//! Exits that nobody has acted on: [`Unheeded`] knows them, [`Rounds`] says when to tell of them again. Never sends.
+//! [`Rounds`]: when exits that nobody has acted on are told again. Never sends.
 //!
 //! containerd acknowledges an event when it has it, whether or not its clients listen again after its restart: docker does some
 //! moments later, and would believe for ever that such a container runs (containerd.md 5). A task that is stopped and not
 //! deleted is the sign of it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use embedshim_core::event::{Event, EventKind};
 use embedshim_core::id::TaskKey;
 
 use super::queue::Outbox;
@@ -20,46 +19,6 @@ const AFTER: [Duration; 3] = [
     Duration::from_secs(5),
     Duration::from_secs(15),
 ];
-/// Of so many tasks the exits are remembered.
-const CAPACITY: usize = 10_000;
-
-/// The exits of all tasks that are stopped and not deleted.
-#[derive(Debug, Default)]
-pub(super) struct Unheeded(BTreeMap<TaskKey, (Instant, Arc<[u8]>)>);
-
-impl Unheeded {
-    /// Takes notice of an event.
-    pub(super) fn accept(&mut self, event: &Event, envelope: &Arc<[u8]>) {
-        let key = || TaskKey {
-            namespace: event.namespace.clone(),
-            id: event.id.clone(),
-        };
-        match &event.kind {
-            EventKind::Exited { exec: None, .. } if self.0.len() < CAPACITY => {
-                self.0.insert(key(), (Instant::now(), Arc::clone(envelope)));
-            }
-            EventKind::Created { .. } | EventKind::Deleted { .. } => {
-                self.0.remove(&key());
-            }
-            _ => {}
-        }
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Those up to this moment.
-    pub(super) fn at(&self, moment: Instant) -> VecDeque<TaskKey> {
-        let before = self.0.iter().filter(|(_, (at, _))| *at <= moment);
-        before.map(|(task, _)| task.clone()).collect()
-    }
-
-    pub(super) fn of(&self, task: &TaskKey) -> Option<Arc<[u8]>> {
-        self.0.get(task).map(|(_, envelope)| Arc::clone(envelope))
-    }
-}
-
 /// When which exits are told again.
 #[derive(Debug, Default)]
 pub(super) struct Rounds {
@@ -112,6 +71,8 @@ impl Rounds {
 #[cfg(test)]
 mod tests {
     use std::time::SystemTime;
+
+    use embedshim_core::event::{Event, EventKind};
 
     use super::*;
 

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use embedshim_core::task::{BundleId, RequestId};
 use protobuf::Message;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::{Id, JoinError, JoinSet};
 use tracing::error;
 use ttrpc::{Code, Request, Status};
 
-use super::{Call, Handler, Session};
+use super::handler::{Call, Handler, Outcome, Outcomes, Session};
 use crate::frame::Header;
 use crate::status;
 
@@ -21,37 +21,6 @@ use crate::status;
 const MAX_CALLS: usize = 1024;
 
 pub(super) type Answer = Result<Vec<u8>, Status>;
-
-/// The way of an answer into the journal before it is given: for a deletion, after which nobody
-/// could tell any more how the process ended.
-#[derive(Clone, Debug)]
-pub struct Outcomes {
-    stream: u32,
-    sender: mpsc::Sender<Outcome>,
-}
-
-/// An answer that is to be noted.
-#[derive(Debug)]
-pub(super) struct Outcome {
-    pub(super) stream: u32,
-    pub(super) answer: Vec<u8>,
-    pub(super) noted: oneshot::Sender<()>,
-}
-
-impl Outcomes {
-    /// Returns when the answer is noted, or when its connection is gone and nobody waits for it.
-    pub async fn note(&self, answer: Vec<u8>) {
-        let (noted, is_noted) = oneshot::channel();
-        let outcome = Outcome {
-            stream: self.stream,
-            answer,
-            noted,
-        };
-        if self.sender.send(outcome).await.is_ok() {
-            let _ = is_noted.await;
-        }
-    }
-}
 
 /// The calls under way: what each answers, and on which stream.
 #[derive(Debug)]

@@ -13,10 +13,11 @@ use tracing::{debug, warn};
 use ttrpc::{Code, Status};
 
 use super::answer::{self, AnswerStore, StoredAnswer};
-use super::calls::{Answer, Begin, Calls, Outcome, begin};
+use super::calls::{Answer, Begin, Calls, begin};
 use super::frame_reader::{self, Frame, Intake};
+use super::handler::{Handler, Outcome, Session};
 use super::journal::{Identity, Journal, Recovered, Unknown};
-use super::{Course, Handler, Session};
+use super::state::ServerState;
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
 use crate::status;
 
@@ -128,7 +129,7 @@ impl Connection {
     pub(super) async fn run<H: Handler>(
         mut self,
         handler: Arc<H>,
-        mut course: watch::Receiver<Course>,
+        mut course: watch::Receiver<ServerState>,
         noted: Option<&AtomicU32>,
     ) -> io::Result<()> {
         let result = self.converse(&handler, &mut course, noted).await;
@@ -142,7 +143,7 @@ impl Connection {
     async fn converse<H: Handler>(
         &mut self,
         handler: &Arc<H>,
-        course: &mut watch::Receiver<Course>,
+        course: &mut watch::Receiver<ServerState>,
         noted: Option<&AtomicU32>,
     ) -> io::Result<()> {
         let mut losses = course.borrow().losses;

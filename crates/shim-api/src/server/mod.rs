@@ -10,104 +10,38 @@ mod answer;
 mod calls;
 mod connection;
 mod frame_reader;
+mod handler;
 mod journal;
 mod peek_off;
+mod state;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use embedshim_core::clock::Numbers;
 use embedshim_core::failpoint;
 use embedshim_core::fdstore::{FdName, FdStore};
-use embedshim_core::id::{ContainerId, Namespace};
-use embedshim_core::task::{BundleId, RequestId};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
-use ttrpc::Status;
 
 use answer::{AnswerStore, StoredAnswer};
-pub use calls::Outcomes;
 use connection::{Connection, Left};
+pub use handler::{Call, Creation, Handler, Outcomes, Session};
 use journal::{Journal, Journals};
+use state::{Noted, ServerState};
 
 /// After a failed accept: descriptors or memory are short, and the next attempt would fail at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// How often to look whether all connections have written their journals again.
 const LOOK: Duration = Duration::from_millis(5);
-
-/// One call, as it came off the wire.
-#[derive(Clone, Debug)]
-pub struct Call {
-    /// Full name, such as `containerd.task.v2.Task`.
-    pub service: String,
-    /// Such as `Create`.
-    pub method: String,
-    /// The request message.
-    pub payload: Vec<u8>,
-    /// ttrpc's metadata, the first value of each key.
-    pub metadata: HashMap<String, String>,
-    /// Which request it is, if its connection is kept.
-    pub request: Option<RequestId>,
-    /// Another daemon took this call and died before it was answered: perhaps it is done, or half
-    /// done.
-    pub is_again: bool,
-    /// Where an answer goes whose evidence is about to be removed, if its connection is kept.
-    pub outcomes: Option<Outcomes>,
-    /// The connection it came on.
-    pub session: Arc<Session>,
-}
-
-/// What is remembered of a connection.
-#[derive(Debug, Default)]
-pub struct Session {
-    /// The namespace of its calls, once one of them has told it. containerd uses a connection for
-    /// one container only.
-    pub namespace: OnceLock<Namespace>,
-    /// The last `Create` of this connection, whatever it was answered.
-    pub creation: Mutex<Option<Creation>>,
-    /// A daemon before this one knew the namespace, and its note of it is damaged.
-    pub is_namespace_lost: bool,
-    /// Why it will be lost with this process though others are not. No container may depend on it.
-    pub not_kept: OnceLock<String>,
-}
-
-/// What a container was to be created from. No container of another bundle is meant by the calls of
-/// that connection, though it has the same id: two containerds can use one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Creation {
-    /// The container's.
-    pub id: ContainerId,
-    /// Its bundle.
-    pub bundle: BundleId,
-}
-
-impl Session {
-    /// The last `Create`.
-    pub fn creation(&self) -> MutexGuard<'_, Option<Creation>> {
-        self.creation.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What answers calls.
-///
-/// A future is dropped when its caller has gone or its deadline has passed: what must not be left
-/// half done has to run in a task of its own.
-#[async_trait]
-pub trait Handler: Send + Sync + 'static {
-    /// Answers one call with a message or with an error.
-    async fn call(&self, call: Call) -> Result<Vec<u8>, Status>;
-}
 
 /// What makes connections outlive this process.
 #[derive(Debug)]
@@ -123,16 +57,7 @@ pub struct Keeping {
 pub struct Server<H> {
     handler: Arc<H>,
     kept: Option<Kept>,
-    course: watch::Sender<Course>,
-}
-
-/// What all connections have to know.
-#[derive(Clone, Copy, Debug, Default)]
-struct Course {
-    /// Nothing is read any more.
-    is_stopping: bool,
-    /// How often the journals have been lost.
-    losses: u32,
+    course: watch::Sender<ServerState>,
 }
 
 #[derive(Debug)]
@@ -142,33 +67,6 @@ struct Kept {
     /// Of connections.
     numbers: Numbers,
     noted: Arc<Noted>,
-}
-
-/// Up to which loss of the journals each connection has written its own again.
-#[derive(Debug, Default)]
-struct Noted(Mutex<HashMap<u64, Arc<AtomicU32>>>);
-
-impl Noted {
-    fn enter(&self, connection: u64, losses: u32) -> Arc<AtomicU32> {
-        let entry = Arc::new(AtomicU32::new(losses));
-        self.all().insert(connection, Arc::clone(&entry));
-        entry
-    }
-
-    fn leave(&self, connection: u64) {
-        self.all().remove(&connection);
-    }
-
-    fn least(&self) -> Option<u32> {
-        let all = self.all();
-        all.values()
-            .map(|noted| noted.load(Ordering::Acquire))
-            .min()
-    }
-
-    fn all(&self) -> MutexGuard<'_, HashMap<u64, Arc<AtomicU32>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl<H: Handler> Server<H> {
@@ -349,7 +247,7 @@ fn take_over(descriptor: OwnedFd) -> io::Result<UnixStream> {
 
 #[cfg(fuzzing)]
 pub(crate) async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> io::Result<()> {
-    let (_running, course) = watch::channel(Course::default());
+    let (_running, course) = watch::channel(ServerState::default());
     Connection::new(stream, None, Journal::none(), Session::default())
         .run(handler, course, None)
         .await

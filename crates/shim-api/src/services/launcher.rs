@@ -9,7 +9,6 @@ use embedshim_core::task::{Cleaned, Node};
 use serde::{Deserialize, Serialize};
 use ttrpc::Status;
 
-use super::unknown_method;
 use crate::server::Call;
 use crate::status;
 
@@ -65,7 +64,7 @@ impl LauncherService {
 
     pub(crate) async fn call(&self, call: &Call) -> Result<Vec<u8>, Status> {
         if call.method != CLEANUP {
-            return Err(unknown_method(call));
+            return Err(status::unknown_method(&call.method));
         }
         let request: CleanupRequest = serde_json::from_slice(&call.payload)
             .map_err(|error| status::invalid(format!("unmarshal request error: {error}")))?;

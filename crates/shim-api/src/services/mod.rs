@@ -50,8 +50,3 @@ impl Handler for Services {
         }
     }
 }
-
-/// The answer to a method that a service does not have.
-pub(crate) fn unknown_method(call: &Call) -> Status {
-    ttrpc::get_status(Code::UNIMPLEMENTED, format!("method {}", call.method))
-}

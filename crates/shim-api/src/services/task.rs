@@ -20,7 +20,7 @@ use tracing::warn;
 use ttrpc::{Code, Status};
 
 use super::scope::{Scope, invalid_id, required};
-use super::{any, metrics, options, timestamp, unknown_method};
+use super::{any, metrics, options, timestamp};
 use crate::bundle::BundleNote;
 use crate::server::{Call, Creation, Outcomes};
 use crate::status;
@@ -72,7 +72,7 @@ impl TaskService {
             "Connect" => encode(&self.connect(&scope()?, &decode(call)?)?),
             // One daemon serves everybody: it never ends because one container did (`containerd.md` 2.5).
             "Shutdown" => decode::<api::ShutdownRequest>(call).map(|_| Vec::new()),
-            _ => Err(unknown_method(call)),
+            _ => Err(status::unknown_method(&call.method)),
         }
     }
 

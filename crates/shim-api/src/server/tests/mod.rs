@@ -4,13 +4,15 @@ mod damage;
 
 use std::io;
 use std::os::unix::net::UnixStream as Blocking;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use protobuf::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Notify;
-use ttrpc::{Code, Request, Response};
+use ttrpc::{Code, Request, Response, Status};
 
 use super::*;
 use crate::frame::{self, HEADER, Header};
