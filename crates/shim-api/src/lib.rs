@@ -13,3 +13,5 @@ pub mod status;
 
 #[cfg(fuzzing)]
 pub mod fuzzing;
+
+mod appendlog;

@@ -1,8 +1,8 @@
 //! [`Outboxes`]: tells each containerd what happened to its tasks, in order, and again until it has heard.
 //! Owns one outbox for each address, on disk; an address that nobody listens on any more delays no other.
 
-mod entry;
-mod ledger;
+mod format;
+mod log;
 mod message;
 mod queue;
 mod resend;
@@ -14,8 +14,7 @@ mod tests;
 
 use std::collections::HashMap;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::shim::event::Envelope;
@@ -27,8 +26,8 @@ use tracing::warn;
 use ttrpc::Status;
 
 use crate::services::timestamp;
-use crate::status;
-use ledger::Ledger;
+use crate::{state_dir, status};
+use log::EventLog;
 use queue::Outbox;
 use sender::Sender;
 
@@ -85,11 +84,13 @@ impl Desk {
 impl Outboxes {
     /// Takes over what predecessors left in `directory`, which is made if it is missing. Nothing is sent yet.
     pub fn open(directory: PathBuf) -> io::Result<Arc<Self>> {
-        make(&directory)?;
-        let left = Ledger::all(&directory)?.into_iter().map(|(ledger, left)| {
-            let outbox = Outbox::resume(ledger, left);
-            (outbox.address().to_owned(), Desk::new(outbox, None))
-        });
+        state_dir::create(&directory)?;
+        let left = EventLog::all(&directory)?
+            .into_iter()
+            .map(|(ledger, left)| {
+                let outbox = Outbox::resume(ledger, left);
+                (outbox.address().to_owned(), Desk::new(outbox, None))
+            });
         let desks = Desks {
             open: left.collect(),
             runtime: None,
@@ -115,7 +116,7 @@ impl Outboxes {
 
     /// Writes down again what is not acknowledged, after the directory was removed.
     pub fn recreate(&self) -> io::Result<()> {
-        make(&self.directory)?;
+        state_dir::create(&self.directory)?;
         for desk in self.desks().open.values() {
             desk.outbox.recreate();
         }
@@ -139,13 +140,6 @@ impl Outboxes {
     }
 }
 
-fn make(directory: &Path) -> io::Result<()> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-}
-
 impl EventSink for Outboxes {
     /// Notes the event: one small write to tmpfs, which takes microseconds and is not waited for elsewhere.
     fn accept(&self, event: Event) {
@@ -153,7 +147,7 @@ impl EventSink for Outboxes {
             return;
         }
         let address = event.owner.strip_prefix("unix://").unwrap_or(&event.owner);
-        if address.len() > entry::LONGEST_ADDRESS {
+        if address.len() > format::LONGEST_ADDRESS {
             warn!(id = %event.id, address, "event not sent: nobody can listen on so long an address");
             return;
         }
@@ -189,5 +183,5 @@ fn encode(event: &Event) -> Result<Vec<u8>, Status> {
 /// Whether these bytes are an outbox, damaged or not.
 #[cfg(fuzzing)]
 pub(crate) fn understands(bytes: &[u8]) -> bool {
-    entry::Contents::read(bytes).is_some()
+    format::Contents::read(bytes).is_some()
 }

@@ -11,7 +11,7 @@ use embedshim_core::id::TaskKey;
 use tokio::sync::Notify;
 use tracing::warn;
 
-use super::ledger::{Ledger, Left};
+use super::log::{EventLog, StoredEvent};
 use super::undeleted::Unheeded;
 
 /// As many as a busy node sends in some minutes. containerd asks for the state of its tasks when it comes back, so of a longer
@@ -33,7 +33,7 @@ struct Contents {
     /// How long the waiting events are together.
     size: usize,
     next: u64,
-    ledger: Ledger,
+    log: EventLog,
     unheeded: Unheeded,
 }
 
@@ -42,7 +42,7 @@ struct Contents {
 pub(super) struct Waiting {
     /// Counts the events.
     number: u64,
-    /// What the ledger needs to acknowledge it.
+    /// What the log needs to acknowledge it.
     span: u64,
     /// The envelope, encoded.
     pub(super) envelope: Arc<[u8]>,
@@ -51,20 +51,20 @@ pub(super) struct Waiting {
 impl Outbox {
     /// The outbox for a containerd that nothing is known of.
     pub(super) fn new(directory: &Path, address: &str) -> Self {
-        Self::resume(Ledger::new(directory, address), Vec::new())
+        Self::resume(EventLog::new(directory, address), Vec::new())
     }
 
     /// The outbox that a predecessor left.
-    pub(super) fn resume(ledger: Ledger, left: Vec<Left>) -> Self {
-        let address = ledger.address().to_owned();
+    pub(super) fn resume(log: EventLog, stored: Vec<StoredEvent>) -> Self {
+        let address = log.address().to_owned();
         let mut contents = Contents {
             waiting: VecDeque::new(),
             size: 0,
             next: 0,
-            ledger,
+            log,
             unheeded: Unheeded::default(),
         };
-        for (span, envelope) in left {
+        for (span, envelope) in stored {
             contents.push(span, envelope.into());
         }
         Self {
@@ -83,7 +83,7 @@ impl Outbox {
     pub(super) fn push(&self, event: &Event, envelope: Vec<u8>) {
         {
             let mut contents = self.contents();
-            let span = contents.ledger.append(&envelope);
+            let span = contents.log.append(&envelope);
             let envelope: Arc<[u8]> = envelope.into();
             contents.unheeded.accept(event, &envelope);
             contents.push(span, envelope);
@@ -111,15 +111,7 @@ impl Outbox {
 
     /// Writes down again what waits, if its file was removed.
     pub(super) fn recreate(&self) {
-        let mut contents = self.contents();
-        let Contents {
-            ledger, waiting, ..
-        } = &mut *contents;
-        if ledger.begin_again_if_removed() {
-            for event in waiting {
-                event.span = ledger.append(&event.envelope);
-            }
-        }
+        self.contents().log.recreate();
     }
 
     /// Completes when an event was put in since the last time.
@@ -158,7 +150,7 @@ impl Contents {
         self.next = self.next.wrapping_add(1);
         while self.waiting.len() > CAPACITY || (self.size > LARGEST && self.waiting.len() > 1) {
             warn!(
-                address = self.ledger.address(),
+                address = self.log.address(),
                 "too many events wait for containerd: the oldest is lost"
             );
             self.pop();
@@ -168,7 +160,7 @@ impl Contents {
     fn pop(&mut self) {
         if let Some(first) = self.waiting.pop_front() {
             self.size = self.size.saturating_sub(first.envelope.len());
-            self.ledger.acknowledge(first.span);
+            self.log.acknowledge(first.span);
         }
     }
 }

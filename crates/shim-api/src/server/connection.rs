@@ -16,7 +16,7 @@ use super::answer::{self, AnswerStore, StoredAnswer};
 use super::calls::{Answer, Begin, Calls, begin};
 use super::frame_reader::{self, Frame, Intake};
 use super::handler::{Handler, Outcome, Session};
-use super::journal::{Identity, Journal, Recovered, Unknown};
+use super::journal::{Identity, Journal, Recovered, UnknownRequests};
 use super::state::ServerState;
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
 use crate::status;
@@ -43,7 +43,7 @@ pub(super) struct Connection {
     /// What to do first: answers, or the end of one, that another daemon owed.
     owed: Recovered,
     /// Requests before the next one are lost, and are answered when that tells which.
-    unknown: Option<Unknown>,
+    unknown: Option<UnknownRequests>,
     /// Holds long answers while they are sent, if the connection is kept.
     answers: Option<AnswerStore>,
     /// One that a predecessor, or this daemon, has not sent as a whole.
@@ -93,7 +93,7 @@ impl Connection {
             );
             // It and what follows was not begun, whatever is noted of it.
             owed.unreadable.retain(|&stream| stream < next);
-        } else if let Some(lost) = unknown.and_then(Unknown::after_last) {
+        } else if let Some(lost) = unknown.and_then(UnknownRequests::after_last) {
             owed.unreadable.extend(lost);
             unknown = None;
         }
@@ -152,7 +152,7 @@ impl Connection {
             let now = *course.borrow_and_update();
             if now.losses > losses {
                 losses = now.losses;
-                self.journal.write_again();
+                self.journal.recreate();
                 if let Some(noted) = noted {
                     noted.store(losses, Ordering::Release);
                 }

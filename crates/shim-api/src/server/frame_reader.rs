@@ -14,7 +14,7 @@ use nix::sys::socket::{MsgFlags, getsockopt, recv, setsockopt};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use super::journal::{Framing, Journal, Partial, Recovered};
+use super::journal::{FrameStart, Journal, Partial, Recovered};
 use super::peek_off::PeekOff;
 use crate::frame::{HEADER, Header, Kind, MAX_PAYLOAD};
 
@@ -59,18 +59,18 @@ impl Intake {
         let intake = Self {
             partial: recovered.partial.clone(),
         };
-        if recovered.part_is_doubtful {
+        if recovered.is_part_maybe_consumed {
             let left = getsockopt(stream, PeekOff).unwrap_or(0);
             consume(stream, usize::try_from(left).unwrap_or(0))?;
         }
         setsockopt(stream, PeekOff, &-1)?;
-        if let Some(request) = recovered.doubtful {
+        if let Some(request) = recovered.maybe_consumed {
             consume_if_there(stream, request)?;
         }
         let is_lost = match recovered.framing {
-            Framing::Known => false,
-            Framing::Presumed => !looks_like_a_frame(stream)?,
-            Framing::Lost => true,
+            FrameStart::Known => false,
+            FrameStart::Presumed => !looks_like_a_frame(stream)?,
+            FrameStart::Lost => true,
         };
         if is_lost {
             let text = "its journal is damaged: where the next frame begins is not known";

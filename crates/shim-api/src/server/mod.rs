@@ -151,7 +151,7 @@ impl<H: Handler> Server<H> {
         let Some(kept) = &self.kept else {
             return Ok(());
         };
-        kept.journals.make()?;
+        kept.journals.create_directory()?;
         let mut losses = 0;
         self.course.send_modify(|course| {
             course.losses += 1;

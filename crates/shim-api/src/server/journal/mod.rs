@@ -1,78 +1,88 @@
 //! [`Journal`]: what was read from one connection and is not answered yet, on disk, so that another
-//! daemon can answer it. Owns the file, its format and its bounds; never looks into a request.
+//! daemon can answer it. Owns which notes are needed, and for how long; the file is a [`Log`]'s.
+//! Never looks into a request.
 //!
-//! A file begins with a header that says whose connection it is; entries follow, each with its
-//! length and checksums. When everything is answered, the file is cut back to the header, so it
-//! rarely outgrows its first page. Writes go to tmpfs: they take microseconds and are not waited
-//! for elsewhere.
+//! The header says whose connection it is; each entry says what happened to one request. When
+//! everything is answered, the journal is cut back to its header, so it rarely outgrows its first
+//! page.
 
-mod entry;
 mod first_format;
+mod format;
+mod lost;
 mod recovery;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use embedshim_core::failpoint;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::warn;
 
-pub(super) use self::entry::Identity;
-use self::entry::{HEADER, Kind, entry, header};
-pub(super) use self::recovery::{Framing, Partial, Recovered, Unknown};
-use crate::frame;
+use crate::appendlog::{Found, Log};
+use crate::{frame, state_dir};
+use first_format::FirstFormat;
+pub(super) use format::Identity;
+use format::{HEADER, Header, Kind, entry, header};
+pub(super) use lost::UnknownRequests;
+pub(super) use recovery::{FrameStart, Partial, Recovered};
 
-/// A journal with more answered requests than this in it is rewritten.
-const COMPACT_FROM: u64 = 64 * 1024;
-/// No journal is longer: 4 MiB for the largest request, and as much for the others.
-const LONGEST: u64 = 64 << 20;
-
-/// Where all connections' journals are.
+/// The directory of all connections' journals.
 #[derive(Clone, Debug)]
 pub(super) struct Journals(PathBuf);
 
 impl Journals {
-    /// Those in this directory, which is made.
+    /// The journals in this directory, which is created if it is missing.
     pub(super) fn open(directory: PathBuf) -> io::Result<Self> {
         let journals = Self(directory);
-        journals.make()?;
+        journals.create_directory()?;
         Ok(journals)
     }
 
-    /// Makes the directory.
-    pub(super) fn make(&self) -> io::Result<()> {
-        use std::os::unix::fs::DirBuilderExt;
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.0)
+    /// Creates the directory if it is missing.
+    pub(super) fn create_directory(&self) -> io::Result<()> {
+        state_dir::create(&self.0)
     }
 
-    /// A new connection's.
+    /// The journal of a new connection.
     pub(super) fn begin(&self, connection: u64) -> Journal {
-        let path = self.path(connection);
-        let file = new_file(&path).or_else(|error| {
-            warn!(path = %path.display(), %error, "connection: requests are not durable: cannot make its journal");
-            // In memory, so that nothing is missing when the directory is there again.
-            memory()
-        });
-        Journal::new(path, file.ok(), HEADER)
+        Journal::new(connection, begin(connection, &self.path(connection)))
     }
 
     /// What another daemon left of a connection, and the journal to go on with.
     pub(super) fn resume(&self, connection: u64) -> (Journal, Recovered) {
-        match Recovered::read(&self.path(connection)) {
-            Ok((journal, recovered)) => (journal, recovered),
-            Err(error) => {
-                warn!(connection, %error, "a connection's journal cannot be read: what it asked and was not answered is lost");
-                (self.begin(connection), Recovered::nothing())
-            }
+        self.try_resume(connection).unwrap_or_else(|error| {
+            warn!(connection, %error, "connection journal: cannot be read: the requests that are not answered are lost");
+            (self.begin(connection), Recovered::nothing())
+        })
+    }
+
+    fn try_resume(&self, connection: u64) -> io::Result<(Journal, Recovered)> {
+        let path = self.path(connection);
+        let found = Found::read(&path)?;
+        if let Some(identity) = first_format::read_header(found.bytes()) {
+            let recovered = Recovered::read_entries::<FirstFormat>(
+                connection,
+                identity,
+                found.bytes(),
+                first_format::HEADER,
+            );
+            let journal = Journal::converted(connection, &path, &recovered)?;
+            return Ok((journal, recovered));
         }
+        let identity = match Header::read(found.bytes()) {
+            Some(Header::Sound(identity)) => Some(identity),
+            Some(Header::Damaged) => None,
+            // Nothing is read from a connection before its journal has a header.
+            None => return Ok((self.begin(connection), Recovered::default())),
+        };
+        let recovered = Recovered::read(connection, identity, found.bytes());
+        // A daemon that dies within a write leaves a piece of an entry, which is cut off; the bytes
+        // that it was about are still in the socket.
+        let log = found.go_on(HEADER, recovered.end)?;
+        Ok((Journal::recovered(connection, log, &recovered), recovered))
     }
 
     /// Removes the journals of all connections but these.
@@ -93,46 +103,106 @@ impl Journals {
     }
 }
 
-/// What stands in for a journal whose directory was removed, until that is made again.
-fn memory() -> io::Result<File> {
-    let memory = File::from(memfd_create(c"journal", MFdFlags::MFD_CLOEXEC)?);
-    write_header(&memory, &Identity::default())?;
-    Ok(memory)
+/// A new log, in memory if it has to be.
+fn begin(connection: u64, path: &Path) -> Option<Log> {
+    let header = header(&Identity::default());
+    Log::create(path, &header)
+        .or_else(|error| {
+            warn!(connection, path = %path.display(), %error, "connection: requests are not durable: cannot create its journal");
+            Log::in_memory(path, &header)
+        })
+        .ok()
 }
 
-/// One connection's journal. Ends with the connection, but not with the daemon.
+/// The journal of one connection. It ends with the connection, but not with the daemon.
 #[derive(Debug)]
 pub(super) struct Journal {
-    path: PathBuf,
-    /// None when it could not be opened, or for a connection that nobody keeps.
-    file: Option<File>,
-    length: u64,
-    /// Where the requests are that are not answered, and how long their entries are.
-    pending: BTreeMap<u32, (u64, usize)>,
-    /// A frame is half here: nothing may be cut off.
-    is_amid: bool,
-    /// And so is an answer.
+    /// The connection's number, for log lines.
+    connection: u64,
+    /// None if it could not be created, or for a connection that ends with this process.
+    log: Option<Log>,
+    /// Where the entries of the requests are that are not answered.
+    pending: BTreeMap<u32, Range<u64>>,
+    /// A part of a frame is noted and the rest has not arrived: nothing may be cut off.
+    is_mid_frame: bool,
+    /// The rest of an answer is noted and not sent: nothing may be cut off.
     has_rest: bool,
-    /// Whose outcome is noted and not answered yet: those notes are not moved.
+    /// The requests whose outcome is noted and which are not answered: those notes are not moved.
     outcomes: BTreeSet<u32>,
 }
 
 impl Journal {
-    fn new(path: PathBuf, file: Option<File>, length: u64) -> Self {
+    fn new(connection: u64, log: Option<Log>) -> Self {
         Self {
-            path,
-            file,
-            length,
+            connection,
+            log,
             pending: BTreeMap::new(),
-            is_amid: false,
+            is_mid_frame: false,
             has_rest: false,
             outcomes: BTreeSet::new(),
         }
     }
 
-    /// The journal of a connection that ends with us.
+    /// The journal of a connection that ends with this process: nothing is noted.
     pub(super) fn none() -> Self {
-        Self::new(PathBuf::new(), None, 0)
+        Self::new(0, None)
+    }
+
+    /// The journal that was read.
+    fn recovered(connection: u64, log: Log, recovered: &Recovered) -> Self {
+        Self {
+            pending: recovered.places.clone(),
+            is_mid_frame: !recovered.partial.bytes.is_empty(),
+            has_rest: !recovered.rest.is_empty(),
+            outcomes: recovered.outcomes.keys().copied().collect(),
+            ..Self::new(connection, Some(log))
+        }
+    }
+
+    /// What a journal of the first format said, as one of this format in its place.
+    fn converted(connection: u64, path: &Path, recovered: &Recovered) -> io::Result<Self> {
+        let log = Log::draft(path, &header(&recovered.identity))?;
+        let mut journal = Self::new(connection, Some(log));
+        journal.note_recovered(recovered);
+        if let Some(log) = &mut journal.log {
+            log.move_to(path)?;
+        }
+        Ok(journal)
+    }
+
+    fn note_recovered(&mut self, recovered: &Recovered) {
+        if !recovered.rest.is_empty() {
+            self.rest(&recovered.rest);
+        }
+        for &stream in &recovered.unreadable {
+            self.lost(stream);
+        }
+        // In order, so that the one that is perhaps not consumed, if there is, is the last entry.
+        for (&stream, request) in &recovered.pending {
+            self.request(stream, request);
+            if let Some(Some(outcome)) = recovered.outcomes.get(&stream) {
+                self.outcome(stream, outcome);
+            }
+        }
+        let partial = &recovered.partial;
+        if !partial.bytes.is_empty() {
+            self.part(&[], &partial.bytes);
+        }
+        if partial.skipped > 0 {
+            self.skipped(partial.skipped);
+        }
+        if !partial.bytes.is_empty() && !recovered.is_part_maybe_consumed {
+            self.part_consumed();
+        }
+    }
+
+    /// Notes whose connection it is.
+    pub(super) fn identity(&mut self, identity: &Identity) {
+        if let Some(log) = &self.log
+            && let Err(error) = log.write_header(0, &header(identity))
+        {
+            warn!(connection = self.connection, path = %log.path().display(), %error, "connection journal: cannot note the connection's namespace and bundle");
+        }
     }
 
     /// Notes a whole frame, before it is consumed.
@@ -145,11 +215,11 @@ impl Journal {
         self.append_pending(stream, entry(Kind::Lost, stream, &[]), &[]);
     }
 
-    /// Notes a part of a frame, before it is consumed; `before` is what came of it before. What is
-    /// damaged of a frame's header would leave the length of the frame unknown, so that is noted
-    /// twice.
+    /// Notes a part of a frame, before it is consumed; `before` is what came of the frame before.
+    /// A damaged part of a frame's header would leave the length of the frame unknown, so the
+    /// header is noted twice.
     pub(super) fn part(&mut self, before: &[u8], bytes: &[u8]) {
-        self.is_amid = true;
+        self.is_mid_frame = true;
         let mut entries = Vec::new();
         if before.len() < frame::HEADER {
             let frame_header: Vec<u8> = before.iter().chain(bytes).copied().collect();
@@ -163,12 +233,12 @@ impl Journal {
 
     /// Notes so many bytes of a payload that is too long to be kept, before they are consumed.
     pub(super) fn skipped(&mut self, count: usize) {
-        self.is_amid = true;
+        self.is_mid_frame = true;
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         self.append(&entry(Kind::Skipped, count, &[]));
     }
 
-    /// And after either of them.
+    /// Notes that the part, or the skipped bytes, noted last are consumed.
     pub(super) fn part_consumed(&mut self) {
         self.append(&entry(Kind::PartConsumed, 0, &[]));
     }
@@ -176,21 +246,23 @@ impl Journal {
     /// Notes a frame that came in parts, now that it is whole; its parts are not needed any more.
     pub(super) fn parts_are(&mut self, stream: u32, frame: &[u8]) {
         self.request(stream, frame);
-        self.is_amid = false;
+        self.is_mid_frame = false;
     }
 
     /// Notes that the parts made a request of this stream that cannot be carried out.
     pub(super) fn parts_are_lost(&mut self, stream: u32) {
         let end = entry(Kind::Request, 0, &[]);
         self.append_pending(stream, entry(Kind::Lost, stream, &[]), &end);
-        self.is_amid = false;
+        self.is_mid_frame = false;
     }
 
     /// Notes that the parts made nothing that has to be answered.
     pub(super) fn parts_are_nothing(&mut self) {
         self.append(&entry(Kind::Request, 0, &[]));
-        self.is_amid = false;
-        self.cut();
+        self.is_mid_frame = false;
+        if !self.is_needed() {
+            self.cut();
+        }
     }
 
     /// Notes what is still to be sent of an answer.
@@ -199,11 +271,13 @@ impl Journal {
         self.append(&entry(Kind::Rest, 0, bytes).repeat(2));
     }
 
-    /// Notes a refusal before it is sent, and with that its request as answered: who has been
-    /// refused must not see it begin anew under our successor.
+    /// Notes a refusal before it is sent, and with that its request as answered: a client that has
+    /// been refused must not see the request carried out by a successor.
     pub(super) fn refused(&mut self, stream: u32, answer: &[u8]) {
         if self.pending.contains_key(&stream)
-            && self.append(&entry(Kind::Rest, stream, answer).repeat(2))
+            && self
+                .append(&entry(Kind::Rest, stream, answer).repeat(2))
+                .is_some()
         {
             self.has_rest = true;
             self.pending.remove(&stream);
@@ -211,16 +285,10 @@ impl Journal {
         }
     }
 
-    /// Notes that it is sent.
+    /// Notes that the rest of an answer, or a refusal, is sent, if one was noted.
     pub(super) fn rest_sent(&mut self) {
-        if !std::mem::take(&mut self.has_rest) {
-            return;
-        }
-        if self.pending.is_empty() && !self.is_amid {
-            self.cut();
-        } else {
-            self.append(&entry(Kind::RestSent, 0, &[]));
-            self.compact();
+        if std::mem::take(&mut self.has_rest) {
+            self.shrink_or_append(&entry(Kind::RestSent, 0, &[]));
         }
     }
 
@@ -235,174 +303,86 @@ impl Journal {
     /// Notes that this stream's request is answered.
     pub(super) fn answered(&mut self, stream: u32) {
         self.outcomes.remove(&stream);
-        if self.pending.remove(&stream).is_none() {
-            return;
-        }
-        if self.pending.is_empty() && !self.is_amid && !self.has_rest {
-            self.cut();
-        } else {
-            self.append(&entry(Kind::Answered, stream, &[]));
-            self.compact();
+        if self.pending.remove(&stream).is_some() {
+            self.shrink_or_append(&entry(Kind::Answered, stream, &[]));
         }
     }
 
-    /// Notes whose connection it is.
-    pub(super) fn identity(&mut self, identity: &Identity) {
-        if let Some(file) = &self.file
-            && let Err(error) = write_header(file, identity)
+    /// Creates the file again if it was removed.
+    pub(super) fn recreate(&mut self) {
+        if let Some(log) = &mut self.log
+            && let Err(error) = log.recreate()
         {
-            warn!(path = %self.path.display(), %error, "cannot note whose a connection is");
+            warn!(connection = self.connection, path = %log.path().display(), %error, "connection: requests are not durable: cannot create its journal again");
         }
     }
 
-    /// Its file was removed by somebody else: what is in it goes into a new one of the same name.
-    pub(super) fn write_again(&mut self) {
-        let Some(file) = &self.file else { return };
-        let copy = || -> io::Result<File> {
-            let mut bytes = vec![0; usize::try_from(self.length).unwrap_or_default()];
-            file.read_exact_at(&mut bytes, 0)?;
-            let draft = self.path.with_extension("draft");
-            let again = new_file(&draft)?;
-            again.write_all_at(&bytes, 0)?;
-            fs::rename(&draft, &self.path)?;
-            Ok(again)
-        };
-        match copy() {
-            Ok(again) => self.file = Some(again),
-            Err(error) => {
-                warn!(path = %self.path.display(), %error, "requests of a connection will not survive us");
-            }
-        }
-    }
-
-    /// What a journal of the first format said, as one of this format in its place.
-    fn written_again(path: &Path, recovered: &Recovered) -> io::Result<Self> {
-        let draft = path.with_extension("draft");
-        let file = new_file(&draft)?;
-        write_header(&file, &recovered.identity)?;
-        let mut journal = Self::new(path.to_owned(), Some(file), HEADER);
-        if !recovered.rest.is_empty() {
-            journal.rest(&recovered.rest);
-        }
-        for &stream in &recovered.unreadable {
-            journal.lost(stream);
-        }
-        // In order, so that the doubtful one, if there is, is the last entry.
-        for (&stream, request) in &recovered.pending {
-            journal.request(stream, request);
-            if let Some(Some(outcome)) = recovered.outcomes.get(&stream) {
-                journal.outcome(stream, outcome);
-            }
-        }
-        let partial = &recovered.partial;
-        if !partial.bytes.is_empty() {
-            journal.part(&[], &partial.bytes);
-        }
-        if partial.skipped > 0 {
-            journal.skipped(partial.skipped);
-        }
-        if !partial.bytes.is_empty() && !recovered.part_is_doubtful {
-            journal.part_consumed();
-        }
-        fs::rename(&draft, path)?;
-        Ok(journal)
-    }
-
-    /// The connection is over.
+    /// Removes the file: the connection is over.
     pub(super) fn remove(self) {
-        if self.file.is_some() {
-            let _ = fs::remove_file(&self.path);
+        if let Some(log) = self.log {
+            let _ = log.remove();
         }
     }
 
     /// Appends the entry of a request that is to be answered, and what comes with it.
     fn append_pending(&mut self, stream: u32, mut entry: Vec<u8>, and: &[u8]) {
-        let place = (self.length, entry.len());
+        let length = entry.len() as u64;
         entry.extend_from_slice(and);
-        if self.append(&entry) {
-            self.pending.insert(stream, place);
+        if let Some(place) = self.append(&entry) {
+            let end = place.start.saturating_add(length);
+            self.pending.insert(stream, place.start..end);
         }
     }
 
-    fn append(&mut self, entries: &[u8]) -> bool {
-        let Some(file) = &self.file else { return false };
-        failpoint::step("before a request's fate is noted");
-        let length = self.length.saturating_add(entries.len() as u64);
-        let written = if length > LONGEST {
-            Err(io::ErrorKind::FileTooLarge.into())
+    fn append(&mut self, entries: &[u8]) -> Option<Range<u64>> {
+        let log = self.log.as_mut()?;
+        log.append(entries)
+            .inspect_err(|error| {
+                warn!(connection = self.connection, path = %log.path().display(), %error, "connection: a request is not durable: cannot write its journal");
+            })
+            .ok()
+    }
+
+    fn is_needed(&self) -> bool {
+        !self.pending.is_empty() || self.is_mid_frame || self.has_rest
+    }
+
+    /// Cuts everything off if nothing is needed any more; otherwise appends this entry.
+    fn shrink_or_append(&mut self, entry: &[u8]) {
+        if self.is_needed() {
+            self.append(entry);
+            self.compact();
         } else {
-            file.write_all_at(entries, self.length)
-        };
-        match written {
-            Ok(()) => {
-                failpoint::step("after a request's fate was noted");
-                self.length = length;
-                true
-            }
-            Err(error) => {
-                warn!(path = %self.path.display(), %error, "a request will not survive us: it cannot be noted");
-                let _ = file.set_len(self.length);
-                false
-            }
+            self.cut();
         }
     }
 
     fn cut(&mut self) {
-        let is_cut = |file: &File| file.set_len(HEADER).is_ok();
-        if self.length > HEADER && self.pending.is_empty() && self.file.as_ref().is_some_and(is_cut)
-        {
-            self.length = HEADER;
+        if let Some(log) = &mut self.log {
+            // What could not be cut off is answered again, which does no harm.
+            let _ = log.cut();
         }
     }
 
     /// Rewrites a long journal of mostly answered requests.
     fn compact(&mut self) {
-        let needed: u64 = self.pending.values().map(|&(_, size)| size as u64).sum();
-        let is_fixed = self.is_amid || self.has_rest || !self.outcomes.is_empty();
-        if self.length < COMPACT_FROM || self.length / 4 < needed || is_fixed {
+        let is_fixed = self.is_mid_frame || self.has_rest || !self.outcomes.is_empty();
+        let Some(log) = self.log.as_mut().filter(|_| !is_fixed) else {
+            return;
+        };
+        let places: Vec<Range<u64>> = self.pending.values().cloned().collect();
+        let size = |place: &Range<u64>| place.end.saturating_sub(place.start);
+        if !log.is_worth_compacting(places.iter().map(size).sum()) {
             return;
         }
-        if let Err(error) = self.rewrite() {
-            warn!(path = %self.path.display(), %error, "cannot shorten a journal");
+        let compacted = log
+            .header()
+            .and_then(|header| log.compact(&header, &places));
+        match compacted {
+            Ok(places) => self.pending = self.pending.keys().copied().zip(places).collect(),
+            Err(error) => {
+                warn!(connection = self.connection, path = %log.path().display(), %error, "connection journal: cannot be compacted");
+            }
         }
     }
-
-    fn rewrite(&mut self) -> io::Result<()> {
-        let Some(file) = &self.file else {
-            return Ok(());
-        };
-        let draft = self.path.with_extension("draft");
-        let shorter = new_file(&draft)?;
-        let mut head = header(&Identity::default());
-        file.read_exact_at(&mut head, 0)?;
-        shorter.write_all_at(&head, 0)?;
-        let mut length = HEADER;
-        let mut pending = BTreeMap::new();
-        for (&stream, &(at, size)) in &self.pending {
-            let mut entry = vec![0; size];
-            file.read_exact_at(&mut entry, at)?;
-            shorter.write_all_at(&entry, length)?;
-            pending.insert(stream, (length, size));
-            length += size as u64;
-        }
-        fs::rename(&draft, &self.path)?;
-        (self.file, self.length, self.pending) = (Some(shorter), length, pending);
-        Ok(())
-    }
-}
-
-fn new_file(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)?;
-    write_header(&file, &Identity::default())?;
-    Ok(file)
-}
-
-fn write_header(file: &File, identity: &Identity) -> io::Result<()> {
-    file.write_all_at(&header(identity), 0)
 }
