@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 use crate::bundle::BundleNote;
 use crate::server::{self, Handler};
 use crate::services::launcher::{CleanupRequest, CleanupResponse};
-use crate::services::{options, task};
+use crate::services::{create, options};
 use crate::{bootstrap, events};
 
 /// Serves one connection to its end.
@@ -26,7 +26,7 @@ pub async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> bool {
 pub fn create(payload: &[u8]) -> Option<(Vec<Mount>, StdioPaths)> {
     let request = CreateTaskRequest::parse_from_bytes(payload).ok()?;
     options::decode(request.options.as_ref()).ok()?;
-    let mounts = request.rootfs.into_iter().map(task::mount);
+    let mounts = request.rootfs.into_iter().map(create::mount);
     let streams = StdioPaths {
         stdin: request.stdin,
         stdout: request.stdout,

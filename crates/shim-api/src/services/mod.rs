@@ -2,11 +2,12 @@
 //! containerd 2.x falls back to an older API on that code.
 
 pub(crate) mod any;
+mod context;
+pub(crate) mod create;
 pub(crate) mod launcher;
 mod metrics;
 pub(crate) mod options;
-mod scope;
-pub(crate) mod task;
+mod task;
 pub(crate) mod timestamp;
 
 use async_trait::async_trait;

@@ -1,7 +1,8 @@
-//! [`Scope`]: which tasks a call can mean. Owns the way from the ids of a request to keys.
+//! [`CallContext`]: on whose behalf a call acts. Owns the way from the ids of a request to the keys
+//! of tasks and processes, so that no call reaches a task that its caller does not mean.
 
 use embedshim_core::Error;
-use embedshim_core::id::{ExecId, Namespace, ProcessKey, TaskKey};
+use embedshim_core::id::{ExecId, InvalidId, Namespace, ProcessKey, TaskKey};
 use embedshim_core::task::Node;
 use ttrpc::{Code, Status};
 
@@ -11,21 +12,24 @@ use crate::status;
 /// How the namespace travels: in no request, but in the metadata.
 const NAMESPACE: &str = "containerd-namespace-ttrpc";
 
-type Answer<T> = Result<T, Status>;
+/// The answer to a call, or to a part of one.
+pub(super) type Answer<T> = Result<T, Status>;
 
-/// The namespace of a call, and the `Create` of its connection: with them the way from ids to keys.
-pub(crate) struct Scope<'a> {
-    node: &'a Node,
-    namespace: Namespace,
+/// The node, on behalf of one call; the call's namespace; and the `Create` of its connection.
+pub(super) struct CallContext<'a> {
+    pub(super) node: &'a Node,
+    pub(super) namespace: Namespace,
     creation: Option<Creation>,
 }
 
-impl<'a> Scope<'a> {
+impl<'a> CallContext<'a> {
+    /// The context of a call; `node` acts on its behalf.
+    ///
     /// Debian's containerd 1.6.20 lacks the interceptor that puts the namespace into a call's
     /// metadata (its packaging removes it); only the calls of its start-up have it. What a
-    /// connection has told once holds for all its calls.
-    pub(crate) fn of(call: &Call, node: &'a Node) -> Answer<Self> {
-        let scope = |namespace| Self {
+    /// connection has named once holds for all its calls.
+    pub(super) fn new(call: &Call, node: &'a Node) -> Answer<Self> {
+        let context = |namespace| Self {
             node,
             namespace,
             creation: call.session.creation().clone(),
@@ -38,10 +42,10 @@ impl<'a> Scope<'a> {
         if !name.is_empty() {
             let namespace: Namespace = name.parse().map_err(invalid_id)?;
             call.session.namespace.get_or_init(|| namespace.clone());
-            return Ok(scope(namespace));
+            return Ok(context(namespace));
         }
-        let told = call.session.namespace.get().cloned();
-        told.map(scope).ok_or_else(|| {
+        let named = call.session.namespace.get().cloned();
+        named.map(context).ok_or_else(|| {
             if call.session.is_namespace_lost {
                 return status::damaged("this connection's namespace");
             }
@@ -49,16 +53,17 @@ impl<'a> Scope<'a> {
         })
     }
 
-    pub(crate) fn key(&self, id: &str) -> Answer<TaskKey> {
+    /// The key of a task that is to be created.
+    pub(super) fn key(&self, id: &str) -> Answer<TaskKey> {
         Ok(TaskKey {
             namespace: self.namespace.clone(),
             id: id.parse().map_err(invalid_id)?,
         })
     }
 
-    /// A task that the caller means. Another containerd can have one of the same namespace and id,
-    /// and the caller's was refused because of it: then it is not there.
-    pub(crate) fn task(&self, id: &str) -> Answer<TaskKey> {
+    /// The key of a task that the caller means. Another containerd can have a task of the same
+    /// namespace and id, because of which the caller's `Create` was refused: then it is not there.
+    pub(super) fn task(&self, id: &str) -> Answer<TaskKey> {
         let key = self.key(id)?;
         if let Some(asked) = self.creation.as_ref().filter(|asked| asked.id == key.id)
             && self
@@ -71,7 +76,8 @@ impl<'a> Scope<'a> {
         Ok(key)
     }
 
-    pub(crate) fn process(&self, id: &str, exec: &str) -> Answer<ProcessKey> {
+    /// The key of a task's init, or of the exec that `exec` names.
+    pub(super) fn process(&self, id: &str, exec: &str) -> Answer<ProcessKey> {
         let exec = match exec {
             "" => None,
             exec => Some(exec.parse::<ExecId>().map_err(invalid_id)?),
@@ -83,12 +89,13 @@ impl<'a> Scope<'a> {
     }
 }
 
-/// A call in no namespace; `why` none is known.
-pub(crate) fn required(why: &str) -> Status {
+/// The refusal of a call in no namespace; `why` none is known.
+pub(super) fn required(why: &str) -> Status {
     let text = format!("namespace is required for this call, and {why}: failed precondition");
     ttrpc::get_status(Code::FAILED_PRECONDITION, text)
 }
 
-pub(crate) fn invalid_id(error: embedshim_core::id::InvalidId) -> Status {
+/// The refusal of a name that is none.
+pub(super) fn invalid_id(error: InvalidId) -> Status {
     status::of(&error.into())
 }
