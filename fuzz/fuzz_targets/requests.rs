@@ -69,7 +69,7 @@ fuzz_target!(|bytes: &[u8]| {
         metadata: HashMap::from([("containerd-namespace-ttrpc".into(), "fuzz".into())]),
         session: Arc::new(Session::default()),
         request: None,
-        is_again: false,
+        is_replay: false,
         outcomes: None,
     };
     let (runtime, services) = &*SERVER;

@@ -1,9 +1,9 @@
-//! [`StoredAnswer`]: an answer that the socket does not take as a whole, so that a kill within it
-//! neither loses nor repeats a byte. Owns the bytes and how much of them is sent.
+//! [`StoredAnswer`]: an answer that the socket does not take as a whole, so that a kill while it is
+//! sent neither loses nor repeats a byte. Owns the bytes and how much of them is sent.
 //!
-//! The kernel counts: the answer is a memory file, which the store of descriptors holds as well,
-//! and sendfile(2) moves its position by what it has sent, in one step. A short answer needs none
-//! of it: a socket takes all of it or nothing.
+//! The kernel counts: the answer is a memory file, which the descriptor store holds as well, and
+//! sendfile(2) moves its position by what it has sent, in one step. A short answer needs no file: a
+//! socket takes all of it or nothing.
 
 use std::fs::File;
 use std::io::{self, Seek};
@@ -21,9 +21,9 @@ use tokio::net::UnixStream;
 
 use crate::frame::{HEADER, Header};
 
-/// No longer one is ever sent as a whole: the kernel makes one buffer of so much.
+/// A longer answer is not sent as a whole: the kernel makes one buffer of so many bytes.
 const WHOLE: usize = 16 * 1024;
-/// So much has room in a socket that can be written to, whatever its kernel does with a full one.
+/// So many bytes have room in a socket that can be written to, on every kernel.
 const CHUNK: usize = 16 * 1024;
 
 /// Whether the socket takes so many bytes all at once or none of them.
@@ -34,14 +34,14 @@ pub(super) fn is_sent_whole(stream: &UnixStream, length: usize) -> bool {
             .is_ok_and(|size| length.saturating_add(64) <= size / 2)
 }
 
-/// Who holds the answers of a connection for a successor.
+/// The descriptor store, for the answers of one connection.
 #[derive(Clone, Debug)]
 pub(super) struct AnswerStore {
     pub(super) store: Arc<dyn FdStore>,
     pub(super) connection: u64,
 }
 
-/// An answer under way.
+/// An answer that is being sent.
 #[derive(Debug)]
 pub(super) struct StoredAnswer(File);
 
@@ -49,7 +49,7 @@ impl AnswerStore {
     /// Stores an answer before its first byte is sent.
     pub(super) fn store(&self, answer: &[u8]) -> io::Result<StoredAnswer> {
         let file = File::from(memfd_create(c"answer", MFdFlags::MFD_CLOEXEC)?);
-        // At a place of its own: the position stays at the beginning.
+        // At an offset, so that the file's position stays at the beginning.
         file.write_all_at(answer, 0)?;
         self.store
             .keep(&FdName::Answer(self.connection), &[file.as_fd()])?;
@@ -57,26 +57,26 @@ impl AnswerStore {
         Ok(StoredAnswer(file))
     }
 
-    /// It is sent, and that is noted.
-    pub(super) fn forget(&self) -> io::Result<()> {
+    /// Removes an answer that is sent, after that is noted.
+    pub(super) fn remove(&self) -> io::Result<()> {
         self.store.forget(&FdName::Answer(self.connection))
     }
 }
 
 impl StoredAnswer {
-    /// What a predecessor stored.
+    /// An answer that a predecessor stored.
     pub(super) fn inherited(descriptor: OwnedFd) -> Self {
         Self(File::from(descriptor))
     }
 
-    /// The request that it answers.
+    /// The stream of the request that it answers.
     pub(super) fn stream(&self) -> io::Result<u32> {
         let mut header = [0; HEADER];
         self.0.read_exact_at(&mut header, 0)?;
         Ok(Header::decode(header).stream)
     }
 
-    /// Sends what is not sent. Waits for the client to read, and never otherwise.
+    /// Sends what is not sent yet. Waits for nothing but the client, which has to read.
     pub(super) async fn send(&mut self, stream: &UnixStream) -> io::Result<()> {
         let length = self.0.metadata()?.len();
         while self.0.stream_position()? < length {

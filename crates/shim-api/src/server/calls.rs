@@ -1,5 +1,5 @@
-//! [`Calls`]: the calls under way on one connection, each in a task. Owns their number, their
-//! deadlines and the way of an answer into the journal before it is given.
+//! [`Calls`]: the calls that one connection's client waits for, each in a task. Owns their number
+//! and their deadlines.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,21 +16,22 @@ use super::handler::{Call, Handler, Outcome, Outcomes, Session};
 use crate::frame::Header;
 use crate::status;
 
-/// Calls under way on one connection. One container has a handful; a `Wait` for each of its execs
-/// is the most.
+/// The most calls of one connection at a time. One container has a handful; a `Wait` for each of
+/// its execs is the most.
 const MAX_CALLS: usize = 1024;
 
+/// The answer to a call.
 pub(super) type Answer = Result<Vec<u8>, Status>;
 
-/// The calls under way: what each answers, and on which stream.
+/// The calls that are not answered: which task answers which stream.
 #[derive(Debug)]
 pub(super) struct Calls {
-    /// Of the connection, if it is kept.
-    number: Option<u64>,
+    /// The connection's number, if it outlives this process.
+    connection: Option<u64>,
     pub(super) tasks: JoinSet<Answer>,
     streams: HashMap<Id, u32>,
     pub(super) session: Arc<Session>,
-    /// Whether the connection's namespace is noted, and which bundle.
+    /// Whether the connection's namespace is in its journal, and which bundle is.
     pub(super) noted: (bool, Option<BundleId>),
     outcomes: mpsc::Sender<Outcome>,
 }
@@ -39,63 +40,21 @@ pub(super) struct Calls {
 pub(super) struct Begin<'a> {
     pub(super) header: Header,
     pub(super) payload: &'a [u8],
-    pub(super) is_again: bool,
-    /// What another daemon was about to answer, or that its note of that is damaged.
+    /// Another daemon read this request and died before it was answered.
+    pub(super) is_replay: bool,
+    /// What that daemon was about to answer, or that its note of it is damaged.
     pub(super) outcome: Option<Answer>,
 }
 
-/// Starts the call that a request frame asks for.
-pub(super) fn begin<H: Handler>(
-    frame: Begin<'_>,
-    calls: &mut Calls,
-    handler: &Arc<H>,
-) -> Result<(), Status> {
-    let Begin {
-        header,
-        payload,
-        is_again,
-        outcome,
-    } = frame;
-    let request = Request::parse_from_bytes(payload)
-        .map_err(|error| status::invalid(format!("unmarshal request error: {error}")))?;
-    if calls.tasks.len() >= MAX_CALLS {
-        let text = format!("{MAX_CALLS} calls are under way on this connection");
-        return Err(ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text));
-    }
-    // What was begun is brought to its end, though its deadline has passed meanwhile.
-    let limit = u64::try_from(request.timeout_nano)
-        .ok()
-        .filter(|&nanos| nanos > 0 && !is_again)
-        .map(Duration::from_nanos);
-    let handler = Arc::clone(handler);
-    let call = calls.call(request, header.stream, is_again);
-    let task = calls.tasks.spawn(async move {
-        match limit {
-            None => match (handler.call(call).await, outcome) {
-                // What was to be deleted is gone: it was this request that did it, in an earlier
-                // life.
-                (Err(refusal), Some(outcome)) if refusal.code() == Code::NOT_FOUND => outcome,
-                (answer, _) => answer,
-            },
-            Some(limit) => tokio::time::timeout(limit, handler.call(call))
-                .await
-                .unwrap_or_else(|_| {
-                    Err(ttrpc::get_status(
-                        Code::DEADLINE_EXCEEDED,
-                        "context deadline exceeded",
-                    ))
-                }),
-        }
-    });
-    calls.streams.insert(task.id(), header.stream);
-    Ok(())
-}
-
 impl Calls {
-    pub(super) fn new(number: Option<u64>, session: Session) -> (Self, mpsc::Receiver<Outcome>) {
+    /// No calls yet; and where the outcomes arrive that are to be noted.
+    pub(super) fn new(
+        connection: Option<u64>,
+        session: Session,
+    ) -> (Self, mpsc::Receiver<Outcome>) {
         let (outcomes, receiver) = mpsc::channel(1);
         let calls = Self {
-            number,
+            connection,
             tasks: JoinSet::new(),
             streams: HashMap::new(),
             session: Arc::new(session),
@@ -105,13 +64,55 @@ impl Calls {
         (calls, receiver)
     }
 
-    fn call(&self, request: Request, stream: u32, is_again: bool) -> Call {
+    /// Starts the call that a request frame asks for.
+    pub(super) fn begin<H: Handler>(
+        &mut self,
+        frame: Begin<'_>,
+        handler: &Arc<H>,
+    ) -> Result<(), Status> {
+        let Begin {
+            header,
+            payload,
+            is_replay,
+            outcome,
+        } = frame;
+        let request = Request::parse_from_bytes(payload)
+            .map_err(|error| status::invalid(format!("unmarshal request error: {error}")))?;
+        if self.tasks.len() >= MAX_CALLS {
+            let text = format!("{MAX_CALLS} calls are under way on this connection");
+            return Err(ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text));
+        }
+        // A replay is brought to its end, though its deadline has passed meanwhile.
+        let limit = u64::try_from(request.timeout_nano)
+            .ok()
+            .filter(|&nanos| nanos > 0 && !is_replay)
+            .map(Duration::from_nanos);
+        let handler = Arc::clone(handler);
+        let call = self.call(request, header.stream, is_replay);
+        let task = self.tasks.spawn(async move {
+            match limit {
+                None => match (handler.call(call).await, outcome) {
+                    // What was to be deleted is gone: this request has deleted it, for the daemon
+                    // that noted the outcome.
+                    (Err(refusal), Some(outcome)) if refusal.code() == Code::NOT_FOUND => outcome,
+                    (answer, _) => answer,
+                },
+                Some(limit) => tokio::time::timeout(limit, handler.call(call))
+                    .await
+                    .unwrap_or_else(|_| Err(deadline_exceeded())),
+            }
+        });
+        self.streams.insert(task.id(), header.stream);
+        Ok(())
+    }
+
+    fn call(&self, request: Request, stream: u32, is_replay: bool) -> Call {
         let mut metadata = HashMap::new();
         for pair in request.metadata {
             metadata.entry(pair.key).or_insert(pair.value);
         }
         let request_id = self
-            .number
+            .connection
             .map(|connection| RequestId { connection, stream });
         Call {
             service: request.service,
@@ -119,8 +120,8 @@ impl Calls {
             payload: request.payload,
             metadata,
             request: request_id,
-            is_again,
-            outcomes: self.number.map(|_| Outcomes {
+            is_replay,
+            outcomes: self.connection.map(|_| Outcomes {
                 stream,
                 sender: self.outcomes.clone(),
             }),
@@ -128,10 +129,10 @@ impl Calls {
         }
     }
 
-    /// The answer of a call that ended, and where it belongs.
+    /// The answer of a task that ended, and its stream.
     pub(super) fn take(&mut self, ended: Result<(Id, Answer), JoinError>) -> Option<(u32, Answer)> {
         let (id, answer) = ended.unwrap_or_else(|failure| {
-            error!(%failure, "a call panicked");
+            error!(connection = self.connection, %failure, "a call panicked");
             (
                 failure.id(),
                 Err(status::internal(
@@ -139,12 +140,17 @@ impl Calls {
                 )),
             )
         });
-        // Maps and vectors keep the capacity of their busiest moment; a connection is idle for most
-        // of its life.
+        // A map keeps the capacity of its busiest moment; a connection is idle for most of its
+        // life.
         let stream = self.streams.remove(&id);
         if self.streams.is_empty() {
             self.streams = HashMap::new();
         }
         stream.map(|stream| (stream, answer))
     }
+}
+
+/// In the words of Go's server.
+fn deadline_exceeded() -> Status {
+    ttrpc::get_status(Code::DEADLINE_EXCEEDED, "context deadline exceeded")
 }

@@ -1,6 +1,6 @@
-//! One connection: reads requests, runs each in a task, writes the answers. Owns the rules on
-//! stream ids, and what is done again for a daemon that died. When the peer goes, so do the tasks
-//! that nobody waits for any more.
+//! [`Connection`]: one connection: reads requests, runs each in a task, writes the answers. Owns
+//! the rules on stream ids, the order of noting and sending, and what is replayed for a daemon that
+//! died. When the client closes it, the calls that it waited for end.
 
 use std::io;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use tracing::{debug, warn};
 use ttrpc::{Code, Status};
 
 use super::answer::{self, AnswerStore, StoredAnswer};
-use super::calls::{Answer, Begin, Calls, begin};
-use super::frame_reader::{self, Frame, Intake};
+use super::calls::{Answer, Begin, Calls};
+use super::frame_reader::{self, Frame, FrameReader};
 use super::handler::{Handler, Outcome, Session};
 use super::journal::{Identity, Journal, Recovered, UnknownRequests};
 use super::state::ServerState;
@@ -23,35 +23,35 @@ use crate::status;
 
 /// What another daemon has left of a connection, beside its socket.
 #[derive(Debug)]
-pub(super) struct Left {
+pub(super) struct Inherited {
     pub(super) answers: AnswerStore,
-    /// The answer that it was about to send.
+    /// The answer that it was sending.
     pub(super) answer: Option<StoredAnswer>,
     pub(super) journal: Journal,
-    pub(super) owed: Recovered,
+    pub(super) recovered: Recovered,
 }
 
-/// One connection, new or taken over.
+/// One connection, new or resumed.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: UnixStream,
     journal: Journal,
-    intake: Intake,
+    reader: FrameReader,
     calls: Calls,
     outcomes: mpsc::Receiver<Outcome>,
     last_stream: u32,
-    /// What to do first: answers, or the end of one, that another daemon owed.
-    owed: Recovered,
-    /// Requests before the next one are lost, and are answered when that tells which.
+    /// What another daemon has not answered, or not as a whole: it comes before anything new.
+    pending: Recovered,
+    /// Requests before the next one are lost, and are answered when its stream shows theirs.
     unknown: Option<UnknownRequests>,
-    /// Holds long answers while they are sent, if the connection is kept.
+    /// Stores long answers while they are sent, if the connection outlives this process.
     answers: Option<AnswerStore>,
-    /// One that a predecessor, or this daemon, has not sent as a whole.
+    /// An answer that is stored, since it is not sent as a whole.
     answer: Option<StoredAnswer>,
 }
 
 impl Connection {
-    /// One that was just accepted.
+    /// A connection that was just accepted.
     pub(super) fn new(
         stream: UnixStream,
         answers: Option<AnswerStore>,
@@ -63,78 +63,83 @@ impl Connection {
         Self {
             stream,
             journal,
-            intake: Intake::default(),
+            reader: FrameReader::default(),
             calls,
             outcomes,
             last_stream: 0,
-            owed: Recovered::default(),
+            pending: Recovered::default(),
             unknown: None,
             answers,
             answer: None,
         }
     }
 
-    /// One that another daemon has left.
-    pub(super) fn resume(stream: UnixStream, left: Left) -> io::Result<Self> {
-        let Left {
+    /// A connection that another daemon has left.
+    pub(super) fn resume(stream: UnixStream, inherited: Inherited) -> io::Result<Self> {
+        let Inherited {
             answers,
             answer,
             mut journal,
-            mut owed,
-        } = left;
-        let intake = Intake::resume(&stream, &owed)?;
-        let mut unknown = owed.unknown.take();
-        if let Some(next) = intake.next_request(&stream)? {
-            owed.unreadable.extend(
+            recovered: mut pending,
+        } = inherited;
+        let reader = FrameReader::resume(&stream, &pending)?;
+        // Which requests are lost, as far as it is known by now.
+        let mut unknown = pending.unknown.take();
+        if let Some(next) = reader.next_request(&stream)? {
+            pending.unreadable.extend(
                 unknown
                     .take()
                     .into_iter()
                     .flat_map(|lost| lost.before(next)),
             );
-            // It and what follows was not begun, whatever is noted of it.
-            owed.unreadable.retain(|&stream| stream < next);
+            // It and what follows is still in the socket, whatever is noted of it.
+            pending.unreadable.retain(|&stream| stream < next);
         } else if let Some(lost) = unknown.and_then(UnknownRequests::after_last) {
-            owed.unreadable.extend(lost);
+            pending.unreadable.extend(lost);
             unknown = None;
         }
-        for &stream in &owed.unreadable {
+        for &stream in &pending.unreadable {
             journal.lost(stream);
         }
+        // What is known of the connection.
         let session = Session {
-            is_namespace_lost: owed.is_namespace_lost,
+            is_namespace_lost: pending.is_namespace_lost,
             ..Session::default()
         };
         let (calls, outcomes) = Calls::new(Some(answers.connection), session);
-        if let Some(namespace) = owed.identity.namespace.clone() {
+        if let Some(namespace) = pending.identity.namespace.clone() {
             calls.session.namespace.get_or_init(|| namespace);
         }
-        calls.session.creation().clone_from(&owed.identity.creation);
-        let last_stream = owed.pending.keys().next_back().copied().unwrap_or(0);
+        calls
+            .session
+            .creation()
+            .clone_from(&pending.identity.creation);
+        let last_stream = pending.pending.keys().next_back().copied().unwrap_or(0);
         Ok(Self {
             stream,
             journal,
-            intake,
+            reader,
             calls,
             outcomes,
             last_stream,
-            owed,
+            pending,
             unknown,
             answers: Some(answers),
             answer,
         })
     }
 
-    /// Serves until the peer leaves. A connection that has come to its end leaves no journal.
-    /// `noted` is the last loss of the journals after which its own is written again.
+    /// Serves until the client closes the connection, which then leaves no journal. `journal_after`
+    /// is the loss of the journals after which this one was created again.
     pub(super) async fn run<H: Handler>(
         mut self,
         handler: Arc<H>,
-        mut course: watch::Receiver<ServerState>,
-        noted: Option<&AtomicU32>,
+        mut state: watch::Receiver<ServerState>,
+        journal_after: Option<&AtomicU32>,
     ) -> io::Result<()> {
-        let result = self.converse(&handler, &mut course, noted).await;
-        if !course.borrow().is_stopping {
-            self.forget_answer();
+        let result = self.converse(&handler, &mut state, journal_after).await;
+        if !state.borrow().is_stopping {
+            self.remove_answer();
             self.journal.remove();
         }
         result
@@ -143,18 +148,18 @@ impl Connection {
     async fn converse<H: Handler>(
         &mut self,
         handler: &Arc<H>,
-        course: &mut watch::Receiver<ServerState>,
-        noted: Option<&AtomicU32>,
+        state: &mut watch::Receiver<ServerState>,
+        journal_after: Option<&AtomicU32>,
     ) -> io::Result<()> {
-        let mut losses = course.borrow().losses;
-        self.pay(handler).await?;
+        let mut losses = state.borrow().journal_losses;
+        self.replay(handler).await?;
         loop {
-            let now = *course.borrow_and_update();
-            if now.losses > losses {
-                losses = now.losses;
+            let now = *state.borrow_and_update();
+            if now.journal_losses > losses {
+                losses = now.journal_losses;
                 self.journal.recreate();
-                if let Some(noted) = noted {
-                    noted.store(losses, Ordering::Release);
+                if let Some(after) = journal_after {
+                    after.store(losses, Ordering::Release);
                 }
             }
             tokio::select! {
@@ -166,63 +171,66 @@ impl Connection {
                 }
                 Some(outcome) = self.outcomes.recv() => {
                     self.journal.outcome(outcome.stream, &outcome.answer);
-                    // Whoever waited for it may have been dropped.
+                    // The call that waited for it may have been dropped.
                     let _ = outcome.noted.send(());
                 }
-                // Who stops reads no more: what is not read yet is his successor's.
-                frame = self.intake.next(&self.stream, &mut self.journal), if !now.is_stopping => {
+                // A daemon that stops leaves what it has not read to its successor.
+                frame = self.reader.next(&self.stream, &mut self.journal), if !now.is_stopping => {
                     let Some(frame) = frame? else { return Ok(()) };
                     self.refuse_unknown(&frame).await?;
-                    if let Err((stream, refusal)) = receive(frame, &mut self.last_stream, &mut self.calls, handler) {
+                    if let Err((stream, refusal)) = self.receive(frame, handler) {
                         warn!(stream, code = ?refusal.code(), text = refusal.message, "frame refused");
                         self.answer(stream, Err(refusal)).await?;
                     }
                 }
-                Ok(()) = course.changed() => {}
+                Ok(()) = state.changed() => {}
             }
         }
     }
 
-    /// Does what another daemon has begun, and answers for it.
-    async fn pay<H: Handler>(&mut self, handler: &Arc<H>) -> io::Result<()> {
-        let mut owed = std::mem::take(&mut self.owed);
+    /// Answers what another daemon has read and not answered.
+    async fn replay<H: Handler>(&mut self, handler: &Arc<H>) -> io::Result<()> {
+        let mut pending = std::mem::take(&mut self.pending);
+        // The answer, or the end of one, that was being sent.
         if let Some(answer) = &mut self.answer {
             // Its request is answered by this, whatever else is noted of it.
             let stream = answer.stream()?;
             answer.send(&self.stream).await?;
-            // The same, if it is a refusal.
-            let rest = owed.rest.first_chunk().copied().map(Header::decode);
+            // A refusal is noted as a whole, too.
+            let rest = pending.rest.first_chunk().copied().map(Header::decode);
             if rest.is_some_and(|rest| rest.stream == stream) {
-                owed.rest.clear();
+                pending.rest.clear();
             }
-            owed.pending.remove(&stream);
-            owed.unreadable.remove(&stream);
+            pending.pending.remove(&stream);
+            pending.unreadable.remove(&stream);
             self.journal.rest_sent();
             self.journal.answered(stream);
-            self.forget_answer();
+            self.remove_answer();
         }
-        if !owed.rest.is_empty() {
-            self.write(&owed.rest).await?;
+        if !pending.rest.is_empty() {
+            self.write(&pending.rest).await?;
             self.journal.rest_sent();
         }
-        for stream in owed.unreadable {
+        // The requests that are lost.
+        for stream in pending.unreadable {
             self.answer(stream, Err(status::damaged("this request")))
                 .await?;
         }
-        let mut outcomes = owed.outcomes;
-        for (stream, frame) in owed.pending {
+        // The requests that are not answered.
+        let mut outcomes = pending.outcomes;
+        for (stream, frame) in pending.pending {
             let damaged = || status::damaged("this request's answer");
             let outcome = outcomes.remove(&stream);
             let outcome = outcome.map(|outcome| outcome.ok_or_else(damaged));
             let begun = match frame_reader::whole(&frame) {
                 Some((header, payload)) => {
-                    let again = Begin {
+                    let replay = Begin {
                         header,
                         payload,
-                        is_again: true,
+                        is_replay: true,
                         outcome,
                     };
-                    begin(again, &mut self.calls, handler)
+                    self.calls.begin(replay, handler)
                 }
                 None => Err(status::internal("a note of a request is no frame")),
             };
@@ -248,9 +256,55 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends an answer, and notes that it is sent: sent twice does no harm, never would. A refusal
-    /// is noted before it is sent, or our successor would do anew what the client goes on from as
-    /// not done, such as mount the root of a container that was not created.
+    /// Starts the call that a frame asks for; an error is what to answer on which stream, in the
+    /// words of Go's server.
+    fn receive<H: Handler>(&mut self, frame: Frame, handler: &Arc<H>) -> Result<(), (u32, Status)> {
+        let (header, payload) = match frame {
+            Frame::Whole(header, payload) => (header, payload),
+            Frame::Oversized(header) => {
+                let text = format!(
+                    "message length {} exceed maximum message size of {MAX_PAYLOAD}",
+                    header.length
+                );
+                let refusal = ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text);
+                return Err((header.stream, refusal));
+            }
+            Frame::Damaged(header) => {
+                self.last_stream = header.stream.max(self.last_stream);
+                return Err((header.stream, status::damaged("this request")));
+            }
+        };
+        let refuse = |text: &str| Err((header.stream, status::invalid(text)));
+        match header.kind {
+            Kind::Request => {}
+            Kind::Data => return refuse("StreamID is no longer active"),
+            Kind::Response | Kind::Unknown(_) => {
+                debug!(?header, "frame ignored");
+                return Ok(());
+            }
+        }
+        if header.stream % 2 != 1 {
+            return refuse("StreamID must be odd for client initiated streams");
+        }
+        if header.stream <= self.last_stream {
+            return refuse("StreamID cannot be re-used and must increment");
+        }
+        self.last_stream = header.stream;
+        let new = Begin {
+            header,
+            payload: &payload,
+            is_replay: false,
+            outcome: None,
+        };
+        self.calls
+            .begin(new, handler)
+            .map_err(|refusal| (header.stream, refusal))
+    }
+
+    /// Sends an answer, and notes that it is sent: sending an answer twice is harmless (Go ignores
+    /// the second), never sending it hangs the client. A refusal is noted before it is sent, or a
+    /// successor would carry the request out, of which the client believes that it was not, and
+    /// for example mount the root of a container that was not created.
     async fn answer(&mut self, stream: u32, answer: Answer) -> io::Result<()> {
         failpoint::step("before an answer is sent");
         let is_refusal = answer.is_err();
@@ -262,7 +316,7 @@ impl Connection {
         failpoint::step("after an answer was sent");
         self.journal.rest_sent();
         self.journal.answered(stream);
-        self.forget_answer();
+        self.remove_answer();
         Ok(())
     }
 
@@ -276,18 +330,19 @@ impl Connection {
             Ok(answer) => self.answer.insert(answer).send(&self.stream).await,
             Err(error) => {
                 let connection = answers.connection;
-                warn!(connection, %error, "a long answer is not stored: a kill while it is sent would break the connection");
+                warn!(connection, %error, "connection: a long answer is not durable: cannot store it: the connection is lost if this daemon is killed while it is sent");
                 self.write(frame).await
             }
         }
     }
 
-    fn forget_answer(&mut self) {
+    /// Removes the answer that is sent from the descriptor store.
+    fn remove_answer(&mut self) {
         let answers = self.answers.as_ref();
         if let Some(answers) = answers.filter(|_| self.answer.take().is_some())
-            && let Err(error) = answers.forget()
+            && let Err(error) = answers.remove()
         {
-            debug!(%error, connection = answers.connection, "an answer that is sent is still stored");
+            debug!(connection = answers.connection, %error, "connection: an answer that is sent cannot be removed from the descriptor store");
         }
     }
 
@@ -316,6 +371,7 @@ impl Connection {
         Ok(())
     }
 
+    /// Notes the connection's namespace and bundle, once they are known.
     fn note_identity(&mut self) {
         let session = &self.calls.session;
         let (namespace, creation) = (session.namespace.get(), session.creation());
@@ -331,53 +387,4 @@ impl Connection {
             self.calls.noted = now;
         }
     }
-}
-
-/// Acts on one frame; an error is what to answer on which stream.
-fn receive<H: Handler>(
-    frame: Frame,
-    last_stream: &mut u32,
-    calls: &mut Calls,
-    handler: &Arc<H>,
-) -> Result<(), (u32, Status)> {
-    let (header, payload) = match frame {
-        Frame::Whole(header, payload) => (header, payload),
-        Frame::Oversized(header) => {
-            let text = format!(
-                "message length {} exceed maximum message size of {MAX_PAYLOAD}",
-                header.length
-            );
-            return Err((
-                header.stream,
-                ttrpc::get_status(Code::RESOURCE_EXHAUSTED, text),
-            ));
-        }
-        Frame::Damaged(header) => {
-            *last_stream = header.stream.max(*last_stream);
-            return Err((header.stream, status::damaged("this request")));
-        }
-    };
-    let refuse = |text: &str| Err((header.stream, status::invalid(text)));
-    match header.kind {
-        Kind::Request => {}
-        Kind::Data => return refuse("StreamID is no longer active"),
-        Kind::Response | Kind::Unknown(_) => {
-            debug!(?header, "frame ignored");
-            return Ok(());
-        }
-    }
-    if header.stream % 2 != 1 {
-        return refuse("StreamID must be odd for client initiated streams");
-    }
-    if header.stream <= *last_stream {
-        return refuse("StreamID cannot be re-used and must increment");
-    }
-    *last_stream = header.stream;
-    let new = Begin {
-        header,
-        payload: &payload,
-        is_again: false,
-        outcome: None,
-    };
-    begin(new, calls, handler).map_err(|refusal| (header.stream, refusal))
 }

@@ -1,9 +1,12 @@
-//! [`Intake`]: frames off a socket, whatever the pieces they come in, so that the death of this process loses none of them. Owns the
-//! order of looking, noting and taking: bytes are peeked, noted in the journal, and only then consumed.
+//! [`FrameReader`]: frames off a socket, whatever the pieces they come in, so that the death of this
+//! process loses none of them. Owns the order of peeking, noting and consuming: bytes are peeked,
+//! noted in the journal, and only then consumed (invariant 14).
 //!
-//! A frame that is there as a whole is one entry; that it was taken is known from its stream's number, which only rises. One that is
-//! not (it is longer than the socket's buffer, perhaps) is taken in parts. Whether the last of them was taken is remembered by the
-//! socket itself: `SO_PEEK_OFF` moves on when bytes are peeked, and back when they are consumed (Linux 3.4).
+//! A frame that is there as a whole is one entry; that it was consumed is known from the number of
+//! its stream, which only rises. A frame that is not there as a whole (it may be longer than the
+//! socket's buffer) is consumed in parts. Whether the last part was consumed is remembered by the
+//! socket itself: `SO_PEEK_OFF` moves on when bytes are peeked, and back when they are consumed
+//! (Linux 3.4).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -18,17 +21,18 @@ use super::journal::{FrameStart, Journal, Partial, Recovered};
 use super::peek_off::PeekOff;
 use crate::frame::{HEADER, Header, Kind, MAX_PAYLOAD};
 
-/// Bytes per look; on the stack of a call that does not wait, so an idle connection holds no buffer.
+/// The most bytes that are peeked at a time; they are on the stack of a function that does not wait,
+/// so an idle connection has no buffer.
 const CHUNK: usize = 16 * 1024;
 
 /// A frame that has arrived.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Frame {
-    /// With its payload.
+    /// A frame with its payload.
     Whole(Header, Vec<u8>),
-    /// Longer than ttrpc allows: its payload was thrown away.
+    /// A frame that is longer than ttrpc allows: its payload was thrown away.
     Oversized(Header),
-    /// A part of it was damaged in the journal of a daemon that died.
+    /// A frame of which a part was damaged in the journal of a daemon that died.
     Damaged(Header),
 }
 
@@ -40,25 +44,30 @@ impl Frame {
     }
 }
 
-/// Where in the stream of frames a connection is.
+/// The reader of one connection.
 #[derive(Debug, Default)]
-pub(super) struct Intake {
+pub(super) struct FrameReader {
+    /// What was consumed of a frame that has not arrived as a whole.
     partial: Partial,
 }
 
 /// What one look at the socket brought.
 enum Look {
+    /// A whole frame.
     Frame(Frame),
+    /// Perhaps a part of one.
     Nothing,
+    /// The client has closed the connection.
     End,
 }
 
-impl Intake {
-    /// Goes on where another process was. An error if that cannot be found out any more.
+impl FrameReader {
+    /// Goes on where another process was; an error if nothing tells where that is.
     pub(super) fn resume(stream: &UnixStream, recovered: &Recovered) -> io::Result<Self> {
-        let intake = Self {
+        let reader = Self {
             partial: recovered.partial.clone(),
         };
+        // What the last entry is about is noted, and may be in the socket still.
         if recovered.is_part_maybe_consumed {
             let left = getsockopt(stream, PeekOff).unwrap_or(0);
             consume(stream, usize::try_from(left).unwrap_or(0))?;
@@ -76,10 +85,10 @@ impl Intake {
             let text = "its journal is damaged: where the next frame begins is not known";
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
-        Ok(intake)
+        Ok(reader)
     }
 
-    /// The stream of the request that waits in the socket, if one does.
+    /// The stream of the request that is next in the socket, if there is one.
     pub(super) fn next_request(&self, stream: &UnixStream) -> io::Result<Option<u32>> {
         if !self.partial.bytes.is_empty() {
             return Ok(None);
@@ -88,7 +97,7 @@ impl Intake {
         Ok(header.and_then(|header| (header.kind == Kind::Request).then_some(header.stream)))
     }
 
-    /// The next frame; `None` at the end of the stream. Cancel-safe.
+    /// The next frame; `None` if the client has closed the connection. Cancel-safe.
     pub(super) async fn next(
         &mut self,
         stream: &UnixStream,
@@ -106,7 +115,7 @@ impl Intake {
                 Ok(Look::End) => {
                     return Err(io::Error::new(
                         io::ErrorKind::UnexpectedEof,
-                        "the peer left within a frame",
+                        "the client closed the connection within a frame",
                     ));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -115,9 +124,10 @@ impl Intake {
         }
     }
 
-    /// Takes what is there, at most one frame.
+    /// Reads what is there, at most one frame.
     fn look(&mut self, stream: &UnixStream, journal: &mut Journal) -> io::Result<Look> {
         let mut chunk = [0; CHUNK];
+        // The usual case: a whole frame, which is one note.
         if self.partial.bytes.is_empty() {
             let count = peek(stream, &mut chunk)?;
             if count == 0 {
@@ -135,6 +145,7 @@ impl Intake {
                 return Ok(Look::Frame(frame));
             }
         }
+        // A part of a frame: the socket counts how much of it is peeked and not consumed.
         let wanted = self.wanted().min(CHUNK);
         setsockopt(stream, PeekOff, &0)?;
         let count = peek(stream, chunk.get_mut(..wanted).unwrap_or_default())?;
@@ -215,8 +226,8 @@ pub(super) fn whole(bytes: &[u8]) -> Option<(Header, &[u8])> {
     Some((header, frame.get(HEADER..)?))
 }
 
-/// Takes the request that was noted last out of the socket, if it is there still. Before anything else is noted: a successor that finds more
-/// behind it takes it for consumed.
+/// Consumes the request that was noted last, if it is in the socket still. This comes before
+/// anything else is noted: a successor that finds an entry behind it takes it for consumed.
 fn consume_if_there(stream: &UnixStream, request: u32) -> io::Result<()> {
     let mut chunk = [0; CHUNK];
     let count = match peek(stream, &mut chunk) {
@@ -231,7 +242,7 @@ fn consume_if_there(stream: &UnixStream, request: u32) -> io::Result<()> {
     }
 }
 
-/// Whether what waits in the socket can be the beginning of a frame.
+/// Whether what is next in the socket can be the beginning of a frame.
 fn looks_like_a_frame(stream: &UnixStream) -> io::Result<bool> {
     let header = next_header(stream)?.map(Header::decode);
     Ok(header.is_none_or(|header| {
@@ -239,7 +250,7 @@ fn looks_like_a_frame(stream: &UnixStream) -> io::Result<bool> {
     }))
 }
 
-/// The first bytes that wait in the socket, if they are enough for a header.
+/// The next bytes in the socket, if they are enough for a header.
 fn next_header(stream: &UnixStream) -> io::Result<Option<[u8; HEADER]>> {
     let mut header = [0; HEADER];
     match peek(stream, &mut header) {
@@ -254,7 +265,7 @@ fn peek(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
     receive(stream, buffer, MsgFlags::MSG_PEEK)
 }
 
-/// Takes what was seen; it is there, so this does not wait.
+/// Consumes bytes that were peeked; they are there, so this does not wait.
 fn consume(stream: &UnixStream, mut count: usize) -> io::Result<()> {
     let mut chunk = [0; CHUNK];
     while count > 0 {

@@ -1,39 +1,42 @@
-//! [`ServerState`]: what all connections have to know of their server, and what it has to know of
-//! their journals.
+//! What a server and its connections know of each other: [`ServerState`], which the server changes,
+//! and [`RecreatedJournals`], which the connections do.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What all connections have to know.
+/// What all connections have to know of their server.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ServerState {
     /// Nothing is read any more.
     pub(super) is_stopping: bool,
-    /// How often the journals have been lost.
-    pub(super) losses: u32,
+    /// How often the journals have been removed by another program.
+    pub(super) journal_losses: u32,
 }
 
-/// Up to which loss of the journals each connection has written its own again.
+/// After which loss of the journals each connection has created its own again.
 #[derive(Debug, Default)]
-pub(super) struct Noted(Mutex<HashMap<u64, Arc<AtomicU32>>>);
+pub(super) struct RecreatedJournals(Mutex<HashMap<u64, Arc<AtomicU32>>>);
 
-impl Noted {
-    pub(super) fn enter(&self, connection: u64, losses: u32) -> Arc<AtomicU32> {
+impl RecreatedJournals {
+    /// Adds a connection whose journal was created after so many losses. It keeps the number
+    /// up to date.
+    pub(super) fn add(&self, connection: u64, losses: u32) -> Arc<AtomicU32> {
         let entry = Arc::new(AtomicU32::new(losses));
         self.all().insert(connection, Arc::clone(&entry));
         entry
     }
 
-    pub(super) fn leave(&self, connection: u64) {
+    /// Removes a connection that has ended.
+    pub(super) fn remove(&self, connection: u64) {
         self.all().remove(&connection);
     }
 
-    pub(super) fn least(&self) -> Option<u32> {
+    /// Whether all connections have their journal after so many losses.
+    pub(super) fn are_all_after(&self, losses: u32) -> bool {
         let all = self.all();
         all.values()
-            .map(|noted| noted.load(Ordering::Acquire))
-            .min()
+            .all(|after| after.load(Ordering::Acquire) >= losses)
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<u64, Arc<AtomicU32>>> {

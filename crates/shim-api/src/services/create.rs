@@ -25,7 +25,7 @@ pub(super) async fn create(
     node: &Node,
     request: api::CreateTaskRequest,
 ) -> Answer<api::CreateTaskResponse> {
-    if let Some(why) = call.session.not_kept.get() {
+    if let Some(why) = call.session.not_stored.get() {
         let id = &request.id;
         let text = format!(
             "container {id} would be lost with this daemon, since its connection is: {why}"

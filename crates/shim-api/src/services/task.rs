@@ -61,7 +61,7 @@ impl TaskService {
 fn errand(call: &Call) -> Errand {
     Errand {
         request: call.request,
-        is_again: call.is_again,
+        is_again: call.is_replay,
         witness: call.outcomes.clone().map(|outcomes| {
             let witness: Arc<dyn Witness> = Arc::new(DeletionNote(outcomes));
             witness

@@ -105,12 +105,12 @@ fn a_refusal_comes_back_and_its_request_does_not() {
     journal.request(1, b"one");
     journal.request(3, b"three");
     journal.refused(3, b"no");
-    let (mut journal, owed) = journals.resume(7);
-    assert_eq!(owed.rest, b"no");
-    assert_eq!(owed.pending.into_keys().collect::<Vec<_>>(), [1]);
+    let (mut journal, recovered) = journals.resume(7);
+    assert_eq!(recovered.rest, b"no");
+    assert_eq!(recovered.pending.into_keys().collect::<Vec<_>>(), [1]);
     journal.rest_sent();
-    let (mut journal, owed) = journals.resume(7);
-    assert!(owed.rest.is_empty() && owed.pending.len() == 1);
+    let (mut journal, recovered) = journals.resume(7);
+    assert!(recovered.rest.is_empty() && recovered.pending.len() == 1);
     journal.refused(1, b"no");
     journal.rest_sent();
     journal.answered(1);

@@ -40,7 +40,7 @@ fn note(talk: impl FnOnce(&mut Journal)) -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let journals = Journals::open(directory.path().join("connections")).unwrap();
     let mut journal = journals.begin(4);
-    journal.identity(&journal::Identity {
+    journal.identity(&Identity {
         namespace: Some("k8s.io".parse().unwrap()),
         creation: None,
     });
@@ -85,8 +85,8 @@ fn of_every_kind() -> Left {
     }
 }
 
-/// The last request is noted and not taken.
-fn with_a_doubtful_request() -> Left {
+/// The last request is noted and not consumed.
+fn with_a_request_that_may_be_consumed() -> Left {
     let bytes = note(|journal| {
         journal.request(1, &request(1, "wait"));
         journal.request(3, &request(3, "echo"));
@@ -119,17 +119,17 @@ fn with_the_rest_of_an_answer() -> Left {
 /// Every answer that a daemon gives which finds this.
 fn answers(left: &Left, journal: &[u8]) -> Result<Due, String> {
     let directory = tempfile::tempdir().unwrap();
-    let shelf = Arc::<Shelf>::default();
+    let store = Arc::<Store>::default();
     let (ours, theirs) = Blocking::pair().unwrap();
     let path = directory.path().join("connections");
     std::fs::create_dir(&path).unwrap();
     std::fs::write(path.join("4"), journal).unwrap();
     io::Write::write_all(&mut &ours, &left.unread).unwrap();
-    shelf
+    store
         .keep(&FdName::Connection(4), &[theirs.as_fd()])
         .unwrap();
     drop(theirs);
-    generation(&shelf, directory.path(), None, async || {
+    generation(&store, directory.path(), None, async || {
         let mut client = client(&ours);
         let mut answered = Due::new();
         while !left.due.keys().all(|stream| answered.contains_key(stream)) {
@@ -163,7 +163,7 @@ fn lost(left: &Left, journal: &[u8]) -> Result<usize, String> {
 fn shapes() -> [(&'static str, Left); 3] {
     [
         ("of every kind", of_every_kind()),
-        ("doubtful", with_a_doubtful_request()),
+        ("maybe consumed", with_a_request_that_may_be_consumed()),
         ("rest", with_the_rest_of_an_answer()),
     ]
 }
@@ -187,10 +187,10 @@ fn whatever_byte_of_a_journal_is_wrong_every_request_is_answered() {
     }
 }
 
-/// Much more is wrong than a byte. A connection is closed only if nobody knows where its next frame
+/// Much more is wrong than a byte. A connection is closed only if nothing tells where its next frame
 /// begins.
 #[test]
-fn whatever_is_blotted_out_of_a_journal_no_request_hangs() {
+fn whatever_range_of_a_journal_is_overwritten_no_request_hangs() {
     for (name, left) in shapes() {
         for at in (0..left.bytes.len()).step_by(3) {
             for length in [40, 90, usize::MAX] {
@@ -198,7 +198,8 @@ fn whatever_is_blotted_out_of_a_journal_no_request_hangs() {
                 let end = at.saturating_add(length).min(bytes.len());
                 bytes[at..end].fill(0xa5);
                 let lost = lost(&left, &bytes);
-                let is_closed = |text: &String| name != "doubtful" && text.starts_with(CLOSED);
+                let is_closed =
+                    |text: &String| name != "maybe consumed" && text.starts_with(CLOSED);
                 assert!(
                     lost.as_ref().map_or_else(is_closed, |_| true),
                     "{name}: {at} to {end} of {}: {lost:?}",
@@ -211,7 +212,7 @@ fn whatever_is_blotted_out_of_a_journal_no_request_hangs() {
 
 #[test]
 fn an_entry_of_a_newer_version_costs_its_request_its_answer() {
-    let left = with_a_doubtful_request();
+    let left = with_a_request_that_may_be_consumed();
     let first = request(1, "wait");
     let mut newer = vec![200, 1, 0, 0, 0];
     newer.extend(u32::try_from(first.len()).unwrap().to_le_bytes());
@@ -229,7 +230,7 @@ fn an_entry_of_a_newer_version_costs_its_request_its_answer() {
 }
 
 #[test]
-fn a_journal_of_the_first_format_is_gone_on_with() {
+fn a_journal_of_the_first_format_is_read_and_converted() {
     let entry = |kind: u8, stream: u8, payload: &[u8]| {
         let mut bytes = vec![kind, stream, 0, 0, 0];
         let checksum = crc32fast::hash(&[bytes.as_slice(), payload].concat());
