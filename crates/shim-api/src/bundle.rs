@@ -1,5 +1,6 @@
-//! [`BundleNote`]: a small file in the bundle, for what only the launcher knows at start (where containerd takes events) and
-//! only the daemon knows at create (which OCI runtime), and the other needs later. Synchronous: the launcher has no runtime.
+//! [`BundleNote`]: a small file in the bundle, for what only the launcher knows at `start` (where
+//! containerd takes events) and only the daemon knows at `Create` (which OCI runtime), and the
+//! other needs later. Synchronous: the launcher has no async runtime.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -11,10 +12,11 @@ use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 const FILE: &str = "embedshim.json";
-/// More than we ever write; the file is not ours alone once it lies in a bundle.
+/// The most bytes that are read: other programs can write into a bundle, too.
 const MAX_BYTES: u64 = 1024 * 1024;
 
-/// What the launcher and the daemon tell each other. Fields of later versions are ignored, missing ones are empty.
+/// What the launcher and the daemon leave for each other. Fields of later versions are ignored,
+/// missing ones are empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BundleNote {
@@ -26,7 +28,7 @@ pub struct BundleNote {
     pub runtime: String,
     /// `--root` of the OCI runtime, with the namespace; empty for the default.
     pub runtime_root: String,
-    /// What containerd would pass on to a shim of the container's own.
+    /// What containerd would pass on to a shim: environment, limits, umask and OOM score.
     pub context: ChildContext,
 }
 
@@ -49,13 +51,13 @@ impl BundleNote {
             .map_err(io::Error::from)
     }
 
-    /// Writes it, at once or not at all.
+    /// Writes it, as a whole or not at all.
     pub fn write(&self, bundle: &Path) -> io::Result<()> {
         write_atomically(bundle, FILE, &serde_json::to_vec(self)?)
     }
 }
 
-/// Makes `directory/name` hold `bytes`, by way of a hidden file of the same directory.
+/// Replaces `directory/name` by a file with these bytes, in one step.
 pub(crate) fn write_atomically(directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let temporary = directory.join(format!(".{name}.{}", std::process::id()));
     let write = || {
@@ -67,7 +69,7 @@ pub(crate) fn write_atomically(directory: &Path, name: &str, bytes: &[u8]) -> io
         file.write_all(bytes)?;
         std::fs::rename(&temporary, directory.join(name))
     };
-    // Left by a killed process that had our pid.
+    // A killed process of the same pid may have left one.
     let _ = std::fs::remove_file(&temporary);
     write().inspect_err(|_| {
         let _ = std::fs::remove_file(&temporary);

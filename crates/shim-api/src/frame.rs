@@ -1,9 +1,9 @@
-//! ttrpc's wire format: a header of ten bytes and a payload of at most 4 MiB. Pure; reading and writing are others' work.
+//! ttrpc's wire format: a header of ten bytes and a payload of at most 4 MiB. Pure.
 
 use protobuf::Message;
 use ttrpc::{Request, Response, Status};
 
-/// Bytes of a header.
+/// The bytes of a header.
 pub const HEADER: usize = 10;
 /// The longest payload ttrpc allows.
 pub const MAX_PAYLOAD: u32 = 4 << 20;
@@ -13,29 +13,29 @@ pub const MAX_PAYLOAD: u32 = 4 << 20;
 pub enum Kind {
     /// A call.
     Request,
-    /// Its answer.
+    /// The answer to a call.
     Response,
-    /// A part of a stream.
+    /// A part of a streaming call.
     Data,
-    /// Something of a later protocol.
+    /// A kind of a later protocol.
     Unknown(u8),
 }
 
 /// The header of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Length of the payload in bytes.
+    /// The bytes of the payload.
     pub length: u32,
-    /// Which call it belongs to: odd, and rising, if the client began it.
+    /// The call that it belongs to. The streams of a client's calls are odd, and rise.
     pub stream: u32,
-    /// What it is.
+    /// What the frame is.
     pub kind: Kind,
-    /// Flags of streaming calls, which we don't serve.
+    /// Flags of streaming calls, which no service here has.
     pub flags: u8,
 }
 
 impl Header {
-    /// Reads a header. There is no invalid one: what it says is checked by whoever acts on it.
+    /// Reads a header. There is no invalid one: what it says is checked where it is used.
     pub fn decode(bytes: [u8; HEADER]) -> Self {
         let [l0, l1, l2, l3, s0, s1, s2, s3, kind, flags] = bytes;
         let kind = match kind {
@@ -53,7 +53,7 @@ impl Header {
         }
     }
 
-    /// Writes it.
+    /// The bytes of this header.
     pub fn encode(self) -> [u8; HEADER] {
         let [l0, l1, l2, l3] = self.length.to_be_bytes();
         let [s0, s1, s2, s3] = self.stream.to_be_bytes();
@@ -67,7 +67,7 @@ impl Header {
     }
 }
 
-/// A whole frame, ready to be sent; `None` if the message is too long for one.
+/// The bytes of a frame; `None` if the message is too long for one.
 fn encode(kind: Kind, stream: u32, message: &impl Message) -> Option<Vec<u8>> {
     let length = u32::try_from(message.compute_size())
         .ok()
@@ -86,12 +86,13 @@ fn encode(kind: Kind, stream: u32, message: &impl Message) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// A call as a frame.
+/// The frame of a call; `None` if it is too long.
 pub fn request(stream: u32, request: &Request) -> Option<Vec<u8>> {
     encode(Kind::Request, stream, request)
 }
 
-/// An answer as a frame. One that is too long becomes an error that says so, as Go's server does.
+/// The frame of an answer. An answer that is too long becomes an error that says so, as with Go's
+/// server.
 pub fn response(stream: u32, result: Result<Vec<u8>, Status>) -> Vec<u8> {
     let mut response = Response::new();
     match result {

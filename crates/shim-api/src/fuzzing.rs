@@ -1,5 +1,5 @@
-//! Doors for the fuzz targets, compiled for nobody else: readers of what containerd and the file system hand us, without what
-//! would follow from it.
+//! The entrances of the fuzz targets, compiled for them alone: readers of data from outside,
+//! without the effects of what was read.
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub fn create(payload: &[u8]) -> Option<(Vec<Mount>, StdioPaths)> {
     Some((mounts.collect(), streams))
 }
 
-/// Reads runtime and checkpoint options; whether either was understood.
+/// Reads runtime and checkpoint options, and returns whether either was understood.
 pub fn options(type_url: &str, value: &[u8]) -> bool {
     let any = Any {
         type_url: type_url.into(),
@@ -51,7 +51,7 @@ pub fn bootstrap(arguments: &[String], stdin: &[u8]) -> bool {
     bootstrap::understands(arguments.iter().map(OsString::from), stdin)
 }
 
-/// Reads the launcher's note in a bundle, and what launcher and daemon tell each other.
+/// Reads the launcher's note in a bundle, and the messages between launcher and daemon.
 pub fn notes(text: &[u8]) -> bool {
     serde_json::from_slice::<BundleNote>(text).is_ok()
         || serde_json::from_slice::<CleanupRequest>(text).is_ok()
@@ -61,7 +61,7 @@ pub fn notes(text: &[u8]) -> bool {
         })
 }
 
-/// Reads an outbox that a predecessor left; whether it is one.
+/// Reads an outbox that a predecessor left, and returns whether it is one.
 pub fn outbox(bytes: &[u8]) -> bool {
     events::understands(bytes)
 }

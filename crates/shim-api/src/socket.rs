@@ -1,4 +1,5 @@
-//! The listening socket: one path, one daemon. Never takes it from a daemon that still answers.
+//! The listening socket: one path, one daemon. Never takes the path from a daemon that still
+//! listens.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,12 +14,13 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, umask};
 use tokio::net::UnixListener;
 
-/// containerd connects once for every container when it starts, and Go takes a full backlog for a dead shim
-/// (EAGAIN at connect), so we ask for as much as the kernel gives (`net.core.somaxconn`, 4096).
+/// How many connections can wait to be accepted. containerd connects once for every container when
+/// it starts, and takes a full backlog (EAGAIN at connect) for a dead shim, so this is as much as
+/// the kernel gives (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
 
-/// Listens on `path`, readable by its owner only. A socket that nobody listens on any more is replaced; with one that
-/// answers it is an error (`AddrInUse`). Needs a tokio runtime.
+/// Listens on `path`, with access for its owner only. A socket on which no process listens is
+/// replaced; if one does, it is an error (`AddrInUse`). Needs a tokio runtime.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     if path.symlink_metadata().is_ok() {
         if UnixStream::connect(path).is_ok() {
@@ -28,7 +30,8 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     }
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    // The mode of a socket file comes from the umask alone: a chmod afterwards would leave a moment for others.
+    // The mode of a socket's file comes from the umask alone: a chmod afterwards would leave a
+    // moment for others.
     let before = umask(Mode::from_bits_truncate(0o177));
     let bound = UnixAddr::new(path)
         .and_then(|address| bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &address));
@@ -38,7 +41,8 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     UnixListener::from_std(fd.into())
 }
 
-/// Goes on with a listener that a predecessor, or systemd, has made: it must be the one of `path`. Needs a tokio runtime.
+/// Goes on with a listener that a predecessor or systemd has created: it must be that of `path`.
+/// Needs a tokio runtime.
 pub fn resume(listener: OwnedFd, path: &Path) -> io::Result<UnixListener> {
     if !getsockopt(&listener, AcceptConn)? {
         return Err(io::Error::other("the socket does not listen"));
@@ -55,13 +59,13 @@ pub fn resume(listener: OwnedFd, path: &Path) -> io::Result<UnixListener> {
     UnixListener::from_std(listener)
 }
 
-/// Whether a socket listens at this path. The file can be one that a daemon has made again and not
-/// lived to store. A listener that is reached gets a connection that has ended.
+/// Whether a socket listens at this path. The file can be that of a daemon that has created the
+/// socket again and died before it stored it. A listener gets a connection that has ended.
 fn answers(path: &Path) -> bool {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let connected = socket(AddressFamily::Unix, SockType::Stream, flags, None)
         .and_then(|fd| connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &UnixAddr::new(path)?));
-    // As many wait as can: so there is a listener.
+    // EAGAIN: the backlog is full, so there is a listener.
     matches!(connected, Ok(()) | Err(Errno::EAGAIN))
 }
 

@@ -1,21 +1,21 @@
-//! The state directory, before anything is in it: whoever can write there can be any container.
-//! Owns making it, and whose it has to be.
+//! The state directory, before anything is in it. Owns creating it, and which user it has to belong
+//! to: a process that can write there can pass for any container.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-/// The rights of group and others to write.
+/// The mode bits by which group and others can write.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
-/// Makes it if it is missing.
+/// Creates a directory for its owner alone, and those above it, if they are missing.
 pub fn create(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// One that is there has to be our user's own; the right of others to write into it, as a fresh
-/// tmpfs gives it, is taken away, unless they have used it.
+/// Refuses a directory that belongs to another user. The right of others to write into it, as a new
+/// tmpfs gives it, is taken away; it is refused if they have used it.
 pub fn check(path: &Path) -> io::Result<()> {
     let own = nix::unistd::geteuid().as_raw();
     let foreign = |what: &str, owner| {
@@ -80,7 +80,7 @@ mod tests {
         let file = path.join("lock");
         fs::write(&file, "").unwrap();
         if chown(&file, Some(NOBODY), None).is_err() {
-            return; // Only root can.
+            return; // Only root can do that.
         }
         assert!(make(&path).is_ok(), "others could not write into it");
         fs::set_permissions(&path, Permissions::from_mode(0o777)).unwrap();

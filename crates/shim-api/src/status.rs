@@ -1,10 +1,10 @@
-//! The one mapping from the core's errors to ttrpc's codes and containerd's words.
+//! Errors as ttrpc's codes and containerd's words. Owns the one mapping from the core's errors.
 
 use embedshim_core::{Error, ErrorKind, chain};
 use ttrpc::{Code, Status};
 
-/// The status that tells this error. The text has its causes, and for the classes that Go's `errdefs` knows
-/// their suffix, by which containerd and its clients recognise them.
+/// The status of this error. The text has its causes; and for a class of Go's package `errdefs` its
+/// suffix, by which containerd and its clients recognise it.
 pub fn of(error: &Error) -> Status {
     let (code, suffix) = match error.kind() {
         ErrorKind::NotFound => (Code::NOT_FOUND, ": not found"),
@@ -14,13 +14,13 @@ pub fn of(error: &Error) -> Status {
         ErrorKind::Unimplemented => (Code::UNIMPLEMENTED, ": not implemented"),
         ErrorKind::ResourceExhausted => (Code::RESOURCE_EXHAUSTED, ""),
         ErrorKind::DeadlineExceeded => (Code::DEADLINE_EXCEEDED, ""),
-        // What a plain Go error becomes.
+        // An error of Go without a class becomes this.
         _ => (Code::UNKNOWN, ""),
     };
     ttrpc::get_status(code, format!("{}{suffix}", chain(error)))
 }
 
-/// The same for `map_err`.
+/// The status of this error, as [`of`] makes it, for `map_err`.
 #[expect(
     clippy::needless_pass_by_value,
     reason = "the signature that `map_err` takes"
@@ -29,11 +29,12 @@ pub(crate) fn from(error: Error) -> Status {
     of(&error)
 }
 
+/// The status of an argument that cannot be understood.
 pub(crate) fn invalid(text: impl Into<String>) -> Status {
     ttrpc::get_status(Code::INVALID_ARGUMENT, text.into())
 }
 
-/// What this is about was noted by a daemon that died, and cannot be read any more.
+/// The status of something that a daemon noted before it died, and that cannot be read any more.
 pub(crate) fn damaged(what: &str) -> Status {
     let text = format!("embedshimd was restarted, and its note of {what} was damaged");
     ttrpc::get_status(Code::DATA_LOSS, text)
@@ -44,6 +45,7 @@ pub(crate) fn unknown_method(method: &str) -> Status {
     ttrpc::get_status(Code::UNIMPLEMENTED, format!("method {method}"))
 }
 
+/// The status of a fault of this daemon.
 pub(crate) fn internal(text: impl Into<String>) -> Status {
     ttrpc::get_status(Code::INTERNAL, text.into())
 }

@@ -54,7 +54,8 @@ pub(crate) fn open_seal(sealed: &[u8]) -> Option<&[u8]> {
 /// Entries with a head that is there twice: one damaged byte does not hide how long an entry is, so
 /// that it costs at most the entry's payload.
 ///
-/// A head is the kind, the number, the length and the checksum of the payload, and its own checksum.
+/// A head is the kind, the number, the length and the checksum of the payload, and its own
+/// checksum.
 #[derive(Debug)]
 pub(crate) enum DoubleHead {}
 

@@ -44,7 +44,8 @@ impl Found {
         &self.bytes
     }
 
-    /// Goes on with this log, whose header has `header_size` bytes. What is behind `end` is cut off.
+    /// Goes on with this log, whose header has `header_size` bytes. What is behind `end` is cut
+    /// off.
     pub(crate) fn go_on(self, header_size: u64, end: u64) -> io::Result<Log> {
         self.file.set_len(end)?;
         Ok(Log {

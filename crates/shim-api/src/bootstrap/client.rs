@@ -10,7 +10,8 @@ use ttrpc::{Code, Request, Response};
 
 use crate::frame::{self, HEADER, Header, MAX_PAYLOAD};
 
-/// Calls a method of one of the daemon's services; the outer error is the connection's, the inner one the daemon's refusal.
+/// Calls a method of one of the daemon's services; the outer error is the connection's, the inner
+/// one the daemon's refusal.
 pub(super) fn call(
     socket: &Path,
     service: &str,
@@ -43,7 +44,7 @@ pub(super) fn call(
     })
 }
 
-/// Fills `bytes` by the deadline, however slowly they come.
+/// Fills `bytes`, or fails at the deadline, however slowly the bytes come.
 fn read(stream: &mut UnixStream, bytes: &mut [u8], deadline: Instant) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {

@@ -1,6 +1,6 @@
-//! Makes sure that a daemon listens: starts `embedshimd keep` when nobody does, which starts the
-//! daemon and keeps it running, detached from containerd's session, process group and environment
-//! (but in its cgroup). Owns the lock that lets one of many launchers do it.
+//! [`Place`]: makes sure that a daemon listens. Where none does, it starts `embedshimd keep`, which
+//! starts the daemon and keeps it running, detached from containerd's session, process group and
+//! environment (but in its cgroup). Owns the lock that lets one of many launchers do it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -20,10 +20,10 @@ use crate::state_dir;
 
 /// How often to look whether the daemon listens by now; it takes about 30 ms to start.
 const PAUSE: Duration = Duration::from_millis(5);
-/// What `embedshimd` ends with when another one works on the state directory. That one makes its
-/// socket again when it notices that it was removed.
+/// The exit code of `embedshimd` when another daemon works on the state directory. That daemon
+/// creates its socket again when it notices that it was removed.
 const ALREADY_RUNNING: i32 = 6;
-/// How much of the log's end is worth showing.
+/// The most bytes of the log's end that are shown.
 const LOG_TAIL: u64 = 4096;
 
 /// Where the daemon is.
@@ -41,12 +41,12 @@ impl Place {
         Ok(Self { state_dir, socket })
     }
 
-    /// Whether somebody listens; the keeper does while a daemon is replaced by another.
+    /// Whether a process listens: a daemon, or the keeper while it replaces one.
     fn is_served(&self) -> bool {
         UnixStream::connect(&self.socket).is_ok()
     }
 
-    /// Returns when a daemon listens, started by us if need be, or fails after `limit`.
+    /// Returns when a daemon listens, which is started if none does, or fails after `limit`.
     pub(super) fn ensure_served(&self, limit: Duration) -> Result<(), Failure> {
         if self.is_served() {
             return Ok(());
@@ -88,7 +88,7 @@ impl Place {
             .args(["keep", "--detached", "--state-dir"])
             .arg(&self.state_dir)
             .env_clear()
-            .envs(kept_environment())
+            .envs(environment())
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(stream(log)?)
@@ -101,7 +101,7 @@ impl Place {
     }
 }
 
-/// The daemon's program, the keeper's too, beside our own binary, or else on `PATH`.
+/// The program of daemon and keeper: beside the launcher's own binary, or else on `PATH`.
 fn program() -> PathBuf {
     const NAME: &str = "embedshimd";
     let beside = std::env::current_exe()
@@ -112,9 +112,9 @@ fn program() -> PathBuf {
         .unwrap_or_else(|| NAME.into())
 }
 
-/// Nothing of containerd's environment is the daemon's business (`NOTIFY_SOCKET` least of all) but
-/// what finds runc, what a user set for us, and proxies of nobody.
-fn kept_environment() -> impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)> {
+/// What the daemon gets of containerd's environment: what finds runc, and what is meant for
+/// embedshim. Nothing else, `NOTIFY_SOCKET` and proxies least of all.
+fn environment() -> impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)> {
     std::env::vars_os().filter(|(name, _)| {
         let name = name.to_string_lossy();
         name == "PATH" || name == "XDG_RUNTIME_DIR" || name.starts_with("EMBEDSHIM_")
@@ -133,7 +133,7 @@ fn make_state_dir(path: &Path) -> Result<(), Failure> {
     state_dir::check(path).map_err(failed("cannot use the state directory"))
 }
 
-/// Takes the lock, waiting for other launchers that start the daemon.
+/// Takes the lock; waits for another launcher that is starting the daemon.
 fn lock(path: &Path, deadline: Instant) -> Result<Flock<File>, Failure> {
     let failed = |source| Failure::Path {
         doing: "cannot lock",

@@ -1,6 +1,6 @@
 //! `delete`: containerd has given a bundle up, after every normal deletion and after a lost
-//! connection. The daemon knows which; without one the runtime and the kernel are asked directly.
-//! Idempotent, and done within containerd's 5 seconds.
+//! connection. The daemon knows which; without a daemon the runtime and the kernel are asked. Owns
+//! that it is done within containerd's 5 seconds, and that it can be done twice.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,16 +21,17 @@ use crate::bundle::BundleNote;
 use crate::services::launcher::{CLEANUP, CleanupRequest, CleanupResponse, NAME};
 use crate::services::timestamp;
 
-/// A daemon that starts now knows the true exit status; but half of containerd's time must remain
-/// for going without.
+/// How long to wait for a daemon that starts, since it knows the exit status. Half of containerd's
+/// time must remain to do without.
 const START_LIMIT: Duration = Duration::from_millis(2500);
-/// The daemon goes on with the work when we have to leave.
+/// How long to wait for the daemon's answer. It goes on with the work afterwards.
 const ASK_LIMIT: Duration = Duration::from_millis(4500);
+/// How long the OCI runtime's `delete` can take, and its `state`.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
 const STATE_LIMIT: Duration = Duration::from_millis(500);
-/// For telling a daemon that came late what we have done.
-const LAST_WORD: Duration = Duration::from_millis(200);
-/// What runc-v2 says of a container whose shim died.
+/// How long to wait for the answer of a daemon that started late.
+const LATE_ASK_LIMIT: Duration = Duration::from_millis(200);
+/// The exit status that runc-v2 reports of a container whose shim died.
 const KILLED: u32 = 137;
 
 /// Returns the message for standard output.
@@ -60,8 +61,11 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, Failure> {
         Some(CleanupResponse::Unknown) => without_daemon(&namespace, &id, &bundle)?,
         None => {
             let response = without_daemon(&namespace, &id, &bundle)?;
-            let limit = ASK_LIMIT.saturating_sub(began.elapsed()).max(LAST_WORD);
-            // It may have started meanwhile, and taken the container over before we removed it.
+            let limit = ASK_LIMIT
+                .saturating_sub(began.elapsed())
+                .max(LATE_ASK_LIMIT);
+            // A daemon may have started meanwhile, and loaded the container's record before the
+            // container was removed.
             if !matches!(ask(&place, &namespace, &id, &bundle, limit), Ok(Some(_))) {
                 discard_record(&place.state_dir, &TaskKey { namespace, id })?;
             }
@@ -76,7 +80,7 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, Failure> {
 fn bundle(flags: &Flags) -> Result<PathBuf, Failure> {
     let bundle = match &flags.bundle {
         Some(bundle) => bundle.clone(),
-        // Go's shim takes its working directory, which containerd makes the bundle.
+        // As Go's shims do: containerd executes them in the bundle.
         None => std::env::current_dir()?,
     };
     if bundle.is_absolute() {
@@ -89,7 +93,7 @@ fn bundle(flags: &Flags) -> Result<PathBuf, Failure> {
     }
 }
 
-/// Asks the daemon; `None` if it cannot be spoken to.
+/// Asks the daemon; `None` if none answers.
 fn ask(
     place: &Place,
     namespace: &Namespace,
@@ -108,7 +112,7 @@ fn ask(
             .map(Some)
             .map_err(|error| Failure::Refused(error.to_string())),
         Ok(Err(refusal)) => Err(Failure::Refused(refusal)),
-        // It works on it and will end; containerd tries again at its next start.
+        // The daemon goes on with it; containerd tries again at its next start.
         Err(error)
             if matches!(
                 error.kind(),
@@ -123,7 +127,8 @@ fn ask(
     }
 }
 
-/// What Go's shim does: `runc delete --force`, unmount, 137. Any file of the bundle may be missing.
+/// Does what Go's shims do: `runc delete --force`, unmount, 137. Any file of the bundle may be
+/// missing.
 fn without_daemon(
     namespace: &Namespace,
     id: &ContainerId,
@@ -142,7 +147,7 @@ fn without_daemon(
         .ok()
         .and_then(|text| text.trim().parse().ok());
     let binary = defaults.binary_or_default();
-    // Another containerd's may have the same id.
+    // A container of another containerd may have the same id.
     if root.join(id.as_str()).exists() && !is_of_another_bundle(binary, &root, id, bundle) {
         let mut command = Command::new(binary);
         command
@@ -162,8 +167,8 @@ fn without_daemon(
     Ok(response(pid.unwrap_or(0), KILLED, SystemTime::now()))
 }
 
-/// Whether the runtime's container of this id was made from another bundle. What is not known is
-/// not another one.
+/// Whether the runtime's container of this id was created from another bundle, as far as it can be
+/// found out.
 fn is_of_another_bundle(binary: &str, root: &Path, id: &ContainerId, bundle: &Path) -> bool {
     #[derive(serde::Deserialize)]
     struct State {

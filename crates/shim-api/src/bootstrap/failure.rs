@@ -1,4 +1,4 @@
-//! [`Failure`]: why the launcher could not do what it was asked for.
+//! [`Failure`]: why the launcher failed, in the words that containerd passes on.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use embedshim_core::id::InvalidId;
 use embedshim_core::rootfs::MountError;
 
-/// Why the launcher could not do what it was asked for. containerd shows the text to its client.
+/// Why the launcher failed. containerd shows the text to its client.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
     #[error("{0}")]

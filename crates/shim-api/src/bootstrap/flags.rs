@@ -1,5 +1,6 @@
-//! [`Flags`]: the command line as Go's `flag` package reads it: one dash or two, `-k v` or `-k=v`, the action last.
-//! A flag of a later containerd is skipped with its value: refusing it would break every container of the node.
+//! [`Flags`]: the command line as Go's `flag` package reads it: one dash or two, `-k v` or `-k=v`,
+//! the action last. Owns that a flag of a later containerd is skipped with its value: to refuse it
+//! would break every container of the node.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -7,7 +8,7 @@ use std::path::PathBuf;
 use super::failure::Failure;
 
 const USAGE: &str = "\
-containerd runs this program; nobody else needs to. It expects one of
+containerd runs this program; it is not meant to be run by hand. It expects one of
   -namespace NS -id ID -address SOCKET [-publish-binary BIN] [-debug] start    (in the bundle's directory)
   -namespace NS -id ID [-bundle DIR] [-debug] delete
   -info    -v
@@ -28,7 +29,7 @@ pub(super) struct Flags {
     pub(super) action: Action,
     pub(super) namespace: String,
     pub(super) id: String,
-    /// containerd's GRPC socket.
+    /// The path of containerd's gRPC socket.
     pub(super) address: String,
     pub(super) bundle: Option<PathBuf>,
 }
@@ -79,7 +80,8 @@ impl Flags {
                 "debug" => continue,
                 _ => {}
             }
-            // What follows an unknown flag may be its value, but the last word of the line is the action.
+            // What follows an unknown flag may be its value, but the last word of the line is the
+            // action.
             let action_next = !KNOWN.contains(&name) && arguments.len() == 1;
             let follows = |next: &String| !next.starts_with('-') && !action_next;
             let value = inline
@@ -103,7 +105,7 @@ impl Flags {
     }
 }
 
-/// Flags that have a value.
+/// The flags that have a value.
 const KNOWN: [&str; 4] = ["namespace", "id", "address", "bundle"];
 
 fn usage(what: &str) -> Failure {

@@ -1,4 +1,5 @@
-//! `-info` and `-v`: what containerd 2.x asks about a runtime before it has a container. Answered without the daemon.
+//! `-info` and `-v`: what containerd 2.x asks about a runtime before it has a container. Answered
+//! without the daemon.
 
 use std::process::Command;
 use std::time::Duration;
@@ -17,7 +18,8 @@ const NAME: &str = "io.containerd.embed.v1";
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// Returns the message for standard output; `stdin` has the runtime's options as an `Any`, or nothing.
+/// Returns the message for standard output; `stdin` has the runtime's options as an `Any`, or
+/// nothing.
 pub(super) fn run(stdin: &[u8]) -> Result<Vec<u8>, Failure> {
     let (asked, runtime) = options_of(stdin)?;
     let version = RuntimeVersion {
@@ -46,7 +48,7 @@ pub(super) fn options_of(stdin: &[u8]) -> Result<(Any, RuntimeOptions), Failure>
     Ok((asked, runtime))
 }
 
-/// `runc features`; a runtime without that command has none to tell.
+/// The output of `runc features`; none from a runtime without that command.
 fn features(binary: &str) -> Option<Any> {
     let mut command = Command::new(binary);
     command.arg("features");

@@ -1,15 +1,17 @@
-//! Where the daemon is: the state directory and the socket in it, known to the launcher without reading any file.
+//! Where the daemon is: the state directory and the socket in it. The launcher reads no file to
+//! know it.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The environment variable that names another state directory; containerd passes its own environment on to the launcher.
+/// The environment variable that names another state directory; containerd passes its own
+/// environment on to the launcher.
 pub const STATE_DIR_VARIABLE: &str = "EMBEDSHIM_STATE_DIR";
 const DEFAULT_STATE_DIR: &str = "/run/embedshim";
-/// `sun_path` with its final zero.
+/// The bytes of `sun_path` without its final zero.
 const MAX_SOCKET_PATH: usize = 107;
 
-/// The state directory that the environment names, or the usual one.
+/// The state directory that the environment names, or `/run/embedshim`.
 pub fn state_dir() -> PathBuf {
     std::env::var_os(STATE_DIR_VARIABLE)
         .filter(|dir| !dir.is_empty())

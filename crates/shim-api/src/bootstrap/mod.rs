@@ -1,8 +1,9 @@
-//! What `containerd-shim-embed-v1` does: containerd executes it twice for every container, so it is synchronous, quick,
-//! and leaves everything that lasts to the daemon. Owns the dialogue of `containerd.md` section 1.
+//! The launcher, `containerd-shim-embed-v1`. containerd executes it twice for every container, so
+//! it is synchronous, quick, and leaves everything that lasts to the daemon. Owns the command line,
+//! and what containerd reads from standard output (containerd's `core/runtime/v2/README.md`).
 //!
-//! `start` has its standard error merged into its standard output by containerd: nothing but the address may
-//! ever be written while it succeeds.
+//! containerd merges the standard error of `start` into its standard output: while it succeeds,
+//! nothing but the address is ever written (invariant 12).
 
 mod client;
 mod daemon;
@@ -21,7 +22,7 @@ use std::process::ExitCode;
 use failure::Failure;
 use flags::{Action, Flags};
 
-/// More than any message that containerd sends; ttrpc's limit too.
+/// The most bytes that are read of standard input: as long as ttrpc's longest message.
 const MAX_STDIN: u64 = 4 << 20;
 
 /// The whole program: arguments without the program's name in, exit code out.

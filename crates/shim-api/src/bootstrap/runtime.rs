@@ -1,5 +1,5 @@
-//! One short command of the OCI runtime, for what the launcher does without a daemon. Owns its
-//! limit: no command of the launcher lasts longer than containerd waits.
+//! One short command of the OCI runtime, for what the launcher does without a daemon. Owns that the
+//! command ends.
 
 use std::process::{Command, Output, Stdio};
 use std::thread::sleep;

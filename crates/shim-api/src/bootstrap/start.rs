@@ -1,5 +1,6 @@
-//! `start`: answers where the daemon is, for every version of containerd the same way (`containerd.md` 1.4). Leaves two small
-//! files in the bundle and nothing in the daemon: containerd may give up right afterwards without telling anybody.
+//! `start`: answers where the daemon is, to every version of containerd in the same way. Leaves two
+//! small files in the bundle and nothing in the daemon (invariant 12): containerd may give up right
+//! afterwards, and calls nothing then.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,10 +15,11 @@ use super::failure::Failure;
 use super::flags::Flags;
 use crate::bundle::{BundleNote, write_atomically};
 
-/// Well below kubelet's two minutes, well above what a loaded machine needs.
+/// How long to wait for a daemon that starts: much shorter than kubelet's two minutes, much longer
+/// than a loaded machine needs.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Returns what goes to standard output.
+/// Returns the text for standard output.
 pub(super) fn run(flags: &Flags, stdin: &[u8]) -> Result<String, Failure> {
     flags.namespace.parse::<Namespace>()?;
     flags.id.parse::<ContainerId>()?;
@@ -39,12 +41,13 @@ pub(super) fn run(flags: &Flags, stdin: &[u8]) -> Result<String, Failure> {
     }
     .write(bundle)
     .map_err(failed)?;
-    // containerd 1.6 and 1.7 find us by this file after their restart.
+    // containerd 1.6 and 1.7 find the daemon by this file after their restart.
     write_atomically(bundle, "address", address.as_bytes()).map_err(failed)?;
     Ok(address)
 }
 
-/// containerd's ttrpc socket: of its message, of the environment, or by its own rule beside the GRPC one.
+/// The path of containerd's ttrpc socket: from its message, from the environment, or by its own
+/// rule beside the gRPC socket.
 fn events_address(flags: &Flags, stdin: &[u8]) -> String {
     parameters(flags, stdin)
         .map(|parameters| parameters.containerd_ttrpc_address)
@@ -53,8 +56,8 @@ fn events_address(flags: &Flags, stdin: &[u8]) -> String {
         .unwrap_or_else(|| format!("{}.ttrpc", flags.address))
 }
 
-/// The message of containerd 2.3 and later. An older one sends its options, which parse as this message too, but then the
-/// names in it are not ours.
+/// The message of containerd 2.3 and later. An older containerd sends its options, which can be
+/// decoded as this message too, but then the names in it are not those of the command line.
 pub(super) fn parameters(flags: &Flags, stdin: &[u8]) -> Option<BootstrapParams> {
     let parameters = BootstrapParams::parse_from_bytes(stdin).ok()?;
     let is_ours = parameters.instance_id == flags.id && parameters.namespace == flags.namespace;
@@ -91,15 +94,15 @@ mod tests {
             value: b"n".to_vec(),
             ..Any::default()
         };
-        let told = |bytes: Vec<u8>| {
+        let address = |bytes: Vec<u8>| {
             parameters(&flags(), &bytes).map(|found| found.containerd_ttrpc_address)
         };
         assert_eq!(
-            told(new.write_to_bytes().unwrap()).as_deref(),
+            address(new.write_to_bytes().unwrap()).as_deref(),
             Some("/run/new.ttrpc")
         );
-        assert_eq!(told(old.write_to_bytes().unwrap()), None);
-        assert_eq!(told(b"\xff\xff".to_vec()), None);
-        assert_eq!(told(Vec::new()), None);
+        assert_eq!(address(old.write_to_bytes().unwrap()), None);
+        assert_eq!(address(b"\xff\xff".to_vec()), None);
+        assert_eq!(address(Vec::new()), None);
     }
 }

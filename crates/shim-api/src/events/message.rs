@@ -1,4 +1,5 @@
-//! Events as containerd's messages, in the forms of `containerd.md` 5. Pure.
+//! Events as containerd's messages: the topics of `core/runtime/events.go` and the messages of
+//! `api/events/task.proto`, with the fields that runc-v2 fills. Pure.
 
 use containerd_shim_protos::api;
 use containerd_shim_protos::events::task as messages;

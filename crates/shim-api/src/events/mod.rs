@@ -1,5 +1,6 @@
-//! [`Outboxes`]: tells each containerd what happened to its tasks, in order, and again until it has heard.
-//! Owns one outbox for each address, on disk; an address that nobody listens on any more delays no other.
+//! [`Outboxes`]: sends each containerd what happened to its tasks, in order, and again until it has
+//! it. Owns one outbox for each address, on disk; an address on which nothing listens delays no
+//! other.
 
 mod format;
 mod log;
@@ -7,7 +8,7 @@ mod message;
 mod queue;
 mod resend;
 mod sender;
-mod undeleted;
+mod undeleted_exits;
 
 #[cfg(test)]
 mod tests;
@@ -31,48 +32,41 @@ use log::EventLog;
 use queue::Outbox;
 use sender::Sender;
 
-/// The longest message that ttrpc carries is 4 MiB; what can never be sent must not block what comes after it.
+/// The longest event. The longest message that ttrpc carries is 4 MiB; an event that can never be
+/// sent must not block the events behind it.
 const LONGEST_EVENT: usize = (4 << 20) - (64 << 10);
 
 /// The events of a node that containerd has not acknowledged.
 #[derive(Debug)]
 pub struct Outboxes {
     directory: PathBuf,
-    desks: Mutex<Desks>,
+    destinations: Mutex<Destinations>,
 }
 
 #[derive(Debug, Default)]
-struct Desks {
-    /// By address.
-    open: HashMap<String, Desk>,
-    /// Where to send from, as soon as we do.
+struct Destinations {
+    by_address: HashMap<String, Destination>,
+    /// The runtime that sends, once [`Outboxes::start`] was called.
     runtime: Option<Handle>,
 }
 
+/// One containerd: its outbox, and the task that empties it.
 #[derive(Debug)]
-struct Desk {
+struct Destination {
     outbox: Arc<Outbox>,
     sender: Option<AbortHandle>,
 }
 
-impl Drop for Desk {
-    fn drop(&mut self) {
-        if let Some(sender) = &self.sender {
-            sender.abort();
-        }
-    }
-}
-
-impl Desk {
+impl Destination {
     fn new(outbox: Outbox, runtime: Option<&Handle>) -> Self {
-        let mut desk = Self {
+        let mut destination = Self {
             outbox: Arc::new(outbox),
             sender: None,
         };
         if let Some(runtime) = runtime {
-            desk.start(runtime);
+            destination.start(runtime);
         }
-        desk
+        destination
     }
 
     fn start(&mut self, runtime: &Handle) {
@@ -81,84 +75,97 @@ impl Desk {
     }
 }
 
+impl Drop for Destination {
+    fn drop(&mut self) {
+        if let Some(sender) = &self.sender {
+            sender.abort();
+        }
+    }
+}
+
 impl Outboxes {
-    /// Takes over what predecessors left in `directory`, which is made if it is missing. Nothing is sent yet.
+    /// Opens what predecessors left in `directory`, which is created if it is missing. Nothing is
+    /// sent yet.
     pub fn open(directory: PathBuf) -> io::Result<Arc<Self>> {
         state_dir::create(&directory)?;
-        let left = EventLog::all(&directory)?
-            .into_iter()
-            .map(|(ledger, left)| {
-                let outbox = Outbox::resume(ledger, left);
-                (outbox.address().to_owned(), Desk::new(outbox, None))
-            });
-        let desks = Desks {
-            open: left.collect(),
+        let logs = EventLog::all(&directory)?.into_iter();
+        let by_address = logs.map(|(log, stored)| {
+            let outbox = Outbox::resume(log, stored);
+            let address = outbox.address().to_owned();
+            (address, Destination::new(outbox, None))
+        });
+        let destinations = Destinations {
+            by_address: by_address.collect(),
             runtime: None,
         };
         Ok(Arc::new(Self {
             directory,
-            desks: Mutex::new(desks),
+            destinations: Mutex::new(destinations),
         }))
     }
 
-    /// Sends, from now on for as long as this lives. Call it when the node is open: then the exits that it tells again come before the
-    /// first connection. Needs a tokio runtime.
+    /// Sends from now on, until this is dropped. To be called when the node is open: then the exits
+    /// that the node emits again come before the first connection. Needs a tokio runtime.
     pub fn start(&self) {
-        let mut desks = self.desks();
+        let mut destinations = self.destinations();
         let runtime = Handle::current();
-        for desk in desks.open.values_mut() {
-            if desk.sender.is_none() {
-                desk.start(&runtime);
+        for destination in destinations.by_address.values_mut() {
+            if destination.sender.is_none() {
+                destination.start(&runtime);
             }
         }
-        desks.runtime = Some(runtime);
+        destinations.runtime = Some(runtime);
     }
 
-    /// Writes down again what is not acknowledged, after the directory was removed.
+    /// Creates the files of all unacknowledged events again, after the directory was removed.
     pub fn recreate(&self) -> io::Result<()> {
         state_dir::create(&self.directory)?;
-        for desk in self.desks().open.values() {
-            desk.outbox.recreate();
+        for destination in self.destinations().by_address.values() {
+            destination.outbox.recreate();
         }
         Ok(())
     }
 
-    fn desks(&self) -> MutexGuard<'_, Desks> {
-        self.desks.lock().unwrap_or_else(PoisonError::into_inner)
+    fn destinations(&self) -> MutexGuard<'_, Destinations> {
+        let locked = self.destinations.lock();
+        locked.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn outbox(&self, address: &str) -> Arc<Outbox> {
-        let mut desks = self.desks();
-        if let Some(desk) = desks.open.get(address) {
-            return Arc::clone(&desk.outbox);
+        let mut destinations = self.destinations();
+        if let Some(destination) = destinations.by_address.get(address) {
+            return Arc::clone(&destination.outbox);
         }
         let outbox = Outbox::new(&self.directory, address);
-        let desk = Desk::new(outbox, desks.runtime.as_ref());
-        let outbox = Arc::clone(&desk.outbox);
-        desks.open.insert(address.to_owned(), desk);
+        let destination = Destination::new(outbox, destinations.runtime.as_ref());
+        let outbox = Arc::clone(&destination.outbox);
+        destinations
+            .by_address
+            .insert(address.to_owned(), destination);
         outbox
     }
 }
 
 impl EventSink for Outboxes {
-    /// Notes the event: one small write to tmpfs, which takes microseconds and is not waited for elsewhere.
+    /// Adds the event to its outbox: one small write to tmpfs, which takes microseconds and is done
+    /// in place (invariant 15).
     fn accept(&self, event: Event) {
         if event.owner.is_empty() {
             return;
         }
         let address = event.owner.strip_prefix("unix://").unwrap_or(&event.owner);
         if address.len() > format::LONGEST_ADDRESS {
-            warn!(id = %event.id, address, "event not sent: nobody can listen on so long an address");
+            warn!(id = %event.id, address, "event not sent: the address is longer than a socket's can be");
             return;
         }
         match encode(&event) {
             Ok(envelope) => self.outbox(address).push(&event, envelope),
-            Err(status) => warn!(id = %event.id, text = status.message, "event not sent"),
+            Err(status) => warn!(id = %event.id, error = status.message, "event not sent"),
         }
     }
 }
 
-/// The event in containerd's envelope, encoded.
+/// The encoded event, in containerd's envelope.
 fn encode(event: &Event) -> Result<Vec<u8>, Status> {
     let (topic, message) = message::of(&event.id, &event.kind)?;
     let envelope = Envelope {

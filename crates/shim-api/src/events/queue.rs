@@ -1,5 +1,5 @@
-//! [`Outbox`]: the events for one containerd, first in, first out, each kept until it is acknowledged.
-//! Owns the queue, in memory and on disk, and its bounds; who sends is [`Sender`](super::sender::Sender)'s business.
+//! [`Outbox`]: the events for one containerd, first in, first out, each until it is acknowledged.
+//! Owns the queue, in memory and on disk, and its bounds. Never sends.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -12,14 +12,16 @@ use tokio::sync::Notify;
 use tracing::warn;
 
 use super::log::{EventLog, StoredEvent};
-use super::undeleted::Unheeded;
+use super::undeleted_exits::UndeletedExits;
 
-/// As many as a busy node sends in some minutes. containerd asks for the state of its tasks when it comes back, so of a longer
-/// absence the oldest events are the ones to lose.
+/// The most events that wait: a busy node sends as many in some minutes. containerd asks for the
+/// state of its tasks when it comes back, so of a longer absence the oldest events are the ones to
+/// lose.
 const CAPACITY: usize = 10_000;
-/// And no more bytes than this: `Created` tells of all mounts, so it can be long.
+/// The most bytes that wait: a `Created` has all mounts in it, so it can be long.
 const LARGEST: usize = 16 << 20;
 
+/// The unacknowledged events for one containerd.
 #[derive(Debug)]
 pub(super) struct Outbox {
     address: String,
@@ -30,26 +32,27 @@ pub(super) struct Outbox {
 #[derive(Debug)]
 struct Contents {
     waiting: VecDeque<Waiting>,
-    /// How long the waiting events are together.
+    /// How many bytes the waiting events have together.
     size: usize,
+    /// The number of the next event.
     next: u64,
     log: EventLog,
-    unheeded: Unheeded,
+    undeleted: UndeletedExits,
 }
 
 /// An event that is not acknowledged.
 #[derive(Clone, Debug)]
 pub(super) struct Waiting {
-    /// Counts the events.
+    /// Which event of this outbox it is.
     number: u64,
     /// What the log needs to acknowledge it.
     span: u64,
-    /// The envelope, encoded.
+    /// The encoded envelope.
     pub(super) envelope: Arc<[u8]>,
 }
 
 impl Outbox {
-    /// The outbox for a containerd that nothing is known of.
+    /// An empty outbox for a containerd.
     pub(super) fn new(directory: &Path, address: &str) -> Self {
         Self::resume(EventLog::new(directory, address), Vec::new())
     }
@@ -62,7 +65,7 @@ impl Outbox {
             size: 0,
             next: 0,
             log,
-            unheeded: Unheeded::default(),
+            undeleted: UndeletedExits::default(),
         };
         for (span, envelope) in stored {
             contents.push(span, envelope.into());
@@ -74,18 +77,18 @@ impl Outbox {
         }
     }
 
-    /// The socket of its containerd.
+    /// The path of the socket on which its containerd listens.
     pub(super) fn address(&self) -> &str {
         &self.address
     }
 
-    /// Puts an event in, durably.
+    /// Adds an event, which is durable when this returns.
     pub(super) fn push(&self, event: &Event, envelope: Vec<u8>) {
         {
             let mut contents = self.contents();
             let span = contents.log.append(&envelope);
             let envelope: Arc<[u8]> = envelope.into();
-            contents.unheeded.accept(event, &envelope);
+            contents.undeleted.accept(event, &envelope);
             contents.push(span, envelope);
         }
         self.arrived.notify_one();
@@ -96,7 +99,7 @@ impl Outbox {
         self.contents().waiting.front().cloned()
     }
 
-    /// containerd has this event, or will never take it.
+    /// Removes an event that containerd has, or will never take.
     pub(super) fn acknowledge(&self, event: &Waiting) {
         let mut contents = self.contents();
         // It may have been dropped meanwhile.
@@ -109,29 +112,29 @@ impl Outbox {
         }
     }
 
-    /// Writes down again what waits, if its file was removed.
+    /// Creates its file again, if that was removed.
     pub(super) fn recreate(&self) {
         self.contents().log.recreate();
     }
 
-    /// Completes when an event was put in since the last time.
+    /// Completes when an event was added since the last time.
     pub(super) async fn arrived(&self) {
         self.arrived.notified().await;
     }
 
-    /// Whether containerd knows of an exit and has not deleted its task.
-    pub(super) fn has_unheeded(&self) -> bool {
-        !self.contents().unheeded.is_empty()
+    /// Whether a task has exited and is not deleted.
+    pub(super) fn has_undeleted(&self) -> bool {
+        !self.contents().undeleted.is_empty()
     }
 
-    /// Whose exits containerd was told of up to this moment, and has not deleted.
-    pub(super) fn unheeded_at(&self, moment: Instant) -> VecDeque<TaskKey> {
-        self.contents().unheeded.at(moment)
+    /// The tasks that have exited up to this moment and are not deleted.
+    pub(super) fn undeleted_until(&self, moment: Instant) -> VecDeque<TaskKey> {
+        self.contents().undeleted.until(moment)
     }
 
     /// The exit of this task, if it is not deleted.
-    pub(super) fn unheeded(&self, task: &TaskKey) -> Option<Arc<[u8]>> {
-        self.contents().unheeded.of(task)
+    pub(super) fn undeleted(&self, task: &TaskKey) -> Option<Arc<[u8]>> {
+        self.contents().undeleted.get(task)
     }
 
     fn contents(&self) -> MutexGuard<'_, Contents> {

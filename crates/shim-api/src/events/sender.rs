@@ -1,5 +1,5 @@
-//! [`Sender`]: empties one outbox, in order, and tries again until containerd has heard.
-//! Owns the connection to that containerd, opened when there is something to say, and notices when it ends.
+//! [`Sender`]: empties one outbox, in order, and tries again until containerd has every event. Owns
+//! the connection to that containerd, opened when there is an event, and notices when it ends.
 
 use std::io;
 use std::sync::Arc;
@@ -17,96 +17,113 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context;
 
 use super::queue::{Outbox, Waiting};
-use super::resend::Rounds;
+use super::resend::ResendSchedule;
 
-/// The same as Go's publisher.
+/// As long as Go's publisher waits.
 const FORWARD_DEADLINE: Duration = Duration::from_secs(5);
+/// The pause after a failed attempt, which doubles up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
+/// What sends the events of one outbox.
 pub(super) struct Sender {
     outbox: Arc<Outbox>,
     connection: Option<Connection>,
-    /// Until the next attempt; grows while containerd is away.
+    /// The pause before the next attempt; it grows while containerd does not answer.
     pause: Duration,
-    /// It was said that containerd does not take events.
-    has_complained: bool,
-    /// There was a connection, or an attempt: the next one may be to a containerd that was restarted.
-    was_away: bool,
-    rounds: Rounds,
+    /// A warning says that containerd does not take events.
+    has_warned: bool,
+    /// There was an attempt to connect: the next connection may be to a containerd that was
+    /// restarted.
+    has_tried: bool,
+    schedule: ResendSchedule,
 }
 
+/// A connection to containerd.
 struct Connection {
     client: EventsClient,
-    /// The same socket, to see its end while nothing is asked.
+    /// The same socket, to notice its end while nothing is sent.
     socket: UnixStream,
 }
 
 /// What became of one attempt.
 enum Attempt {
+    /// containerd has the event.
     Delivered,
-    /// containerd will never take this one.
+    /// containerd will never take this event, and says why.
     Refused(String),
+    /// containerd does not have the event, and may take it later.
     Failed(String),
 }
 
 impl Sender {
+    /// The sender of this outbox.
     pub(super) fn new(outbox: Arc<Outbox>) -> Self {
         Self {
             outbox,
             connection: None,
             pause: FIRST_PAUSE,
-            has_complained: false,
-            was_away: false,
-            rounds: Rounds::default(),
+            has_warned: false,
+            has_tried: false,
+            schedule: ResendSchedule::default(),
         }
     }
 
-    /// Sends for ever.
+    /// Sends until it is dropped.
     pub(super) async fn run(mut self) {
         loop {
             if let Some(event) = self.outbox.first() {
                 self.deliver(&event).await;
-            } else if let Some(exit) = self.next_again() {
-                self.tell_again(&exit).await;
+            } else if let Some(exit) = self.next_resend() {
+                self.resend(&exit).await;
             } else {
                 self.idle().await;
             }
         }
     }
 
-    /// Tries once to send an event that waits; what failed is still the first one afterwards.
+    /// Tries once to send the oldest event; after a failure it is still the oldest.
     async fn deliver(&mut self, event: &Waiting) {
         let Ok(envelope) = Envelope::parse_from_bytes(&event.envelope) else {
-            warn!(address = self.outbox.address(), "an event is not readable");
+            warn!(
+                address = self.outbox.address(),
+                "event log: an event cannot be decoded: it is lost"
+            );
             return self.outbox.acknowledge(event);
         };
         let topic = envelope.topic.clone();
-        debug!(topic, namespace = envelope.namespace, "event");
+        debug!(topic, namespace = envelope.namespace, "sending an event");
         let is_reused = self.connection.is_some();
         let why = match self.attempt(envelope).await {
             Attempt::Delivered => {
                 self.pause = FIRST_PAUSE;
-                self.has_complained = false;
+                self.has_warned = false;
                 return self.outbox.acknowledge(event);
             }
             Attempt::Refused(why) => {
                 let address = self.outbox.address();
-                warn!(address, topic, why, "containerd refuses an event");
+                warn!(
+                    address,
+                    topic,
+                    error = why,
+                    "containerd refuses an event: it is dropped"
+                );
                 return self.outbox.acknowledge(event);
             }
             Attempt::Failed(why) => why,
         };
         self.connection = None;
         if is_reused {
-            // containerd was restarted since the last event; a new connection may do at once.
+            // containerd was restarted since the last event: a new connection may work at once.
             return;
         }
-        if !std::mem::replace(&mut self.has_complained, true) {
+        if !std::mem::replace(&mut self.has_warned, true) {
             let address = self.outbox.address();
             warn!(
                 address,
-                topic, why, "containerd does not take events; trying again until it does"
+                topic,
+                error = why,
+                "containerd does not take events: trying again until it does"
             );
         }
         sleep(self.next_pause()).await;
@@ -118,23 +135,24 @@ impl Sender {
         pause
     }
 
-    fn next_again(&mut self) -> Option<Arc<[u8]>> {
-        // Without a connection there will be another one, and rounds after it.
+    fn next_resend(&mut self) -> Option<Arc<[u8]>> {
+        // Without a connection there will be another one, and its schedule.
         self.connection.as_ref()?;
-        self.rounds.next(&self.outbox, Instant::now())
+        self.schedule.next(&self.outbox, Instant::now())
     }
 
-    /// Tells of an exit that nobody acts on, once; containerd has acknowledged it before.
-    async fn tell_again(&mut self, exit: &[u8]) {
+    /// Tries once to send an exit again, whose task is not deleted; containerd has acknowledged it
+    /// before.
+    async fn resend(&mut self, exit: &[u8]) {
         let Ok(envelope) = Envelope::parse_from_bytes(exit) else {
             return;
         };
         debug!(
             namespace = envelope.namespace,
-            "an exit is told again: its task is not deleted"
+            "sending an exit again: its task is not deleted"
         );
         if let Attempt::Failed(why) = self.attempt(envelope).await {
-            debug!(why, "containerd does not take an exit again");
+            debug!(error = why, "containerd does not take an exit again");
             self.connection = None;
         }
     }
@@ -142,22 +160,22 @@ impl Sender {
     /// Waits until there is something to do.
     async fn idle(&mut self) {
         let Some(connection) = &self.connection else {
-            if !self.outbox.has_unheeded() {
+            if !self.outbox.has_undeleted() {
                 return self.outbox.arrived().await;
             }
-            // Nothing to say, but as soon as containerd is there again, it has to hear of these exits again.
+            // No event waits, but as soon as containerd listens again, exits are sent again.
             let pause = self.next_pause();
             tokio::select! {
                 () = self.outbox.arrived() => return,
                 () = sleep(pause) => {}
             }
             if let Err(error) = self.connect().await {
-                debug!(address = self.outbox.address(), %error, "containerd is not there");
+                debug!(address = self.outbox.address(), %error, "cannot connect to containerd");
             }
             return;
         };
         let due = async {
-            match self.rounds.due() {
+            match self.schedule.due() {
                 Some(due) => sleep_until(due.into()).await,
                 None => std::future::pending().await,
             }
@@ -169,8 +187,8 @@ impl Sender {
         };
         if has_ended {
             self.connection = None;
-            // A peer that hangs up at once is not called in a loop.
-            if self.rounds.are_over() {
+            // A peer that closes its connections at once is not called in a loop.
+            if self.schedule.is_over() {
                 self.pause = FIRST_PAUSE;
             }
         }
@@ -203,11 +221,12 @@ impl Sender {
         let connection = if let Some(connection) = self.connection.take() {
             connection
         } else {
-            // Only the first connection of all is to a containerd that we know nothing of, unless it comes after exits.
-            let was_away = std::mem::replace(&mut self.was_away, true);
+            // After the first attempt containerd may have been restarted. Before it, that matters
+            // if there are exits already.
+            let has_tried = std::mem::replace(&mut self.has_tried, true);
             let connection = Connection::open(self.outbox.address()).await?;
-            if was_away || self.outbox.has_unheeded() {
-                self.rounds.begin(Instant::now());
+            if has_tried || self.outbox.has_undeleted() {
+                self.schedule.begin(Instant::now());
             }
             connection
         };
@@ -226,7 +245,7 @@ impl Connection {
     }
 }
 
-/// Completes when the peer has closed; leaves what there is to read to the client.
+/// Completes when the peer has closed the connection; what there is to read is the client's.
 async fn end_of(socket: &UnixStream) {
     while let Ok(ready) = socket.ready(Interest::READABLE).await {
         if ready.is_read_closed() {

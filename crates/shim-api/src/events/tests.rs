@@ -1,4 +1,5 @@
-//! Outboxes with a containerd's listener at the other end: what is delivered when one of the two dies.
+//! Outboxes with a containerd's listener at the other end: what is delivered when one of the two
+//! dies.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,22 +14,23 @@ use ttrpc::{Server, TtrpcContext};
 
 use super::*;
 
+/// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What was heard: topic and pid.
-type Heard = Arc<Mutex<Vec<(String, u32)>>>;
+/// The events that arrived: topic and pid.
+type Received = Arc<Mutex<Vec<(String, u32)>>>;
 
-/// containerd's side. Another one on the same path is containerd after a restart.
+/// containerd's side. Another listener on the same path is containerd after a restart.
 struct Listener {
-    heard: Heard,
+    received: Received,
     path: PathBuf,
     server: Server,
 }
 
 #[derive(Clone)]
-struct Ear(Heard);
+struct Service(Received);
 
-impl Events for Ear {
+impl Events for Service {
     fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
         let (topic, value) = (&request.envelope.topic, &request.envelope.event.value);
         let pid = match topic.as_str() {
@@ -45,22 +47,22 @@ impl Events for Ear {
 impl Listener {
     fn listen(path: &Path) -> Self {
         let _ = fs::remove_file(path);
-        let heard = Heard::default();
+        let received = Received::default();
         let mut server = Server::new()
             .bind(&format!("unix://{}", path.display()))
             .unwrap()
-            .register_service(create_events(Arc::new(Ear(Arc::clone(&heard)))));
+            .register_service(create_events(Arc::new(Service(Arc::clone(&received)))));
         server.start().unwrap();
         Self {
-            heard,
+            received,
             path: path.to_owned(),
             server,
         }
     }
 
     fn pids(&self) -> Vec<u32> {
-        let heard = self.heard.lock().unwrap();
-        heard.iter().map(|(_, pid)| *pid).collect()
+        let received = self.received.lock().unwrap();
+        received.iter().map(|(_, pid)| *pid).collect()
     }
 
     async fn wait_for(&self, pids: &[u32]) {
@@ -81,7 +83,7 @@ impl Listener {
 async fn until(condition: impl Fn() -> bool) {
     let begun = Instant::now();
     while !condition() {
-        assert!(begun.elapsed() < PATIENCE, "waited in vain");
+        assert!(begun.elapsed() < PATIENCE, "nothing for 20 s");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -211,7 +213,7 @@ async fn of_too_many_events_the_oldest_are_lost_on_disk_too() {
 }
 
 #[tokio::test]
-async fn exits_of_tasks_that_are_not_deleted_are_told_again_after_containerds_restart() {
+async fn exits_of_tasks_that_are_not_deleted_are_sent_again_after_containerds_restart() {
     let (_directory, state, socket) = scene();
     let listener = Listener::listen(&socket);
     let outboxes = Outboxes::open(state).unwrap();
@@ -223,7 +225,7 @@ async fn exits_of_tasks_that_are_not_deleted_are_told_again_after_containerds_re
     outboxes.accept(event(&socket, "gone", deleted(2)));
     listener.wait_for(&[1, 1, 2, 2, 3, 3, 0]).await;
     listener.stop().await;
-    // Nothing is left to say; the connection's end alone tells that there may be others to hear it.
+    // No event waits: the connection's end alone shows that there may be new clients.
     let listener = Listener::listen(&socket);
     until(|| listener.pids().len() == 2).await;
     outboxes.accept(event(&socket, "late", deleted(3)));

@@ -1,6 +1,6 @@
-//! [`FrameReader`]: frames off a socket, whatever the pieces they come in, so that the death of this
-//! process loses none of them. Owns the order of peeking, noting and consuming: bytes are peeked,
-//! noted in the journal, and only then consumed (invariant 14).
+//! [`FrameReader`]: frames off a socket, whatever the pieces they come in, so that the death of
+//! this process loses none of them. Owns the order of peeking, noting and consuming: bytes are
+//! peeked, noted in the journal, and only then consumed (invariant 14).
 //!
 //! A frame that is there as a whole is one entry; that it was consumed is known from the number of
 //! its stream, which only rises. A frame that is not there as a whole (it may be longer than the
@@ -21,8 +21,8 @@ use super::journal::{FrameStart, Journal, Partial, Recovered};
 use super::peek_off::PeekOff;
 use crate::frame::{HEADER, Header, Kind, MAX_PAYLOAD};
 
-/// The most bytes that are peeked at a time; they are on the stack of a function that does not wait,
-/// so an idle connection has no buffer.
+/// The most bytes that are peeked at a time; they are on the stack of a function that does not
+/// wait, so an idle connection has no buffer.
 const CHUNK: usize = 16 * 1024;
 
 /// A frame that has arrived.

@@ -1,5 +1,5 @@
-//! [`PeekOff`]: `SO_PEEK_OFF` of socket(7), which nix has no name for: how far `MSG_PEEK` has looked,
-//! kept by the socket itself.
+//! [`PeekOff`]: `SO_PEEK_OFF` of socket(7), which nix has no name for: how far `MSG_PEEK` has
+//! looked, kept by the socket itself.
 
 use nix::{getsockopt_impl, libc, setsockopt_impl, sockopt_impl};
 

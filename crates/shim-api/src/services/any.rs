@@ -1,5 +1,5 @@
-//! `google.protobuf.Any` as containerd uses it: bare type names on the way out, and on the way in everything up to the last
-//! slash is decoration.
+//! `google.protobuf.Any` as containerd uses it: it sends bare type names, and ignores everything up
+//! to the last slash of those it receives.
 
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
@@ -7,7 +7,7 @@ use ttrpc::Status;
 
 use crate::status;
 
-/// Packs a message under its bare full name, as containerd's `typeurl` does.
+/// Packs a message under its bare full name, as containerd's package `typeurl` does.
 pub(crate) fn pack(name: &str, message: &impl Message) -> Result<Any, Status> {
     let value = message
         .write_to_bytes()
@@ -19,12 +19,12 @@ pub(crate) fn pack(name: &str, message: &impl Message) -> Result<Any, Status> {
     })
 }
 
-/// The name without decoration.
+/// The type's full name: what is behind the last slash.
 pub(crate) fn name(any: &Any) -> &str {
     any.type_url.rsplit('/').next().unwrap_or_default()
 }
 
-/// The JSON of a document that must be of this type (its last word, such as `Process`).
+/// The JSON of a document, which must be of this type, such as `Process`.
 pub(crate) fn json(any: Option<&Any>, expected: &str) -> Result<Vec<u8>, Status> {
     match any {
         Some(any) if name(any) == expected => Ok(any.value.clone()),

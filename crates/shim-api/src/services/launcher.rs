@@ -1,5 +1,5 @@
-//! `embedshim.v1.Launcher`: what our own launcher asks the daemon. JSON, since both ends are ours and of one release
-//! or of two that follow each other: unknown fields are ignored.
+//! `embedshim.v1.Launcher`: what the launcher asks the daemon. JSON, since both ends are of one
+//! release of embedshim or of two that follow each other: unknown fields are ignored.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,9 +12,9 @@ use ttrpc::Status;
 use crate::server::Call;
 use crate::status;
 
-/// The service's name on the wire.
+/// The name of the service on the wire.
 pub(crate) const NAME: &str = "embedshim.v1.Launcher";
-/// Its one method: containerd has given this bundle up.
+/// The name of its one method: containerd has given a bundle up.
 pub(crate) const CLEANUP: &str = "Cleanup";
 
 /// The request of `Cleanup`.
@@ -25,33 +25,35 @@ pub(crate) struct CleanupRequest {
     pub(crate) bundle: PathBuf,
 }
 
-/// Its answer.
+/// The answer of `Cleanup`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum CleanupResponse {
-    /// How the init ended.
+    /// The container was there and is removed.
     Removed(Removed),
-    /// The daemon has never heard of it, or not any more.
+    /// The daemon has no container of this id.
     Unknown,
-    /// The id is somebody else's by now.
+    /// The container of this id has another bundle.
     Replaced,
 }
 
+/// How the init of a removed container ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Removed {
     pub(crate) pid: u32,
     pub(crate) exit_status: u32,
-    /// Since the epoch.
+    /// The time since the epoch.
     exited_at: Duration,
 }
 
 impl Removed {
-    /// Of a time that is none, the epoch.
+    /// When it ended; the epoch if the time cannot be represented.
     pub(crate) fn exited_at(&self) -> SystemTime {
         UNIX_EPOCH.checked_add(self.exited_at).unwrap_or(UNIX_EPOCH)
     }
 }
 
+/// The service of one node.
 #[derive(Debug)]
 pub(crate) struct LauncherService {
     node: Node,

@@ -1,4 +1,5 @@
-//! The core's counters as containerd's metrics messages: cgroup v1 and v2, with the fields that runc-v2 fills.
+//! The core's counters as containerd's metrics messages, for cgroup v1 and v2, with the fields that
+//! runc-v2 fills. Pure.
 
 use containerd_shim_protos::{cgroups, cgroups_v2};
 use embedshim_core::cgroup::{DeviceCounter, Metrics};

@@ -1,5 +1,5 @@
-//! [`Services`]: which service answers a call. Everything not named here is unimplemented, in the words of Go's server:
-//! containerd 2.x falls back to an older API on that code.
+//! [`Services`]: which service answers a call. A call to any other service is unimplemented, in the
+//! words of Go's server: containerd 2.x falls back to an older API on that code.
 
 pub(crate) mod any;
 mod context;
@@ -18,10 +18,11 @@ use crate::server::{Call, Handler};
 use launcher::LauncherService;
 use task::TaskService;
 
-/// The Task service exists under two names with the same messages (`containerd.md` 4.1).
+/// The Task service has two names and the same messages: containerd 1.x calls the first, and 2.x
+/// the one of the bootstrap's protocol version (`core/runtime/v2/bridge.go`).
 const TASK: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 
-/// All services of the daemon.
+/// The services of a daemon.
 #[derive(Debug)]
 pub struct Services {
     task: TaskService,
@@ -29,7 +30,7 @@ pub struct Services {
 }
 
 impl Services {
-    /// The services for the tasks of one node.
+    /// The services of a daemon, for the tasks of this node.
     pub fn new(node: Node) -> Self {
         Self {
             task: TaskService::new(node.clone()),

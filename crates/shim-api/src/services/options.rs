@@ -1,4 +1,5 @@
-//! `CreateTaskRequest.options`: runc's own message, the generic one with a TOML body, or none (`containerd.md` 4.3, 4.4).
+//! The options of a `Create` or a `Checkpoint`: runc's own message, the generic one with a TOML
+//! body, that of containerd's first runtime, or none. Owns which types are understood.
 
 use std::fs::OpenOptions;
 use std::io::{self, Read};
@@ -21,21 +22,20 @@ use crate::status;
 const RUNC: &str = "containerd.runc.v1.Options";
 const CHECKPOINT: &str = "containerd.runc.v1.CheckpointOptions";
 const GENERIC: &str = "runtimeoptions.v1.Options";
-/// containerd 1.6 and older sends it under the name of its CRI plugin's package.
+/// The generic one as containerd 1.6 and older name it, after the package of their CRI plugin.
 const GENERIC_OLD: &str = "cri.runtimeoptions.v1.Options";
-
-/// Those of containerd's first runtime, which ctr 1.x sends for every name that is not runc-v2's.
+/// The options of containerd's first runtime, which ctr 1.x sends for every runtime but runc-v2.
 const LINUX: &str = "containerd.linux.runc.CreateOptions";
 const LINUX_CHECKPOINT: &str = "containerd.linux.runc.CheckpointOptions";
-/// No configuration of a runtime is longer.
+/// The most bytes of a file of options.
 const MAX_CONFIG: u64 = 1024 * 1024;
 
-/// Whether reading these options may be reading a file that they name.
+/// Whether reading these options may mean to read a file that they name.
 pub(crate) fn may_name_a_file(options: Option<&Any>) -> bool {
     options.is_some_and(|options| [GENERIC, GENERIC_OLD].contains(&any::name(options)))
 }
 
-/// Reads the options of a request, and the file that they name. Blocks on that file.
+/// Reads the options of a `Create`, and the file that they name. Blocks on that file.
 pub(crate) fn decode(options: Option<&Any>) -> Result<RuntimeOptions, Status> {
     let Some(options) = options.filter(|any| !any.type_url.is_empty()) else {
         return Ok(RuntimeOptions::default());
@@ -62,7 +62,7 @@ pub(crate) fn decode(options: Option<&Any>) -> Result<RuntimeOptions, Status> {
     }
 }
 
-/// Reads the options of a checkpoint; there may be none.
+/// Reads the options of a `Checkpoint`; there may be none.
 pub(crate) fn decode_checkpoint(options: Option<&Any>) -> Result<CheckpointOptions, Status> {
     let Some(options) = options.filter(|any| !any.type_url.is_empty()) else {
         return Ok(CheckpointOptions::default());
@@ -77,7 +77,7 @@ pub(crate) fn decode_checkpoint(options: Option<&Any>) -> Result<CheckpointOptio
     let mut read = CheckpointOptions::parse_from_bytes(&options.value)
         .map_err(|error| status::invalid(format!("checkpoint options {name}: {error}")))?;
     if name == LINUX_CHECKPOINT {
-        // Fields 8 and 9 have changed places since.
+        // There fields 8 and 9 are the other way round.
         std::mem::swap(&mut read.image_path, &mut read.work_path);
     }
     Ok(read)
@@ -85,7 +85,7 @@ pub(crate) fn decode_checkpoint(options: Option<&Any>) -> Result<CheckpointOptio
 
 fn of_runc(options: Options) -> RuntimeOptions {
     if !options.shim_cgroup.is_empty() {
-        debug!("ShimCgroup is ignored: there is no shim process for this container");
+        debug!("runtime option ShimCgroup: ignored: there is no shim process for this container");
     }
     RuntimeOptions {
         binary: options.binary_name,
@@ -120,12 +120,12 @@ fn skip(input: &mut CodedInputStream<'_>, tag: u32) -> Result<(), protobuf::Erro
     input.skip_field(wire_type.ok_or_else(|| io::Error::other("wire type"))?)
 }
 
-/// `runtimeoptions.v1.Options`, without the type of what is in it.
+/// `runtimeoptions.v1.Options`, without `TypeUrl`, its field 1.
 #[derive(Default)]
 struct Generic {
     /// `ConfigPath`: a file of the same form as the body.
     path: String,
-    /// `ConfigBody`, which counts if there are both.
+    /// `ConfigBody`, which is read if there are both.
     body: String,
 }
 
@@ -157,7 +157,7 @@ fn of_file(path: &Path) -> Result<RuntimeOptions, Status> {
         return Err(failed(&"it is not an absolute path"));
     }
     let read = || -> io::Result<String> {
-        // Opening a device could do something already.
+        // To open a device can have an effect already.
         if !std::fs::metadata(path)?.is_file() {
             return Err(io::Error::other("it is no file"));
         }
@@ -178,7 +178,7 @@ fn of_file(path: &Path) -> Result<RuntimeOptions, Status> {
     of_toml(&format!("ConfigPath {}", path.display()), &text)
 }
 
-/// The names of containerd's configuration file.
+/// The options, by their names in containerd's configuration file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 struct Body {
@@ -205,7 +205,7 @@ fn of_toml(of: &str, body: &str) -> Result<RuntimeOptions, Status> {
         .keys()
         .filter(|key| key.as_str() != "ShimCgroup")
     {
-        warn!(key, "unknown runtime option");
+        warn!(key, "unknown runtime option: it is ignored");
     }
     Ok(RuntimeOptions {
         binary: body.binary_name,

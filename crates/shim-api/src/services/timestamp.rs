@@ -1,14 +1,14 @@
-//! Times as protobuf has them.
+//! Times as protobuf's `Timestamp`. Pure.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
 
-/// Go's zero time, which containerd's shims answer for "not yet".
+/// Go's zero time, which containerd's shims answer for a time that has not come.
 pub(crate) const GO_ZERO_SECONDS: i64 = -62_135_596_800;
 
-/// A time, before the epoch too.
+/// A time, which can be before the epoch.
 pub(crate) fn of(time: SystemTime) -> MessageField<Timestamp> {
     let (seconds, nanos) = match time.duration_since(UNIX_EPOCH) {
         Ok(since) => (whole(since), fraction(since)),
@@ -29,7 +29,7 @@ pub(crate) fn of(time: SystemTime) -> MessageField<Timestamp> {
     })
 }
 
-/// A time, or Go's zero for one that has not come.
+/// A time, or Go's zero time for one that has not come.
 pub(crate) fn of_or_go_zero(time: Option<SystemTime>) -> MessageField<Timestamp> {
     match time {
         Some(time) => of(time),

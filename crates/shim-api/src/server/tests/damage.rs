@@ -187,8 +187,8 @@ fn whatever_byte_of_a_journal_is_wrong_every_request_is_answered() {
     }
 }
 
-/// Much more is wrong than a byte. A connection is closed only if nothing tells where its next frame
-/// begins.
+/// Much more is wrong than a byte. A connection is closed only if nothing tells where its next
+/// frame begins.
 #[test]
 fn whatever_range_of_a_journal_is_overwritten_no_request_hangs() {
     for (name, left) in shapes() {

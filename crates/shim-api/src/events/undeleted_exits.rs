@@ -1,4 +1,5 @@
-//! [`Unheeded`]: exits of which containerd knows and whose tasks it has not deleted. Never sends.
+//! [`UndeletedExits`]: the exits that containerd was sent and whose tasks it has not deleted. Never
+//! sends.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -7,15 +8,15 @@ use std::time::Instant;
 use embedshim_core::event::{Event, EventKind};
 use embedshim_core::id::TaskKey;
 
-/// Of so many tasks the exits are remembered.
+/// The exits of at most so many tasks are remembered.
 const CAPACITY: usize = 10_000;
 
 /// The exits of all tasks that are stopped and not deleted.
 #[derive(Debug, Default)]
-pub(super) struct Unheeded(BTreeMap<TaskKey, (Instant, Arc<[u8]>)>);
+pub(super) struct UndeletedExits(BTreeMap<TaskKey, (Instant, Arc<[u8]>)>);
 
-impl Unheeded {
-    /// Takes notice of an event.
+impl UndeletedExits {
+    /// Adds an exit, or removes that of a task which is deleted or created again.
     pub(super) fn accept(&mut self, event: &Event, envelope: &Arc<[u8]>) {
         let key = || TaskKey {
             namespace: event.namespace.clone(),
@@ -36,13 +37,14 @@ impl Unheeded {
         self.0.is_empty()
     }
 
-    /// Those up to this moment.
-    pub(super) fn at(&self, moment: Instant) -> VecDeque<TaskKey> {
+    /// The tasks whose exit was added up to this moment.
+    pub(super) fn until(&self, moment: Instant) -> VecDeque<TaskKey> {
         let before = self.0.iter().filter(|(_, (at, _))| *at <= moment);
         before.map(|(task, _)| task.clone()).collect()
     }
 
-    pub(super) fn of(&self, task: &TaskKey) -> Option<Arc<[u8]>> {
+    /// The exit of this task, if it is not deleted.
+    pub(super) fn get(&self, task: &TaskKey) -> Option<Arc<[u8]>> {
         self.0.get(task).map(|(_, envelope)| Arc::clone(envelope))
     }
 }
