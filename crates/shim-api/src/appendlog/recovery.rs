@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::framing::{First, Framing};
-use super::{DRAFT, LONGEST, Log};
+use super::log::{DRAFT, LONGEST, Log};
 
 /// The extension of a log that cannot be read and is left for people to look at.
 const DAMAGED: &str = "damaged";
@@ -48,10 +48,7 @@ impl Found {
     /// off.
     pub(crate) fn go_on(self, header_size: u64, end: u64) -> io::Result<Log> {
         self.file.set_len(end)?;
-        Ok(Log {
-            end,
-            ..Log::new(&self.path, self.file, header_size)
-        })
+        Ok(Log::found(&self.path, self.file, header_size, end))
     }
 }
 

@@ -1,14 +1,16 @@
 //! What every user of a log relies on, whatever becomes of its file. [`log_properties`] makes the
 //! tests for one user; those of the framings and of the file are here.
 
-use std::fs;
+use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::TestCaseResult;
 
+use super::log::LONGEST;
 use super::*;
 
 /// A user of a log: how it writes one, and how its successor goes on with it.

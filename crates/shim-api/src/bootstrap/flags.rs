@@ -35,6 +35,7 @@ pub(super) struct Flags {
 }
 
 impl Flags {
+    /// The flags of a command line, without the program's name.
     pub(super) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Self, Failure> {
         let mut flags = Self {
             action: Action::Start,
@@ -43,15 +44,12 @@ impl Flags {
             address: String::new(),
             bundle: None,
         };
-        let mut arguments = arguments
-            .map(|argument| {
-                argument
-                    .into_string()
-                    .map_err(|_| usage("an argument is not valid UTF-8"))
-            })
-            .collect::<Result<Vec<_>, _>>()?
-            .into_iter()
-            .peekable();
+        let arguments = arguments.map(|argument| {
+            let text = argument.into_string();
+            text.map_err(|_| usage("an argument is not valid UTF-8"))
+        });
+        let arguments: Vec<String> = arguments.collect::<Result<_, _>>()?;
+        let mut arguments = arguments.into_iter().peekable();
         let mut action = None;
         while let Some(argument) = arguments.next() {
             let Some(flag) = argument.strip_prefix('-') else {
@@ -63,22 +61,16 @@ impl Flags {
                 Some((name, value)) => (name, Some(value.to_owned())),
                 None => (flag, None),
             };
-            match name {
-                "v" | "version" => {
-                    return Ok(Self {
-                        action: Action::Version,
-                        ..flags
-                    });
-                }
-                "info" => {
-                    return Ok(Self {
-                        action: Action::Info,
-                        ..flags
-                    });
-                }
+            // Flags without a value; the first three need no action.
+            let only = match name {
+                "v" | "version" => Some(Action::Version),
+                "info" => Some(Action::Info),
                 "h" | "help" => return Err(Failure::Usage(USAGE.into())),
                 "debug" => continue,
-                _ => {}
+                _ => None,
+            };
+            if let Some(action) = only {
+                return Ok(Self { action, ..flags });
             }
             // What follows an unknown flag may be its value, but the last word of the line is the
             // action.
@@ -87,13 +79,7 @@ impl Flags {
             let value = inline
                 .or_else(|| arguments.next_if(follows))
                 .unwrap_or_default();
-            match name {
-                "namespace" => flags.namespace = value,
-                "id" => flags.id = value,
-                "address" => flags.address = value,
-                "bundle" => flags.bundle = (!value.is_empty()).then(|| value.into()),
-                _ => {}
-            }
+            flags.set(name, value);
         }
         flags.action = match action.as_deref() {
             Some("start") => Action::Start,
@@ -102,6 +88,17 @@ impl Flags {
             None => return Err(usage("no action")),
         };
         Ok(flags)
+    }
+
+    /// Takes the value of a flag; a later containerd's is skipped.
+    fn set(&mut self, name: &str, value: String) {
+        match name {
+            "namespace" => self.namespace = value,
+            "id" => self.id = value,
+            "address" => self.address = value,
+            "bundle" => self.bundle = (!value.is_empty()).then(|| value.into()),
+            _ => {}
+        }
     }
 }
 

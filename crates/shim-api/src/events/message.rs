@@ -5,6 +5,8 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::events::task as messages;
 use embedshim_core::event::EventKind;
 use embedshim_core::id::ContainerId;
+use embedshim_core::rootfs::Mount;
+use embedshim_core::stdio::StdioPaths;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use ttrpc::Status;
@@ -19,7 +21,7 @@ macro_rules! event {
     };
 }
 
-/// Topic and message of an event.
+/// The topic and the message of an event.
 pub(super) fn of(id: &ContainerId, kind: &EventKind) -> Result<(&'static str, Any), Status> {
     let container_id = id.as_str().to_owned();
     match kind {
@@ -29,28 +31,19 @@ pub(super) fn of(id: &ContainerId, kind: &EventKind) -> Result<(&'static str, An
             stdio,
             checkpoint,
             pid,
-        } => {
-            let io = messages::TaskIO {
-                stdin: stdio.stdin.clone(),
-                stdout: stdio.stdout.clone(),
-                stderr: stdio.stderr.clone(),
-                terminal: stdio.terminal,
-                ..messages::TaskIO::default()
-            };
-            event!(
-                "/tasks/create",
-                TaskCreate {
-                    container_id,
-                    bundle: bundle.to_string_lossy().into_owned(),
-                    rootfs: rootfs.iter().map(mount).collect(),
-                    io: MessageField::some(io),
-                    checkpoint: checkpoint
-                        .as_ref()
-                        .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
-                    pid: *pid,
-                }
-            )
-        }
+        } => event!(
+            "/tasks/create",
+            TaskCreate {
+                container_id,
+                bundle: bundle.to_string_lossy().into_owned(),
+                rootfs: rootfs.iter().map(mount).collect(),
+                io: MessageField::some(io(stdio)),
+                checkpoint: checkpoint
+                    .as_ref()
+                    .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+                pid: *pid,
+            }
+        ),
         EventKind::Started { pid } => event!(
             "/tasks/start",
             TaskStart {
@@ -88,26 +81,21 @@ pub(super) fn of(id: &ContainerId, kind: &EventKind) -> Result<(&'static str, An
                 exited_at: timestamp::of(*exited_at),
             }
         ),
-        EventKind::ExecAdded { exec } => {
-            event!(
-                "/tasks/exec-added",
-                TaskExecAdded {
-                    container_id,
-                    exec_id: exec.as_str().into(),
-                }
-            )
-        }
-        EventKind::ExecStarted { exec, pid } => {
-            let exec_id = exec.as_str().into();
-            event!(
-                "/tasks/exec-started",
-                TaskExecStarted {
-                    container_id,
-                    exec_id,
-                    pid: *pid,
-                }
-            )
-        }
+        EventKind::ExecAdded { exec } => event!(
+            "/tasks/exec-added",
+            TaskExecAdded {
+                container_id,
+                exec_id: exec.as_str().into(),
+            }
+        ),
+        EventKind::ExecStarted { exec, pid } => event!(
+            "/tasks/exec-started",
+            TaskExecStarted {
+                container_id,
+                exec_id: exec.as_str().into(),
+                pid: *pid,
+            }
+        ),
         EventKind::Paused => event!("/tasks/paused", TaskPaused { container_id }),
         EventKind::Resumed => event!("/tasks/resumed", TaskResumed { container_id }),
         EventKind::Oom => event!("/tasks/oom", TaskOOM { container_id }),
@@ -119,7 +107,17 @@ fn pack<M: Message>(message: &M) -> Result<Any, Status> {
     any::pack(&format!("containerd.events.{}", M::NAME), message)
 }
 
-fn mount(mount: &embedshim_core::rootfs::Mount) -> api::Mount {
+fn io(stdio: &StdioPaths) -> messages::TaskIO {
+    messages::TaskIO {
+        stdin: stdio.stdin.clone(),
+        stdout: stdio.stdout.clone(),
+        stderr: stdio.stderr.clone(),
+        terminal: stdio.terminal,
+        ..messages::TaskIO::default()
+    }
+}
+
+fn mount(mount: &Mount) -> api::Mount {
     api::Mount {
         type_: mount.kind.clone(),
         source: mount.source.clone(),
