@@ -26,9 +26,9 @@ pub(crate) trait Framing {
 pub(crate) enum First<'a, T> {
     /// An entry.
     Entry {
-        /// What it says beside its payload.
+        /// What the entry says beside its payload.
         tag: T,
-        /// Its payload; if that is damaged, as it was read.
+        /// The payload of the entry; if that is damaged, as it was read.
         payload: &'a [u8],
         /// Whether the payload has its checksum.
         is_sound: bool,

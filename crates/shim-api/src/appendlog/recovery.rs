@@ -57,13 +57,13 @@ impl Found {
 pub(crate) enum Piece<'a, T> {
     /// An entry.
     Entry {
-        /// What it says beside its payload.
+        /// What the entry says beside its payload.
         tag: T,
-        /// Its payload; if that is damaged, as it was read.
+        /// The payload of the entry; if that is damaged, as it was read.
         payload: &'a [u8],
         /// Whether the payload has its checksum.
         is_sound: bool,
-        /// Where it is, its prefix included.
+        /// Where the entry is, its prefix included.
         place: Range<u64>,
     },
     /// Bytes in which no entry can be made out.

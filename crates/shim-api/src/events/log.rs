@@ -68,7 +68,7 @@ impl EventLog {
                 Ok((_, events)) if events.is_empty() => drop(fs::remove_file(&path)),
                 Ok(resumed) => all.push(resumed),
                 Err(error) => {
-                    warn!(path = %path.display(), %error, "event log: cannot be read: it is renamed to *.damaged, and its events are lost");
+                    warn!(path = %path.display(), %error, "events: the event log cannot be read: it is renamed to *.damaged, and its events are lost");
                     let _ = set_aside(&path);
                 }
             }
@@ -93,7 +93,7 @@ impl EventLog {
             warn!(
                 address = contents.address,
                 bytes = contents.lost,
-                "event log: damaged: a part of the events is lost"
+                "events: the event log is damaged: a part of the events is lost"
             );
         }
         let mut log = Self {
@@ -116,7 +116,7 @@ impl EventLog {
             Err(error) => {
                 self.warn(
                     &error,
-                    "events are not durable: cannot write them to the event log",
+                    "events: not durable: cannot write them to the event log",
                 );
                 0
             }
@@ -134,7 +134,7 @@ impl EventLog {
         };
         let place = log.append(&Marked::entry(event))?;
         if !log.is_in_memory() && std::mem::take(&mut self.is_failing) {
-            info!(address = self.address, "events are durable again");
+            info!(address = self.address, "events: durable again");
         }
         Ok(place.end.saturating_sub(place.start))
     }
@@ -143,10 +143,7 @@ impl EventLog {
     fn begin(&mut self) -> io::Result<Log> {
         let header = header(&self.address, HEADER);
         Log::create(&self.path, &header).or_else(|error| {
-            self.warn(
-                &error,
-                "events are not durable: cannot create the event log",
-            );
+            self.warn(&error, "events: not durable: cannot create the event log");
             Log::in_memory(&self.path, &header)
         })
     }
@@ -158,7 +155,7 @@ impl EventLog {
         {
             self.warn(
                 &error,
-                "events are not durable: cannot create the event log again",
+                "events: not durable: cannot create the event log again",
             );
         }
     }
@@ -176,7 +173,7 @@ impl EventLog {
         {
             self.warn(
                 &error,
-                "events may be sent again: cannot note in the event log that containerd has them",
+                "events: may be sent again: cannot note in the event log that containerd has them",
             );
         }
         failpoint::step("after an acknowledgement was noted");
@@ -215,7 +212,7 @@ impl EventLog {
         match log.compact(&header(&self.address, HEADER), &[needed]) {
             Ok(_) => (self.first, self.noted_first) = (HEADER, HEADER),
             Err(error) => {
-                warn!(path = %self.path.display(), %error, "event log: cannot be compacted");
+                warn!(path = %self.path.display(), %error, "events: the event log cannot be compacted");
             }
         }
     }

@@ -155,12 +155,14 @@ impl EventSink for Outboxes {
         }
         let address = event.owner.strip_prefix("unix://").unwrap_or(&event.owner);
         if address.len() > format::LONGEST_ADDRESS {
-            warn!(id = %event.id, address, "event not sent: the address is longer than a socket's can be");
+            warn!(id = %event.id, address, "events: one is not sent: the address is longer than a socket's can be");
             return;
         }
         match encode(&event) {
             Ok(envelope) => self.outbox(address).push(&event, envelope),
-            Err(status) => warn!(id = %event.id, error = status.message, "event not sent"),
+            Err(status) => {
+                warn!(id = %event.id, error = status.message, "events: one is not sent: it cannot be encoded");
+            }
         }
     }
 }

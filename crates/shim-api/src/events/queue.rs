@@ -154,7 +154,7 @@ impl Contents {
         while self.waiting.len() > CAPACITY || (self.size > LARGEST && self.waiting.len() > 1) {
             warn!(
                 address = self.log.address(),
-                "too many events wait for containerd: the oldest is lost"
+                "events: too many wait for containerd: the oldest is lost"
             );
             self.pop();
         }

@@ -42,7 +42,7 @@ pub(super) struct Sender {
 /// A connection to containerd.
 struct Connection {
     client: EventsClient,
-    /// The same socket, to notice its end while nothing is sent.
+    /// The client's socket, to notice its end while nothing is sent.
     socket: UnixStream,
 }
 
@@ -87,12 +87,12 @@ impl Sender {
         let Ok(envelope) = Envelope::parse_from_bytes(&event.envelope) else {
             warn!(
                 address = self.outbox.address(),
-                "event log: an event cannot be decoded: it is lost"
+                "events: one cannot be decoded: it is lost"
             );
             return self.outbox.acknowledge(event);
         };
         let topic = envelope.topic.clone();
-        debug!(topic, namespace = envelope.namespace, "sending an event");
+        debug!(topic, namespace = envelope.namespace, "events: sending one");
         let is_reused = self.connection.is_some();
         let why = match self.attempt(envelope).await {
             Attempt::Delivered => {
@@ -106,7 +106,7 @@ impl Sender {
                     address,
                     topic,
                     error = why,
-                    "containerd refuses an event: it is dropped"
+                    "events: containerd refuses one: it is dropped"
                 );
                 return self.outbox.acknowledge(event);
             }
@@ -123,7 +123,7 @@ impl Sender {
                 address,
                 topic,
                 error = why,
-                "containerd does not take events: trying again until it does"
+                "events: containerd does not take them: trying again until it does"
             );
         }
         sleep(self.next_pause()).await;
@@ -149,10 +149,13 @@ impl Sender {
         };
         debug!(
             namespace = envelope.namespace,
-            "sending an exit again: its task is not deleted"
+            "events: sending an exit again: its task is not deleted"
         );
         if let Attempt::Failed(why) = self.attempt(envelope).await {
-            debug!(error = why, "containerd does not take an exit again");
+            debug!(
+                error = why,
+                "events: containerd does not take an exit again"
+            );
             self.connection = None;
         }
     }
@@ -170,7 +173,7 @@ impl Sender {
                 () = sleep(pause) => {}
             }
             if let Err(error) = self.connect().await {
-                debug!(address = self.outbox.address(), %error, "cannot connect to containerd");
+                debug!(address = self.outbox.address(), %error, "events: cannot connect to containerd");
             }
             return;
         };

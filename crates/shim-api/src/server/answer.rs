@@ -23,7 +23,8 @@ use crate::frame::{HEADER, Header};
 
 /// A longer answer is not sent as a whole: the kernel makes one buffer of so many bytes.
 const WHOLE: usize = 16 * 1024;
-/// So many bytes have room in a socket that can be written to, on every kernel.
+/// How many bytes are sent at a time: a socket that can be written to has room for as many, on
+/// every kernel.
 const CHUNK: usize = 16 * 1024;
 
 /// Whether the socket takes so many bytes all at once or none of them.

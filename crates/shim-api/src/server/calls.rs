@@ -132,7 +132,7 @@ impl Calls {
     /// The answer of a task that ended, and its stream.
     pub(super) fn take(&mut self, ended: Result<(Id, Answer), JoinError>) -> Option<(u32, Answer)> {
         let (id, answer) = ended.unwrap_or_else(|failure| {
-            error!(connection = self.connection, %failure, "a call panicked");
+            error!(connection = self.connection, error = %failure, "connection: a call panicked");
             (
                 failure.id(),
                 Err(status::internal(

@@ -179,7 +179,8 @@ impl Connection {
                     let Some(frame) = frame? else { return Ok(()) };
                     self.refuse_unknown(&frame).await?;
                     if let Err((stream, refusal)) = self.receive(frame, handler) {
-                        warn!(stream, code = ?refusal.code(), text = refusal.message, "frame refused");
+                        let connection = self.number();
+                        warn!(connection, stream, code = ?refusal.code(), error = refusal.message, "connection: a frame is refused");
                         self.answer(stream, Err(refusal)).await?;
                     }
                 }
@@ -279,7 +280,11 @@ impl Connection {
             Kind::Request => {}
             Kind::Data => return refuse("StreamID is no longer active"),
             Kind::Response | Kind::Unknown(_) => {
-                debug!(?header, "frame ignored");
+                debug!(
+                    connection = self.number(),
+                    ?header,
+                    "connection: a frame is ignored"
+                );
                 return Ok(());
             }
         }
@@ -334,6 +339,11 @@ impl Connection {
                 self.write(frame).await
             }
         }
+    }
+
+    /// The connection's number, if it outlives this process.
+    fn number(&self) -> Option<u64> {
+        self.answers.as_ref().map(|answers| answers.connection)
     }
 
     /// Removes the answer that is sent from the descriptor store.

@@ -46,7 +46,7 @@ const LOOK: Duration = Duration::from_millis(5);
 /// What makes connections outlive this process.
 #[derive(Debug)]
 pub struct Keeping {
-    /// What holds their sockets.
+    /// The descriptor store, which holds their sockets.
     pub store: Arc<dyn FdStore>,
     /// A directory for their journals alone, on tmpfs.
     pub directory: PathBuf,
@@ -119,7 +119,7 @@ impl<H: Handler> Server<H> {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => self.admit(stream),
                     Err(error) => {
-                        warn!(%error, "cannot accept a connection: trying again");
+                        warn!(%error, "connection: cannot be accepted: trying again");
                         sleep(ACCEPT_PAUSE).await;
                     }
                 },
@@ -159,7 +159,7 @@ impl<H: Handler> Server<H> {
     /// (invariant 14).
     fn admit(&self, stream: UnixStream) {
         if let Err(error) = check_peer(&stream) {
-            warn!(%error, "connection refused");
+            warn!(%error, "connection: refused");
             return;
         }
         let session = Session::default();
@@ -188,7 +188,7 @@ impl<H: Handler> Server<H> {
         tokio::spawn(async move {
             let journal_after = served.as_ref().map(|served| served.journal_after.as_ref());
             if let Err(error) = connection.run(handler, state, journal_after).await {
-                debug!(connection = number, %error, "connection ended");
+                debug!(connection = number, %error, "connection: ended");
             }
             if let Some(served) = served {
                 served.end();

@@ -19,8 +19,8 @@ pub(super) struct ServerState {
 pub(super) struct RecreatedJournals(Mutex<HashMap<u64, Arc<AtomicU32>>>);
 
 impl RecreatedJournals {
-    /// Adds a connection whose journal was created after so many losses. It keeps the number
-    /// up to date.
+    /// Adds a connection whose journal was created after so many losses, and returns the number,
+    /// which the connection changes when it creates its journal again.
     pub(super) fn add(&self, connection: u64, losses: u32) -> Arc<AtomicU32> {
         let entry = Arc::new(AtomicU32::new(losses));
         self.all().insert(connection, Arc::clone(&entry));

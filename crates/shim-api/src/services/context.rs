@@ -1,5 +1,6 @@
 //! [`CallContext`]: on whose behalf a call acts. Owns the way from the ids of a request to the keys
-//! of tasks and processes, so that no call reaches a task that its caller does not mean.
+//! of tasks and processes (invariant 10), so that no call reaches a task that its caller does not
+//! mean.
 
 use embedshim_core::Error;
 use embedshim_core::id::{ExecId, InvalidId, Namespace, ProcessKey, TaskKey};
@@ -26,8 +27,8 @@ impl<'a> CallContext<'a> {
     /// The context of a call; `node` acts on its behalf.
     ///
     /// Debian's containerd 1.6.20 lacks the interceptor that puts the namespace into a call's
-    /// metadata (its packaging removes it); only the calls of its start-up have it. What a
-    /// connection has named once holds for all its calls.
+    /// metadata (its packaging removes it); only the calls of its start-up have it. The
+    /// namespace that one call names is that of all later calls of its connection.
     pub(super) fn new(call: &Call, node: &'a Node) -> Answer<Self> {
         let context = |namespace| Self {
             node,
@@ -62,7 +63,8 @@ impl<'a> CallContext<'a> {
     }
 
     /// The key of a task that the caller means. Another containerd can have a task of the same
-    /// namespace and id, because of which the caller's `Create` was refused: then it is not there.
+    /// namespace and id, because of which the caller's `Create` was refused: then it is not there
+    /// (invariant 21).
     pub(super) fn task(&self, id: &str) -> Answer<TaskKey> {
         let key = self.key(id)?;
         if let Some(asked) = self.creation.as_ref().filter(|asked| asked.id == key.id)

@@ -85,7 +85,9 @@ pub(crate) fn decode_checkpoint(options: Option<&Any>) -> Result<CheckpointOptio
 
 fn of_runc(options: Options) -> RuntimeOptions {
     if !options.shim_cgroup.is_empty() {
-        debug!("runtime option ShimCgroup: ignored: there is no shim process for this container");
+        debug!(
+            "runtime options: ShimCgroup is ignored: there is no shim process for this container"
+        );
     }
     RuntimeOptions {
         binary: options.binary_name,
@@ -205,7 +207,7 @@ fn of_toml(of: &str, body: &str) -> Result<RuntimeOptions, Status> {
         .keys()
         .filter(|key| key.as_str() != "ShimCgroup")
     {
-        warn!(key, "unknown runtime option: it is ignored");
+        warn!(key, "runtime options: an unknown one is ignored");
     }
     Ok(RuntimeOptions {
         binary: body.binary_name,

@@ -57,7 +57,8 @@ impl TaskService {
     }
 }
 
-/// On whose behalf the node acts for this call.
+/// On whose behalf the node acts for this call: what it does for a request is done once, also when
+/// the request is replayed (invariant 16).
 fn errand(call: &Call) -> Errand {
     Errand {
         request: call.request,

@@ -37,14 +37,14 @@ pub(super) enum Kind {
     Rest = 5,
     /// The rest of an answer that was noted last is sent.
     RestSent = 6,
-    /// So many bytes of a payload that is too long, about to be thrown away. The number stands
-    /// where others have their stream.
+    /// Bytes of a payload that is too long, about to be thrown away. How many stands where other
+    /// kinds have their stream.
     Skipped = 7,
     /// What the request of this stream is about to be answered, and could not be answered again.
     /// Each is noted twice.
     Outcome = 8,
-    /// What the next part and those before it make of a frame's header. Where others have their
-    /// stream, there is how much of it is of those before.
+    /// What the next part and the parts before it make of a frame's header. How many bytes of it
+    /// are of the parts before stands where other kinds have their stream.
     FrameHeader = 9,
     /// The request of this stream cannot be read any more.
     Lost = 10,

@@ -7,7 +7,7 @@ pub(super) const MOST_LOST: u32 = 1024;
 /// Requests of which not even the stream is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::server) struct UnknownRequests {
-    /// They came after the request of this stream.
+    /// The stream of the last request that is known to come before them.
     after: Option<u32>,
     at_most: u32,
 }
@@ -19,7 +19,7 @@ impl UnknownRequests {
         at_most: MOST_LOST,
     };
 
-    /// None yet; they come after the request of this stream.
+    /// No requests yet. Those that are added come after the request of this stream.
     pub(super) fn after(stream: Option<u32>) -> Self {
         Self {
             after: stream,
@@ -27,7 +27,7 @@ impl UnknownRequests {
         }
     }
 
-    /// So many more.
+    /// Adds so many requests.
     pub(super) fn add(&mut self, count: u32) {
         self.at_most = self.at_most.saturating_add(count).min(MOST_LOST);
     }

@@ -231,7 +231,7 @@ impl Journal {
         self.append(&entries);
     }
 
-    /// Notes so many bytes of a payload that is too long to be kept, before they are consumed.
+    /// Notes so many bytes of a payload that is too long, before they are consumed and thrown away.
     pub(super) fn skipped(&mut self, count: usize) {
         self.is_mid_frame = true;
         let count = u32::try_from(count).unwrap_or(u32::MAX);

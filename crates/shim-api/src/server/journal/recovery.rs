@@ -54,7 +54,7 @@ pub(in crate::server) struct Recovered {
 /// The beginning of a frame that comes in parts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in crate::server) struct Partial {
-    /// What was consumed and kept.
+    /// What was consumed of it.
     pub(in crate::server) bytes: Vec<u8>,
     /// How many bytes were consumed and thrown away, since the frame is too long.
     pub(in crate::server) skipped: usize,
