@@ -79,12 +79,15 @@ impl DoubleHead {
     /// The bytes of an entry.
     pub(crate) fn entry(tag: Tag, payload: &[u8]) -> Vec<u8> {
         let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-        let mut head = vec![tag.kind];
+        let mut head = Vec::with_capacity(Self::PREFIX + payload.len());
+        head.push(tag.kind);
         head.extend(tag.number.to_le_bytes());
         head.extend(length.to_le_bytes());
         head.extend(crc32fast::hash(payload).to_le_bytes());
-        let head = seal(head);
-        [head.as_slice(), &head, payload].concat()
+        let mut entry = seal(head);
+        entry.extend_from_within(..);
+        entry.extend_from_slice(payload);
+        entry
     }
 
     fn head(bytes: &[u8]) -> Option<Head> {
