@@ -199,7 +199,7 @@ impl Orphans {
             match sys::reap_zombie(pid) {
                 Ok(_) => debug!(pid, "reaped an orphan"),
                 Err(error) => {
-                    debug!(pid, %error, "another part of this process has reaped an orphan")
+                    debug!(pid, %error, "another part of this process has reaped an orphan");
                 }
             }
             *head = None;

@@ -1,5 +1,7 @@
 //! `cargo xtask tidy`: what lints can't check. Every rule is a function that lists its violations.
 
+mod imports;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -58,6 +60,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         }
     }
     justified_dependencies(&mut violations)?;
+    imports::check(&workspace().join("crates"), &mut violations)?;
     let mut all = String::new();
     for file in sources(&workspace())? {
         let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;

@@ -130,9 +130,9 @@ fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
     }
 }
 
-/// Ends the helper that a predecessor has left running in this bundle, if there is one, with what
-/// it has started: nothing is mounted by it afterwards. One in uninterruptible sleep is not waited
-/// for for long.
+/// Ends the helper that a predecessor has left running in this bundle, if there is one, and what
+/// that has started: nothing is mounted by it afterwards. One in uninterruptible sleep is waited
+/// for no longer than a second.
 pub(crate) fn end_left(bundle: &Path) {
     let note = bundle.join(NOTE);
     let Some(helper) = left(&note) else {

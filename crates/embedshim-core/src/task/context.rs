@@ -1,5 +1,6 @@
-//! [`Errand`]: on whose behalf an operation is done. Owns how a request is recognised that a
-//! predecessor has begun and not answered; what that means for an operation is the operation's.
+//! [`RequestContext`]: the request that an operation is done for. Owns how a request is recognised
+//! that a predecessor has begun and not answered; what that means for an operation is the
+//! operation's.
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,27 +23,27 @@ pub struct RequestId {
 /// Hears what a deletion is about to answer, before the last trace is removed from which it could
 /// be learned again.
 #[async_trait]
-pub trait Witness: fmt::Debug + Send + Sync {
+pub trait DeleteObserver: fmt::Debug + Send + Sync {
     /// The task or exec was deleted; returns when that is noted.
     async fn deleted(&self, deleted: Deleted);
 }
 
-/// On whose behalf an operation is done. The default is nobody's: a caller who will not ask again
-/// after a restart.
+/// The request that an operation is done for. The default is none: of a caller that will not ask
+/// again after a restart.
 #[derive(Clone, Debug, Default)]
-pub struct Errand {
+pub struct RequestContext {
     /// The request. Operations leave it in the records of what they have done.
     pub request: Option<RequestId>,
     /// A predecessor has begun with this request and died before it was answered. What it has done
     /// is answered, not done again.
-    pub is_again: bool,
-    /// Who notes what a deletion will answer.
-    pub witness: Option<Arc<dyn Witness>>,
+    pub is_replay: bool,
+    /// Notes what a deletion will answer.
+    pub observer: Option<Arc<dyn DeleteObserver>>,
 }
 
-impl Errand {
-    /// Whether this request, in an earlier life, is the one that left this mark.
-    pub(crate) fn left(&self, mark: Option<RequestId>) -> bool {
-        self.is_again && self.request.is_some() && self.request == mark
+impl RequestContext {
+    /// Whether this request, before a restart, is the one that left this mark.
+    pub(crate) fn is_retry_of(&self, mark: Option<RequestId>) -> bool {
+        self.is_replay && self.request.is_some() && self.request == mark
     }
 }

@@ -67,7 +67,7 @@ pub use api::{
     ProcessStatus,
 };
 pub use config::NodeConfig;
-pub use context::{Errand, RequestId, Witness};
+pub use context::{DeleteObserver, RequestContext, RequestId};
 pub use node::Node;
 
 pub use crate::bundle::BundleId;

@@ -25,7 +25,7 @@ use crate::task::api::{
     ProcessStatus,
 };
 use crate::task::config::NodeConfig;
-use crate::task::context::Errand;
+use crate::task::context::RequestContext;
 use crate::task::engine::Engine;
 use crate::task::exits::current_metrics;
 use crate::task::lifecycle::Phase;
@@ -47,7 +47,7 @@ const STATS_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Node {
     engine: Arc<Engine>,
-    errand: Errand,
+    context: RequestContext,
     events: Arc<Mutex<mpsc::UnboundedReceiver<Event>>>,
     _background: Arc<Background>,
 }
@@ -105,7 +105,7 @@ impl Node {
         }
         Ok(Self {
             engine,
-            errand: Errand::default(),
+            context: RequestContext::default(),
             events: Arc::new(Mutex::new(receiver)),
             _background: Arc::new(Background(
                 background.iter().map(JoinHandle::abort_handle).collect(),
@@ -114,9 +114,9 @@ impl Node {
     }
 
     /// The same node, whose operations are done for this request.
-    pub fn on_behalf_of(&self, errand: Errand) -> Self {
+    pub fn with_context(&self, context: RequestContext) -> Self {
         Self {
-            errand,
+            context,
             ..self.clone()
         }
     }
@@ -138,45 +138,46 @@ impl Node {
 
     /// Mounts the rootfs, runs `runc create`, watches the init. Returns its pid.
     pub async fn create(&self, request: CreateTask) -> Result<u32, Error> {
-        self.detached(self.engine().create(request, self.errand()))
+        self.detached(self.engine().create(request, self.context()))
             .await
     }
 
     /// Starts the init or an exec. Returns its pid.
     pub async fn start(&self, key: &ProcessKey) -> Result<u32, Error> {
-        self.detached(self.engine().start(key.clone(), self.errand()))
+        self.detached(self.engine().start(key.clone(), self.context()))
             .await
     }
 
     /// Declares an exec; [`start`](Self::start) runs it.
     pub async fn exec(&self, request: ExecProcess) -> Result<(), Error> {
-        self.detached(self.engine().exec(request, self.errand()))
+        self.detached(self.engine().exec(request, self.context()))
             .await
     }
 
     /// Deletes a stopped (or never started) process; with the init, the whole task.
     pub async fn delete(&self, key: &ProcessKey) -> Result<Deleted, Error> {
-        self.detached(self.engine().delete(key.clone(), self.errand()))
+        self.detached(self.engine().delete(key.clone(), self.context()))
             .await
     }
 
     /// Sends a signal to one process, or with `all` to all of the container.
     pub async fn kill(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
-        let again = self.errand.is_again;
-        self.detached(self.engine().kill(key.clone(), signal, all, again))
+        let is_replay = self.context.is_replay;
+        self.detached(self.engine().kill(key.clone(), signal, all, is_replay))
             .await
     }
 
     /// Freezes the container.
     pub async fn pause(&self, key: &TaskKey) -> Result<(), Error> {
-        let again = self.errand.is_again;
-        self.detached(self.engine().pause(key.clone(), again)).await
+        let is_replay = self.context.is_replay;
+        self.detached(self.engine().pause(key.clone(), is_replay))
+            .await
     }
 
     /// Thaws it.
     pub async fn resume(&self, key: &TaskKey) -> Result<(), Error> {
-        let again = self.errand.is_again;
-        self.detached(self.engine().resume(key.clone(), again))
+        let is_replay = self.context.is_replay;
+        self.detached(self.engine().resume(key.clone(), is_replay))
             .await
     }
 
@@ -188,8 +189,8 @@ impl Node {
 
     /// Writes the container's state to files from which [`CreateTask::checkpoint`] restores it.
     pub async fn checkpoint(&self, key: &TaskKey, request: CheckpointTask) -> Result<(), Error> {
-        let again = self.errand.is_again;
-        self.detached(self.engine().checkpoint(key.clone(), request, again))
+        let is_replay = self.context.is_replay;
+        self.detached(self.engine().checkpoint(key.clone(), request, is_replay))
             .await
     }
 
@@ -327,8 +328,8 @@ impl Node {
         self.engine.detached(work).await
     }
 
-    fn errand(&self) -> Errand {
-        self.errand.clone()
+    fn context(&self) -> RequestContext {
+        self.context.clone()
     }
 
     fn engine(&self) -> Arc<Engine> {

@@ -14,7 +14,7 @@ use crate::id::ExecId;
 use crate::process::{Process, ProcessIdentity};
 use crate::stdio::{self, Of, PipeInodes, StdioPaths, Streams};
 use crate::task::api::Exit;
-use crate::task::context::{Errand, RequestId};
+use crate::task::context::{RequestContext, RequestId};
 use crate::task::lifecycle::{Effect, Lifecycle, Operation, Phase, Refusal, Transition};
 use crate::task::record::{ProcessRecord, StartMark};
 use crate::task::store::Saved;
@@ -186,9 +186,9 @@ impl TaskProcess {
     }
 
     /// Whether this request is the one that started it, before a restart.
-    pub(crate) fn was_started_by(&self, context: &Errand) -> bool {
+    pub(crate) fn was_started_by(&self, context: &RequestContext) -> bool {
         self.start_mark()
-            .is_some_and(|mark| context.left(mark.request))
+            .is_some_and(|mark| context.is_retry_of(mark.request))
             && (self.now().phase() != Phase::Created)
     }
 

@@ -8,7 +8,8 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use embedshim_core::stdio::StdioPaths;
 use embedshim_core::task::{
-    CheckpointTask, Deleted, Errand, ExecProcess, Node, ProcessEntry, ProcessStatus, Witness,
+    CheckpointTask, DeleteObserver, Deleted, ExecProcess, Node, ProcessEntry, ProcessStatus,
+    RequestContext,
 };
 use protobuf::{Message, MessageField};
 use tracing::warn;
@@ -31,7 +32,7 @@ impl TaskService {
     }
 
     pub(crate) async fn call(&self, call: &Call) -> Answer<Vec<u8>> {
-        let node = self.node.on_behalf_of(errand(call));
+        let node = self.node.with_context(request_context(call));
         let context = || CallContext::new(call, &node);
         match call.method.as_str() {
             "State" => encode(&state(&context()?, decode(call)?)?),
@@ -59,13 +60,13 @@ impl TaskService {
 
 /// On whose behalf the node acts for this call: what it does for a request is done once, also when
 /// the request is replayed (invariant 16).
-fn errand(call: &Call) -> Errand {
-    Errand {
+fn request_context(call: &Call) -> RequestContext {
+    RequestContext {
         request: call.request,
-        is_again: call.is_replay,
-        witness: call.outcomes.clone().map(|outcomes| {
-            let witness: Arc<dyn Witness> = Arc::new(DeletionNote(outcomes));
-            witness
+        is_replay: call.is_replay,
+        observer: call.outcomes.clone().map(|outcomes| {
+            let observer: Arc<dyn DeleteObserver> = Arc::new(DeletionNote(outcomes));
+            observer
         }),
     }
 }
@@ -293,7 +294,7 @@ fn delete_response(gone: Deleted) -> api::DeleteResponse {
 struct DeletionNote(Outcomes);
 
 #[async_trait]
-impl Witness for DeletionNote {
+impl DeleteObserver for DeletionNote {
     async fn deleted(&self, deleted: Deleted) {
         match encode(&delete_response(deleted)) {
             Ok(answer) => self.0.note(answer).await,

@@ -20,12 +20,12 @@ impl Engine {
         self: Arc<Self>,
         key: TaskKey,
         request: CheckpointTask,
-        is_again: bool,
+        is_replay: bool,
     ) -> Result<(), Error> {
         let task = self.registry.task(&key)?;
         let _mutation = task.init.lock_mutations().await?;
         let has_ended = task.init.now().phase() == Phase::Stopped;
-        if is_again && request.exit && has_ended && request.image.join(INVENTORY).exists() {
+        if is_replay && request.exit && has_ended && request.image.join(INVENTORY).exists() {
             // It ended because that was asked for.
             return Ok(());
         }

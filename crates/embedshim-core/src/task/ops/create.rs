@@ -17,7 +17,7 @@ use crate::runtime::Runtime;
 use crate::spec::Spec;
 use crate::stdio::{self, Plan, StdioError};
 use crate::task::api::CreateTask;
-use crate::task::context::Errand;
+use crate::task::context::RequestContext;
 use crate::task::engine::Engine;
 use crate::task::task::Task;
 use crate::task::teardown::end_logger;
@@ -28,10 +28,10 @@ impl Engine {
     pub(in crate::task) async fn create(
         self: Arc<Self>,
         request: CreateTask,
-        context: Errand,
+        context: RequestContext,
     ) -> Result<u32, Error> {
         if let Ok(task) = self.registry.task(&request.key)
-            && context.left(task.init.made_by)
+            && context.is_retry_of(task.init.made_by)
         {
             return Ok(task.init.now().pid);
         }
@@ -54,7 +54,9 @@ impl Engine {
         ));
         if let Err(taken) = self.reserve(&task).await {
             return match self.registry.task(&task.key) {
-                Ok(adopted) if context.left(adopted.init.made_by) => Ok(adopted.init.now().pid),
+                Ok(adopted) if context.is_retry_of(adopted.init.made_by) => {
+                    Ok(adopted.init.now().pid)
+                }
                 _ => Err(taken),
             };
         }

@@ -13,7 +13,7 @@ use crate::failpoint;
 use crate::id::{ExecId, ProcessKey};
 use crate::rootfs;
 use crate::task::api::Deleted;
-use crate::task::context::Errand;
+use crate::task::context::RequestContext;
 use crate::task::engine::Engine;
 use crate::task::lifecycle::{Operation, Phase};
 use crate::task::process::TaskProcess;
@@ -31,7 +31,7 @@ impl Engine {
     pub(in crate::task) async fn delete(
         self: Arc<Self>,
         key: ProcessKey,
-        context: Errand,
+        context: RequestContext,
     ) -> Result<Deleted, Error> {
         let (task, process) = self.registry.process(&key)?;
         let _mutation = process.lock_mutations().await?;
@@ -71,7 +71,7 @@ impl Engine {
         task: &Arc<Task>,
         process: &Arc<TaskProcess>,
         exec: &ExecId,
-        context: &Errand,
+        context: &RequestContext,
     ) -> Result<Deleted, Error> {
         drain(process).await;
         process.disconnect();
@@ -128,8 +128,8 @@ impl Engine {
 }
 
 /// With the next step the last trace is gone from which a successor could answer.
-async fn observe(context: &Errand, deleted: Deleted) {
-    if let Some(observer) = &context.witness {
+async fn observe(context: &RequestContext, deleted: Deleted) {
+    if let Some(observer) = &context.observer {
         observer.deleted(deleted).await;
     }
 }

@@ -9,7 +9,7 @@ use crate::event::EventKind;
 use crate::spec::nullable;
 use crate::stdio::Plan;
 use crate::task::api::ExecProcess;
-use crate::task::context::Errand;
+use crate::task::context::RequestContext;
 use crate::task::engine::Engine;
 use crate::task::lifecycle::{Operation, Phase};
 use crate::task::process::TaskProcess;
@@ -26,11 +26,11 @@ impl Engine {
     pub(in crate::task) async fn exec(
         self: Arc<Self>,
         request: ExecProcess,
-        context: Errand,
+        context: RequestContext,
     ) -> Result<(), Error> {
         let task = self.registry.task(&request.task)?;
         if let Ok(known) = task.find(Some(&request.exec)) {
-            if context.left(known.made_by) {
+            if context.is_retry_of(known.made_by) {
                 return Ok(());
             }
             return Err(Error::IdTaken {

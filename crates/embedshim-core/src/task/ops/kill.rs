@@ -21,11 +21,11 @@ impl Engine {
         key: ProcessKey,
         signal: u32,
         all: bool,
-        is_again: bool,
+        is_replay: bool,
     ) -> Result<(), Error> {
         match self.deliver(&key, signal, all).await {
             // It was sent before, perhaps, and this is what came of it.
-            Err(Error::AlreadyFinished) if is_again => Ok(()),
+            Err(Error::AlreadyFinished) if is_replay => Ok(()),
             other => other,
         }
     }

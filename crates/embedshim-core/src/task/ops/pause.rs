@@ -19,12 +19,12 @@ impl Engine {
     pub(in crate::task) async fn pause(
         self: Arc<Self>,
         key: TaskKey,
-        is_again: bool,
+        is_replay: bool,
     ) -> Result<(), Error> {
         let task = self.registry.task(&key)?;
         let _mutation = task.init.lock_mutations().await?;
         let now = task.init.now();
-        if is_again && now.phase() == Phase::Paused {
+        if is_replay && now.phase() == Phase::Paused {
             return Ok(());
         }
         now.lifecycle.admit(Operation::Pause)?;
@@ -54,12 +54,12 @@ impl Engine {
     pub(in crate::task) async fn resume(
         self: Arc<Self>,
         key: TaskKey,
-        is_again: bool,
+        is_replay: bool,
     ) -> Result<(), Error> {
         let task = self.registry.task(&key)?;
         let _mutation = task.init.lock_mutations().await?;
         let now = task.init.now();
-        if is_again && now.phase() == Phase::Running {
+        if is_replay && now.phase() == Phase::Running {
             return Ok(());
         }
         now.lifecycle.admit(Operation::Resume)?;

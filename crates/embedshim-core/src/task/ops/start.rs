@@ -12,7 +12,7 @@ use crate::event::EventKind;
 use crate::id::{ExecId, ProcessKey};
 use crate::runtime::Exec;
 use crate::stdio::Plan;
-use crate::task::context::{Errand, RequestId};
+use crate::task::context::{RequestContext, RequestId};
 use crate::task::engine::Engine;
 use crate::task::exec_files::ExecFiles;
 use crate::task::launch::{open_reported, read_pid};
@@ -27,9 +27,9 @@ impl Engine {
     pub(in crate::task) async fn start(
         self: Arc<Self>,
         key: ProcessKey,
-        context: Errand,
+        context: RequestContext,
     ) -> Result<u32, Error> {
-        if key.exec.is_some() && !context.is_again {
+        if key.exec.is_some() && !context.is_replay {
             // Before anything about the exec itself, as runc-v2 does (e7357916b in containerd).
             self.registry.task(&key.task)?.admit_exec_start()?;
         }
