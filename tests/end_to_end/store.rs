@@ -8,18 +8,22 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
-use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, writer};
+use embedshim_tests::{
+    Bundle, Crowd, Footprint, Kind, Reader, Shim, Stage, Stored, Test, raise_open_files, writer,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protobuf::Message;
 use shim_api::frame::{self, HEADER, Header};
+use testbed::image;
 use testbed::sandbox::{PATIENCE, Sandbox, until};
 use ttrpc::proto::KeyValue;
 use ttrpc::{Code, Request, Response};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+    twelve_thousand_descriptors_outlive_a_killed_daemon,
     what_was_sent_to_a_stopped_keeper_is_kept_when_it_goes_on,
     a_stopped_keeper_holds_up_no_end_of_a_stream,
     a_container_with_three_streams_takes_two_places_beside_its_connection,
@@ -234,4 +238,25 @@ fn a_connection_without_a_task_costs_little_and_nothing_when_its_containerd_has_
         let is_less = after.daemons_descriptors <= before.daemons_descriptors;
         Ok(without(&after) == without(&before) && is_less)
     })
+}
+
+/// More of them, for which more files have to be open than this test may have, are killed by
+/// `cargo xtask test-systemd twenty_thousand`.
+fn twelve_thousand_descriptors_outlive_a_killed_daemon(stage: &Stage) -> anyhow::Result<()> {
+    const CONTAINERS: usize = 1_000;
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    raise_open_files()?;
+    let runtime = sandbox.directory().join("echo");
+    image::compile_echo_runtime(&runtime)?;
+    let keeper = sandbox.keeper_pid().context("no keeper")?;
+    let before = Stored::by(keeper)?;
+    let (state_dir, directory) = (sandbox.state_dir(), sandbox.directory());
+    let mut crowd = Crowd::new(&state_dir, sandbox.namespace(), directory, &runtime)?;
+    crowd.add(CONTAINERS / 10, Kind::Running)?;
+    crowd.add(CONTAINERS * 9 / 10, Kind::Created)?;
+    let stored = Stored::by(keeper)?.since(before);
+    ensure!(stored.all() >= 12 * CONTAINERS, "{stored:?}");
+    sandbox.kill_daemon()?;
+    crowd.ensure_flowing()
 }

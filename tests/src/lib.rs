@@ -3,6 +3,7 @@
 
 mod answers;
 mod cri;
+mod crowd;
 mod docker;
 mod ends;
 mod footprint;
@@ -13,6 +14,7 @@ mod streaming;
 
 pub use answers::Answers;
 pub use cri::{Cri, Executed, Namespaces, Pod};
+pub use crowd::{Crowd, Kind, Stored, raise_open_files};
 pub use docker::{Docker, DockerSetup, runtime_path, runtime_type};
 pub use ends::{Reader, ensure_counted, on_a_terminal, writer};
 pub use footprint::Footprint;

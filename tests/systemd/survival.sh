@@ -112,6 +112,45 @@ thirty_containers_keep_their_streams() {
     done
 }
 
+# crowd STATE_DIRECTORY STORE_PID COMMAND: 1,667 containers with three streams each, made by an OCI runtime of the tests. The
+# command replaces the daemon.
+crowd() {
+    mkdir /run/crowd
+    prlimit --nofile=100000:100000 ./crowd replace --state-dir "$1" --store "$2" --command "$3" \
+        --directory /run/crowd --runtime /checks/echo_runtime --containers 1667 --descriptors 20000 |
+        sed --unbuffered 's/^/=== /' | tee /dev/ttyS0
+    # Their inputs have ended with their client, and so have they.
+    rm -r /run/crowd
+}
+
+twenty_thousand_descriptors_outlive_a_daemon_of_systemd() {
+    systemctl start embedshimd.service
+    crowd /run/embedshim 1 "PATIENCE=300; $(declare -f main_pid is_served_by_another until_true replace_daemon); replace_daemon KILL"
+}
+
+# keeper_has_another DAEMON: which serves.
+keeper_has_another() {
+    local now
+    now=$(sed -n 's/^daemon //p' /run/kept/keeper.lock)
+    [ -n "$now" ] && [ "$now" != "$1" ] && [ "$now" = "$(head -n 1 /run/kept/lock)" ]
+}
+
+replace_kept_daemon() {
+    local before
+    before=$(head -n 1 /run/kept/lock)
+    kill -KILL "$before"
+    until_true keeper_has_another "$before"
+}
+
+twenty_thousand_descriptors_outlive_a_daemon_of_the_keeper() {
+    mkdir -m 0700 /run/kept
+    prlimit --nofile=100000:100000 embedshimd keep --detached --state-dir /run/kept </dev/null &>/run/kept/embedshimd.log &
+    until_true keeper_has_another 0
+    crowd /run/kept "$(head -n 1 /run/kept/keeper.lock)" \
+        "PATIENCE=300; $(declare -f keeper_has_another until_true replace_kept_daemon); replace_kept_daemon"
+    kill -TERM "$(head -n 1 /run/kept/keeper.lock)"
+}
+
 systemd_itself_is_reloaded_and_executed_anew() {
     local what before
     start_containers

@@ -37,16 +37,18 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     memory(&ours, &theirs, options.containers)?;
     // Its containers would slow down what comes next.
     drop((ours, theirs));
-    // How long a killed daemon is missed, and how fast output is.
-    measure_with("takeover", &binaries)?;
-    measure_with("throughput", &binaries)
+    // What idle streams cost, how long a killed daemon is missed, and how fast output is.
+    measure_with("crowd", &["memory"], &binaries)?;
+    measure_with("takeover", &[], &binaries)?;
+    measure_with("throughput", &[], &binaries)
 }
 
 /// By a program that speaks the shim API itself, since containerd and ctr would blur what is measured.
-fn measure_with(program: &str, binaries: &Path) -> anyhow::Result<()> {
+fn measure_with(program: &str, command: &[&str], binaries: &Path) -> anyhow::Result<()> {
     let status = products::cargo()
         .args(["run", "--quiet", "--package", "embedshim-tests"])
         .args(["--bin", program, "--"])
+        .args(command)
         .arg(binaries)
         .status()
         .context("cannot run cargo")?;

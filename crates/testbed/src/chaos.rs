@@ -113,7 +113,7 @@ fn fresh_seed() -> u64 {
 pub fn run(options: &Options) -> anyhow::Result<()> {
     machine::prepare()?;
     let binaries = products::build(Profile::Dev)?;
-    let mut chaos = Command::new(products::build_chaos()?);
+    let mut chaos = Command::new(products::build_test_program("chaos")?);
     // As it was typed, and the seed that this process has made.
     chaos.args(std::env::args_os().skip(2));
     if !std::env::args().any(|word| word == "--seed" || word.starts_with("--seed=")) {

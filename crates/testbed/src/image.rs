@@ -108,6 +108,12 @@ pub fn compile_shapes(program: &Path) -> anyhow::Result<()> {
     compile("tests/conformance/shapes.c", program)
 }
 
+/// Compiles the OCI runtime whose containers are one small process each, for tests that need
+/// thousands.
+pub fn compile_echo_runtime(program: &Path) -> anyhow::Result<()> {
+    compile("tests/crowd/echo_runtime.c", program)
+}
+
 /// A static program, which runs in any image and guest.
 fn compile(source: &str, program: &Path) -> anyhow::Result<()> {
     let mut compiler = Command::new("cc");

@@ -47,10 +47,10 @@ pub fn build_examples() -> anyhow::Result<PathBuf> {
     Ok(directory.join("examples"))
 }
 
-/// Builds the chaos suite and returns the program.
-pub fn build_chaos() -> anyhow::Result<PathBuf> {
+/// Builds the programs of the tests and returns the path of one.
+pub fn build_test_program(name: &str) -> anyhow::Result<PathBuf> {
     let directory = build_targets("embedshim-tests", "--bins", &[], Profile::Dev)?;
-    Ok(directory.join("chaos"))
+    Ok(directory.join(name))
 }
 
 fn build_targets(

@@ -27,7 +27,8 @@ pub(crate) struct Options {
     /// Test the binaries in this directory instead of building any
     #[arg(long, value_name = "DIR", conflicts_with = "release")]
     binaries: Option<PathBuf>,
-    /// Run only checks whose name matches this regular expression, and the installation
+    /// Run only checks whose name matches this regular expression, and the installation; some take
+    /// so long that they run no other way
     filter: Option<String>,
     /// The longest that the guest may run, in seconds
     #[arg(long, value_name = "S", default_value_t = 1500)]
@@ -126,6 +127,11 @@ fn add_ours(directory: &Path, binaries: &Path) -> anyhow::Result<PathBuf> {
         fs::copy(file.path(), checks.join(file.file_name()))?;
     }
     fs::rename(checks.join("init"), ours.join("init"))?;
+    products::strip(
+        &products::build_test_program("crowd")?,
+        &checks.join("crowd"),
+    )?;
+    image::compile_echo_runtime(&checks.join("echo_runtime"))?;
     let version = deb::version()?;
     for (name, version) in [("old", format!("{version}~before")), ("new", version)] {
         let package = deb::build(binaries, &version, Packing::Quick, &directory.join("deb"))?;
