@@ -11,7 +11,9 @@ use tracing::warn;
 
 use super::StdioError;
 use super::append::Label;
-use super::flow::{AtEnd, Course, Flow, Meter, TERMINAL};
+use super::flow::{Flow, Meter};
+use super::flow_state::{AtEnd, FlowPath, TERMINAL};
+use super::idle::Idle;
 use super::open;
 use super::prepare::{CLIENT_ENDS, INPUT, Of, PIPES};
 use super::pump::Way;
@@ -36,6 +38,7 @@ pub(crate) struct Streams {
     label: Arc<str>,
     outputs: Vec<Flow>,
     input: Arc<Mutex<Input>>,
+    idle: Idle,
 }
 
 /// What is to become of the input, and its flow once it may flow.
@@ -48,12 +51,13 @@ struct Input {
 
 impl Streams {
     /// Lets the outputs flow; the input waits for [`begin_input`](Self::begin_input). Needs a tokio
-    /// runtime. `id` is for the log.
-    pub(crate) fn start(fds: &ProcessFds, of: Of, id: &str) -> Self {
+    /// runtime. `idle` is where they rest, `id` is for the log.
+    pub(crate) fn start(fds: &ProcessFds, of: Of, idle: &Idle, id: &str) -> Self {
         let label: Arc<str> = id.into();
-        let mut outputs = Vec::new();
-        for (stream, way, patience) in ways(fds, of) {
-            let course = Course {
+        let ways = ways(fds, of);
+        let mut outputs = Vec::with_capacity(ways.len());
+        for (stream, way, patience) in ways {
+            let path = FlowPath {
                 way,
                 patience,
                 at_end: match of {
@@ -65,9 +69,10 @@ impl Streams {
                     stream,
                 },
             };
-            outputs.push(Flow::start(course, fds.clone()));
+            outputs.push(Flow::start(path, fds.clone(), idle));
         }
         Self {
+            idle: idle.clone(),
             fds: fds.clone(),
             label,
             outputs,
@@ -94,6 +99,7 @@ impl Streams {
             Arc::clone(&self.label),
             Arc::clone(&self.input),
         );
+        let idle = self.idle.clone();
         drop(tokio::task::spawn_blocking(move || {
             let mut input = lock(&input);
             input.is_closed |= is_closed;
@@ -102,7 +108,7 @@ impl Streams {
             }
             settle_input(&fds, input.is_closed, &label);
             if input.flow.is_none() {
-                input.flow = Some(Flow::start(input_course(&fds, label), fds));
+                input.flow = Some(Flow::start(input_path(&fds, label), fds, &idle));
             }
         }));
     }
@@ -235,13 +241,13 @@ fn ways(fds: &ProcessFds, of: Of) -> Vec<(&'static str, Way, Option<Duration>)> 
     outputs.into_iter().filter_map(way).collect()
 }
 
-fn input_course(fds: &ProcessFds, id: Arc<str>) -> Course {
+fn input_path(fds: &ProcessFds, id: Arc<str>) -> FlowPath {
     let (sink, at_end) = if fds.get(FdRole::StdinPipe).is_some() {
         (FdRole::StdinPipe, AtEnd::Close)
     } else {
         (FdRole::Terminal, AtEnd::Leave)
     };
-    Course {
+    FlowPath {
         way: Way {
             source: INPUT,
             stage: Some(FdRole::StdinStage),

@@ -18,6 +18,8 @@ mod append;
 mod console;
 mod ends;
 mod flow;
+mod flow_state;
+mod idle;
 mod logger;
 mod non_blocking;
 mod open;
@@ -25,6 +27,7 @@ mod plan;
 mod prepare;
 mod pump;
 mod ready;
+mod run;
 mod taken;
 
 use std::io;
@@ -35,6 +38,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use console::{ConsoleSocket, remove_abandoned};
 pub(crate) use ends::{Streams, decide_input};
+pub(crate) use idle::Idle;
 pub(crate) use logger::{LoggedProcess, LoggerPipes, READY, end_logger};
 pub(crate) use plan::Plan;
 pub(crate) use prepare::{
@@ -93,6 +97,13 @@ pub enum StdioError {
         stream: &'static str,
         /// What the request named.
         path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// No stream can be waited for.
+    #[error("cannot wait for streams")]
+    Wait {
         /// What the kernel said.
         #[source]
         source: io::Error,

@@ -86,8 +86,8 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    fn is_stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
     }
 
     fn add(&self, bytes: usize) {

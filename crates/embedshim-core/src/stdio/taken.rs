@@ -8,7 +8,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::flow::{Meter, TERMINAL};
+use super::flow::Meter;
+use super::flow_state::TERMINAL;
 use super::pump::LARGE;
 use super::ready::has_bytes;
 use crate::fdstore::ProcessFds;

@@ -18,6 +18,7 @@ use crate::exit::{ExitMonitor, Survives, Watched};
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::process::{Process, ProcessIdentity};
 use crate::reaper::Orphans;
+use crate::stdio::Idle;
 use crate::task::config::NodeConfig;
 use crate::task::context::RequestId;
 use crate::task::process::TaskProcess;
@@ -37,6 +38,7 @@ pub(crate) struct Engine {
     pub(crate) monitor: Arc<dyn ExitMonitor>,
     pub(crate) orphans: Orphans,
     pub(crate) oom: OomWatcher,
+    pub(crate) idle: Idle,
     pub(crate) registry: Registry,
     events: mpsc::UnboundedSender<Event>,
     /// Of processes' sets of descriptors.
@@ -63,6 +65,7 @@ impl Engine {
         store: Store,
         monitor: Arc<dyn ExitMonitor>,
         oom: OomWatcher,
+        idle: Idle,
         events: mpsc::UnboundedSender<Event>,
     ) -> Self {
         Self {
@@ -72,6 +75,7 @@ impl Engine {
             monitor,
             orphans: Orphans::default(),
             oom,
+            idle,
             registry: Registry::default(),
             events,
             numbers: Numbers::default(),

@@ -91,7 +91,12 @@ impl Engine {
             stdio::discard_pipes(&process.fds);
             return Err(error);
         }
-        Ok(Streams::start(&process.fds, process.kind(), task.id()))
+        Ok(Streams::start(
+            &process.fds,
+            process.kind(),
+            &self.idle,
+            task.id(),
+        ))
     }
 
     async fn with_terminal(

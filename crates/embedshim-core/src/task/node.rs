@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Mutex, mpsc};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use crate::blocking::blocking;
@@ -20,6 +20,7 @@ use crate::exit::ExitMonitor;
 use crate::fdstore::InheritedFds;
 use crate::id::{ProcessKey, TaskKey};
 use crate::reaper::Awaited;
+use crate::stdio::{Idle, StdioError};
 use crate::task::api::{
     CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
     ProcessStatus,
@@ -56,6 +57,12 @@ pub struct Node {
 #[derive(Debug)]
 struct Background(Vec<AbortHandle>);
 
+impl Background {
+    fn run(&mut self, work: impl Future<Output = ()> + Send + 'static) {
+        self.0.push(tokio::spawn(work).abort_handle());
+    }
+}
+
 impl Drop for Background {
     fn drop(&mut self) {
         self.0.iter().for_each(AbortHandle::abort);
@@ -91,25 +98,25 @@ impl Node {
             path: "/sys/fs/cgroup".into(),
             source,
         })?;
+        let idle = Idle::new().map_err(|source| StdioError::Wait { source })?;
         let (sender, receiver) = mpsc::unbounded_channel();
-        let engine = Arc::new(Engine::new(config, boot_id, store, monitor, oom, sender));
+        let engine = Engine::new(config, boot_id, store, monitor, oom, idle, sender);
+        let engine = Arc::new(engine);
+        // What is taken over may wait for streams.
+        let mut background = Background(Vec::new());
+        background.run(engine.idle.clone().serve());
         engine.recover(inherited).await?;
-        let mut background: Vec<JoinHandle<()>> = vec![
-            tokio::spawn(Arc::clone(&engine).dispatch_exits()),
-            tokio::spawn(Arc::clone(&engine).watch_oom()),
-        ];
+        background.run(Arc::clone(&engine).dispatch_exits());
+        background.run(Arc::clone(&engine).watch_oom());
         if engine.config.reap_orphans {
             let (orphans, watched) = (engine.orphans.clone(), Arc::clone(&engine));
-            let reaper = orphans.reap(move |pid| watched.registry.is_tracked(pid));
-            background.push(tokio::spawn(reaper));
+            background.run(orphans.reap(move |pid| watched.registry.is_tracked(pid)));
         }
         Ok(Self {
             engine,
             context: RequestContext::default(),
             events: Arc::new(Mutex::new(receiver)),
-            _background: Arc::new(Background(
-                background.iter().map(JoinHandle::abort_handle).collect(),
-            )),
+            _background: Arc::new(background),
         })
     }
 

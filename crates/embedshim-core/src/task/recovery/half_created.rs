@@ -94,7 +94,7 @@ impl HalfCreated {
             }
         }
         task.init.note_pipes();
-        connect(task, &task.init);
+        connect(&engine.idle, task, &task.init);
         task.set_cgroup(find_cgroup(pid).await);
         engine.watch(task, &task.init, process).await?;
         engine.watch_for_oom(task);

@@ -166,7 +166,7 @@ impl Engine {
             self.let_be_reaped(identity);
         }
         process.fds.forget(&[FdRole::Pidfd]);
-        reconnect(task, process);
+        reconnect(&self.idle, task, process);
         if let Some(streams) = process.streams() {
             streams.end_of_process();
         }
@@ -209,7 +209,7 @@ impl Engine {
                     self.watch_for_oom(task);
                 }
             }
-            reconnect(task, process);
+            reconnect(&self.idle, task, process);
             if let Adopted::Ended(record) = adopted {
                 self.report_exit(task, process, record);
             }

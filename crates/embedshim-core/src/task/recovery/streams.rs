@@ -8,7 +8,7 @@ use tracing::warn;
 use crate::blocking::blocking;
 use crate::error::Error;
 use crate::fdstore::FdRole;
-use crate::stdio::{self, ConsoleSocket, Plan, Streams};
+use crate::stdio::{self, ConsoleSocket, Idle, Plan, Streams};
 use crate::task::launch::CONSOLE_DEADLINE;
 use crate::task::lifecycle::Phase;
 use crate::task::process::TaskProcess;
@@ -29,20 +29,20 @@ pub(super) async fn take_terminal(task: &Task, process: &TaskProcess) {
 
 /// Lets the streams of a process flow again, which is alive or has ended. What has to be found
 /// first, on file systems that may not answer, is found in a task of its own.
-pub(super) fn reconnect(task: &Arc<Task>, process: &Arc<TaskProcess>) {
+pub(super) fn reconnect(idle: &Idle, task: &Arc<Task>, process: &Arc<TaskProcess>) {
     let (pipes, _) = process.pipes();
     if process.exec.is_none() && !pipes.is_empty() && !Streams::has_any(&process.fds) {
-        let (task, process) = (Arc::clone(task), Arc::clone(process));
+        let (idle, task, process) = (idle.clone(), Arc::clone(task), Arc::clone(process));
         tokio::spawn(async move {
             find_pipes(&task, &process).await;
-            connect(&task, &process);
+            connect(&idle, &task, &process);
         });
         return;
     }
-    connect(task, process);
+    connect(idle, task, process);
 }
 
-pub(super) fn connect(task: &Task, process: &TaskProcess) {
+pub(super) fn connect(idle: &Idle, task: &Task, process: &TaskProcess) {
     let is_lost = process.stdio.terminal && process.fds.get(FdRole::Terminal).is_none();
     if is_lost && process.now().exit().is_none() {
         warn!(id = %task.id(), exec_id = ?process.exec, "its terminal is lost: it went with the daemon that held it");
@@ -50,7 +50,12 @@ pub(super) fn connect(task: &Task, process: &TaskProcess) {
     if !Streams::has_any(&process.fds) {
         return;
     }
-    process.connect(Streams::start(&process.fds, process.kind(), task.id()));
+    process.connect(Streams::start(
+        &process.fds,
+        process.kind(),
+        idle,
+        task.id(),
+    ));
     if process.exec.is_some() || process.stdio.terminal || process.now().phase() != Phase::Created {
         process.begin_input();
     }

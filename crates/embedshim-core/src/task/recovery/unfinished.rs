@@ -135,7 +135,7 @@ impl Engine {
         if process.fds.get(FdRole::Console).is_some() {
             take_terminal(task, process).await;
             process.decide_stdin();
-            connect(task, process);
+            connect(&self.idle, task, process);
         }
         if let Err(error) = self.complete_exec_start(task, process, &exec).await {
             warn!(
@@ -291,7 +291,7 @@ impl Engine {
         take_terminal(task, process).await;
         process.note_pipes();
         process.decide_stdin();
-        connect(task, process);
+        connect(&self.idle, task, process);
         let started = self.complete_exec_start(task, process, &exec).await;
         // Its record names it now.
         files.remove().await;
