@@ -1,5 +1,5 @@
-//! What shims got wrong before us: a test for each entry of `containerd.md` 4.6 that no other module has. The number is the
-//! entry's.
+//! What shims got wrong before: a test for each entry of `docs/shim-contract.md`, "Regressions",
+//! that no other module has. The number is the entry's.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

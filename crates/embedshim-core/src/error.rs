@@ -42,7 +42,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// What went wrong with a task. The texts are runc-v2's where it has one (`containerd.md` 4.2).
+/// What went wrong with a task. The texts are runc-v2's where it has one (`docs/shim-contract.md`,
+/// "Task states").
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

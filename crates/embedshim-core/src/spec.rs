@@ -67,9 +67,9 @@ impl Spec {
         serde_json::from_slice(&text).map_err(|e| failed("cannot parse the OCI spec")(e.into()))
     }
 
-    /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that
-    /// can't send runc's options (CRI and nerdctl with a runtime type of ours) still write this
-    /// form (`containerd.md` 4.4).
+    /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that can't
+    /// send runc's options (CRI and nerdctl with a runtime type of ours) still write this form
+    /// (`docs/shim-contract.md`, "Options").
     pub(crate) fn wants_systemd_cgroup(&self) -> bool {
         let path = &self.linux.cgroups_path;
         !path.starts_with('/') && path.split(':').count() == 3

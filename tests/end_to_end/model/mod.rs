@@ -1,5 +1,6 @@
-//! Random walks through the state machine of a task, compared with a model of runc-v2's (`containerd.md` 4.2): every answer, and
-//! afterwards the order of the events (4.5). A failing walk is shrunk to its shortest form and printed.
+//! Random walks through the state machine of a task, compared with a model of runc-v2's
+//! (`docs/shim-contract.md`, "Task states"): every answer, and afterwards the order of the events
+//! ("Order of exits"). A failing walk is shrunk to its shortest form and printed.
 
 mod machine;
 
@@ -244,7 +245,7 @@ fn walk(subject: &Subject<'_>, steps: &[Step]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The guarantees of `containerd.md` 4.5, for each life of one container.
+/// The guarantees of `docs/shim-contract.md`, "Order of exits", for each life of one container.
 fn check_events(heard: &[Heard]) -> anyhow::Result<()> {
     for life in heard.split_inclusive(|event| event.topic == "delete") {
         let place = |topic: &str, exec: Option<&str>| -> anyhow::Result<Option<usize>> {

@@ -1,5 +1,5 @@
-//! [`ExitOrder`]: the exit of an init is the last of its container (containerd's 892dc54bd and
-//! 421a4b568). Owns which events that lets out, and which execs may still start. Pure.
+//! [`ExitOrder`]: the exit of an init is the last of its container (invariant 5; containerd
+//! 892dc54bd, 421a4b568). Owns which events that lets out, and which execs may still start. Pure.
 
 use crate::event::EventKind;
 
@@ -26,7 +26,8 @@ enum InitExit {
 }
 
 impl ExitOrder {
-    /// Counts an exec as running. False if the init has ended: the exec must not start (e7357916b).
+    /// Counts an exec as running. False if the init has ended: the exec must not start (containerd
+    /// e7357916b).
     pub(crate) fn enter_exec(&mut self) -> bool {
         if self.has_init_ended() {
             return false;

@@ -236,7 +236,7 @@ impl Engine {
     }
 
     /// One last look: the OOM event precedes the exit it caused, even if its notification was not
-    /// read yet (62845f4a9).
+    /// read yet (containerd 62845f4a9).
     async fn flush_oom(&self, task: &Arc<Task>) {
         let Some(cgroup) = task.cgroup() else { return };
         match timeout(LAST_READ, blocking(move || cgroup.oom_kills())).await {

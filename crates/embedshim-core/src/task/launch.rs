@@ -155,8 +155,8 @@ impl Engine {
         Ok(Some(starting.ready().await?))
     }
 
-    /// Watches before the container runs: it may run out of memory at once (842cb99a5 in
-    /// containerd).
+    /// Watches before the container runs: it may run out of memory at once (containerd
+    /// 842cb99a5).
     pub(in crate::task) fn watch_for_oom(&self, task: &Task) {
         if let Some(cgroup) = task.cgroup()
             && let Err(error) = self.oom.watch(task.serial, &cgroup)

@@ -362,7 +362,7 @@ impl Task {
         (known.collect(), starting.count())
     }
 
-    /// Adds an exec; of several with one name exactly one wins (1a8df3f23).
+    /// Adds an exec; of several with one name exactly one wins (containerd 1a8df3f23).
     pub(crate) fn add_exec(&self, id: ExecId, exec: TaskProcess) -> Result<(), Error> {
         match self.execs().entry(id) {
             Entry::Occupied(taken) => Err(Error::IdTaken {
@@ -394,7 +394,7 @@ impl Task {
         }
     }
 
-    /// Counts an exec as running, unless the init has ended (e7357916b).
+    /// Counts an exec as running, unless the init has ended (containerd e7357916b).
     pub(crate) fn enter_exec(&self) -> Result<(), Error> {
         if self.order().enter_exec() {
             return Ok(());

@@ -30,7 +30,7 @@ impl Engine {
         context: RequestContext,
     ) -> Result<u32, Error> {
         if key.exec.is_some() && !context.is_replay {
-            // Before anything about the exec itself, as runc-v2 does (e7357916b in containerd).
+            // Before anything about the exec itself, as runc-v2 does (containerd e7357916b).
             self.registry.task(&key.task)?.admit_exec_start()?;
         }
         let (task, process) = self.registry.process(&key)?;
