@@ -172,7 +172,7 @@ impl Demo {
     }
 
     fn nobody_there(&mut self) -> anyhow::Result<()> {
-        self.step("containerd is stopped, embedshimd and its keeper are killed, and then two containers end. Nobody is there to see it.");
+        self.step("containerd is stopped, embedshimd and its keeper are killed, and then two containers end. No daemon is there to see it.");
         let nine = self
             .sandbox
             .detached(&[], "nine", &["guest", "until-term", "9"])?;
