@@ -42,7 +42,23 @@ const ARROWS: [(&str, &[&str]); 10] = [
     ),
 ];
 /// What every checkout must have.
-const DOCUMENTS: [&str; 4] = ["README.md", "ARCHITECTURE.md", "LICENSE", "deny.toml"];
+const DOCUMENTS: [&str; 15] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "LICENSE",
+    "deny.toml",
+    "docs/contract.md",
+    "docs/decisions.md",
+    "docs/exit-status.md",
+    "docs/library.md",
+    "docs/operating.md",
+    "docs/shim-contract.md",
+    "docs/survival.md",
+    "docs/testing.md",
+];
 /// Names tests, which must exist.
 const CONTRACT: &str = "docs/contract.md";
 /// Names that say nothing.
