@@ -1,5 +1,6 @@
 //! Names from outside that become keys and paths: [`Namespace`], [`ContainerId`], [`ExecId`].
-//! A value of these types is proof that it was checked; nothing else may be joined to a path.
+//! A value of these types is proof that it was checked; nothing else may be joined to a path
+//! (invariant 10).
 
 use std::fmt;
 use std::str::FromStr;

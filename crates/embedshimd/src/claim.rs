@@ -1,6 +1,7 @@
 //! [`Claim`]: the name that one daemon and one keeper of a state directory have in the kernel,
 //! beside their lock files. Somebody can remove the directory with the locks, by a clean-up of
-//! `/run` say, and make another one: the name, an abstract socket, lasts as long as its process.
+//! `/run` say, and make another one: the name, an abstract socket, lasts as long as its process
+//! (invariant 18).
 //!
 //! Any local user, and any container with the host's network, can take such a name before us. It
 //! then prevents nothing, and the lock files remain: only the name of an `embedshimd` that is the

@@ -74,7 +74,8 @@ impl ExitStatus {
         }
     }
 
-    /// The exit code as shells and containerd count it: the code, 128 + signal, or 255.
+    /// The exit code as shells and containerd count it: the code, 128 + signal, or 255 for what is
+    /// unknown, and for nothing else (invariant 4).
     pub fn code(self) -> u32 {
         match self {
             Self::Exited(code) => u32::from(code),

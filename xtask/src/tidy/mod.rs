@@ -2,6 +2,7 @@
 
 mod imports;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -59,6 +60,8 @@ const DOCUMENTS: [&str; 15] = [
     "docs/survival.md",
     "docs/testing.md",
 ];
+/// Numbers the invariants.
+const ARCHITECTURE: &str = "ARCHITECTURE.md";
 /// Names tests, which must exist.
 const CONTRACT: &str = "docs/contract.md";
 /// Names that say nothing.
@@ -84,6 +87,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
         source(&shown, &text, &mut violations);
         all.push_str(&text);
     }
+    let architecture = fs::read_to_string(workspace().join(ARCHITECTURE))?;
+    invariants(&architecture, &all, &mut violations);
     let contract = fs::read_to_string(workspace().join(CONTRACT))?;
     for test in promised_tests(&contract) {
         if !all.contains(&format!("fn {test}(")) {
@@ -162,6 +167,47 @@ fn justified_dependencies(violations: &mut Vec<String>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Each invariant is cited by its number where it is enforced, and each number that is cited is
+/// that of an invariant.
+fn invariants(architecture: &str, sources: &str, violations: &mut Vec<String>) {
+    let table = architecture.split("## Invariants").nth(1);
+    let table = table.unwrap_or_default().split("\n## ").next();
+    let numbered: BTreeSet<u32> = table
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.split(" | ").next()?.parse().ok())
+        .collect();
+    let cited: BTreeSet<u32> = sources
+        .split("invariant")
+        .skip(1)
+        .flat_map(leading_numbers)
+        .collect();
+    for number in numbered.difference(&cited) {
+        violations.push(format!("{ARCHITECTURE}: no code cites invariant {number}"));
+    }
+    for number in cited.difference(&numbered) {
+        violations.push(format!(
+            "{ARCHITECTURE}: no invariant has the number {number}"
+        ));
+    }
+}
+
+/// The numbers in what follows the word: of one, or of several in an enumeration.
+fn leading_numbers(text: &str) -> Vec<u32> {
+    let mut numbers = Vec::new();
+    let mut next = text.strip_prefix('s').unwrap_or(text).strip_prefix(' ');
+    while let Some(rest) = next {
+        let end = rest.bytes().take_while(u8::is_ascii_digit).count();
+        let (digits, after) = rest.split_at(end);
+        let Ok(number) = digits.parse() else { break };
+        numbers.push(number);
+        next = after
+            .strip_prefix(", ")
+            .or_else(|| after.strip_prefix(" and "));
+    }
+    numbers
+}
+
 /// The tests that the regression list names, in backquotes in the last column.
 fn promised_tests(contract: &str) -> impl Iterator<Item = &str> {
     let list = contract.split("## The regression list").nth(1);
@@ -209,6 +255,7 @@ fn source(file: &Path, text: &str, violations: &mut Vec<String>) {
         complain("a module is a noun of the domain");
     }
     if stem != "sys" && text.lines().any(has_unsafe) {
+        // The reason of each block is clippy's to demand (invariant 19).
         complain("unsafe code outside of a `sys` module");
     }
 }
@@ -231,6 +278,21 @@ mod tests {
         let text =
             "`no` |\n## The regression list\n| 1 | `x` | `a`, `b` (c) |\n| 2 | y | a Go matter |\n";
         assert_eq!(promised_tests(text).collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn invariants_are_cited_and_exist() {
+        assert_eq!(leading_numbers(" 3)."), [3]);
+        assert_eq!(leading_numbers("s 3, 5 and 16: their order"), [3, 5, 16]);
+        assert_eq!(leading_numbers("s of exits"), [0; 0]);
+        let document =
+            "| 1 | no |\n## Invariants\n| 2 | a | b |\n| 3 | c | d |\n## Next\n| 4 | no |";
+        let word = concat!("inva", "riant");
+        let mut violations = Vec::new();
+        invariants(document, &format!("({word}s 2 and 3)"), &mut violations);
+        assert_eq!(violations, [""; 0]);
+        invariants(document, &format!("({word} 2; {word} 9)"), &mut violations);
+        assert_eq!(violations.len(), 2);
     }
 
     #[test]

@@ -4,10 +4,10 @@
 //!
 //! Both ends of each stream are in the process's [`ProcessFds`](crate::fdstore) from before the
 //! first call of the runtime until the process is over and all is moved, and bytes are moved by the
-//! kernel from one to the other: at no instant is there anything in this daemon's memory alone. So
-//! four rules hold whatever is killed:
+//! kernel from one to the other: at no instant is there anything in this daemon's memory alone
+//! (invariant 13). So four rules hold whichever process is killed:
 //! - the client reads no end before the process's output is over, and then at once: it waits for
-//!   that before it deletes;
+//!   that before it deletes (invariant 9);
 //! - what a client does not read stays in the pipes, and makes the process wait: never `EPIPE`,
 //!   nothing lost;
 //! - input ends when the client says so (`CloseIO`), not when it disconnects;

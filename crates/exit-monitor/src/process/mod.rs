@@ -1,5 +1,5 @@
 //! A process that cannot be confused with another: [`Process`] is a pidfd plus [`ProcessIdentity`].
-//! Owns pid-reuse safety; knows nothing of containers. Where the kernel has no pidfds (before 5.3,
+//! Owns pid-reuse safety (invariant 1); knows nothing of containers. Where the kernel has no pidfds (before 5.3,
 //! or behind a seccomp filter) the identity alone is compared, right before and after each use of
 //! the number.
 

@@ -85,7 +85,8 @@ async fn end_all(task: &Arc<Task>) -> Result<Exit, Error> {
     }
     match tokio::time::timeout(KILL_DEADLINE, task.init.ended()).await {
         Ok(exit) => exit,
-        // In uninterruptible sleep, say. It will end with 137 when it wakes up.
+        // In uninterruptible sleep, say. It will end with 137 when it wakes up (the exception of
+        // invariant 4).
         Err(_) => Ok(Exit {
             code: 137,
             at: SystemTime::now(),

@@ -299,7 +299,8 @@ impl Engine {
     }
 
     /// The end of an exec that has ended and is gone. Its identity is made from what the fd store's
-    /// process and the exec's files say, since there is no process left to open.
+    /// process and the exec's files say, since there is no process left to open (the exception of
+    /// invariant 1).
     async fn end_of_reaped(
         &self,
         process: &TaskProcess,
