@@ -33,8 +33,8 @@ use crate::task::lifecycle::Phase;
 use crate::task::store::{Store, boot_id};
 
 /// How long a read may take to look into a cgroup (invariant 6): the threads for such work can be
-/// taken by mounts that hang, and containerd waits 2 s for an answer. Without the look, what is known
-/// answers.
+/// taken by mounts that hang, and containerd waits 2 s for an answer. Without the look, what is
+/// known answers.
 const READ_LIMIT: Duration = Duration::from_secs(1);
 /// How long the statistics of a running container may take, since nothing is known of them yet.
 const STATS_LIMIT: Duration = Duration::from_secs(10);
@@ -277,8 +277,8 @@ impl Node {
             .map_or(0, |task| task.init.now().pid)
     }
 
-    /// The container's processes. Never empty for a task there is (invariant 8): containerd 1.7 takes
-    /// that for a leak and destroys the task, with its exit code.
+    /// The container's processes. Never empty for a task there is (invariant 8): containerd 1.7
+    /// takes that for a leak and destroys the task, with its exit code.
     pub async fn pids(&self, key: &TaskKey) -> Result<Vec<ProcessEntry>, Error> {
         let task = self.engine.registry.task(key)?;
         let init = task.init.now();

@@ -1,7 +1,7 @@
 //! A process that cannot be confused with another: [`Process`] is a pidfd plus [`ProcessIdentity`].
-//! Owns pid-reuse safety (invariant 1); knows nothing of containers. Where the kernel has no pidfds (before 5.3,
-//! or behind a seccomp filter) the identity alone is compared, right before and after each use of
-//! the number.
+//! Owns pid-reuse safety (invariant 1); knows nothing of containers. Where the kernel has no pidfds
+//! (before 5.3, or behind a seccomp filter) the identity alone is compared, right before and after
+//! each use of the number.
 
 mod host_root;
 mod stat;
