@@ -2,19 +2,14 @@
 //! What it composes lives in the library crates.
 
 mod backend;
-mod claim;
 mod cli;
 mod config;
 mod daemon;
-mod guardian;
-mod inherited;
 mod keep;
-mod lock;
-mod log_file;
 mod logging;
-mod notify;
 mod outcome;
 mod probe;
+mod service_manager;
 mod state_dir;
 mod sys;
 mod upgrade;
@@ -24,8 +19,8 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use cli::{Cli, Command};
-use inherited::Start;
 use outcome::Failure;
+use service_manager::activation::Start;
 
 fn main() -> ExitCode {
     // First of all: it changes the environment, which only a process of one thread can.

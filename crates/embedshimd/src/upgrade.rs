@@ -9,8 +9,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::cli::Upgrade;
-use crate::lock::{self, Owner};
 use crate::outcome::{Code, Failure, print};
+use crate::state_dir::lock::{self, Owner};
 
 /// Longer than the keeper waits for a daemon to leave.
 const LIMIT: Duration = Duration::from_secs(45);

@@ -12,9 +12,9 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::warn;
 
-use super::kept::Kept;
-use super::message::is_name;
+use super::stored_fds::Kept;
 use super::zombies::{Reaped, Zombies};
+use crate::service_manager::message::is_name;
 use crate::sys;
 
 /// A version of the format. A keeper becomes no other that understands neither.

@@ -1,5 +1,5 @@
 //! [`Inbox`]: the socket that `NOTIFY_SOCKET` names. Owns receiving, and that nobody but our own user is listened to; what a
-//! datagram means is [`super::message`]'s.
+//! datagram means is [`crate::service_manager::message`]'s.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;

@@ -17,14 +17,15 @@ use tracing::{error, info, warn};
 use super::backoff::Backoff;
 use super::handover;
 use super::inbox::{Inbox, MAX_MESSAGE, Received};
-use super::kept::{Kept, most};
-use super::message::Message;
 use super::program::{self, Program};
 use super::running::{Running, signal};
+use super::stored_fds::{Kept, most};
 use super::zombies::Zombies;
-use crate::claim::Claim;
 use crate::outcome::Code;
-use crate::{lock, sys};
+use crate::service_manager::message::Message;
+use crate::state_dir::claim::Claim;
+use crate::state_dir::lock;
+use crate::sys;
 
 /// How long a daemon that was asked to leave may take; longer than it gives to what is under way.
 const LEAVE_LIMIT: Duration = Duration::from_secs(30);

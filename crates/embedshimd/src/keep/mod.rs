@@ -6,10 +6,9 @@ mod backoff;
 mod handover;
 mod inbox;
 mod keeper;
-mod kept;
-mod message;
 mod program;
 mod running;
+mod stored_fds;
 mod succession;
 mod zombies;
 
@@ -22,20 +21,20 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::claim::{Claim, Role};
 use crate::cli::Keep;
 use crate::outcome::{Code, Failure};
-use crate::{lock, logging, sys};
+use crate::state_dir::claim::{Claim, Role};
+use crate::state_dir::lock;
+use crate::{logging, sys};
 
 use handover::Handover;
 use inbox::Inbox;
 use keeper::{Keeper, Parts};
-use kept::Kept;
 use program::Program;
+use stored_fds::Kept;
 use zombies::Zombies;
 
-pub(crate) use kept::MAX_NAMES;
-pub(crate) use message::{REAP, REAPED, RESTORE};
+pub(crate) use stored_fds::MAX_NAMES;
 pub(crate) use succession::Succession;
 
 /// Keeps until SIGTERM or SIGINT.

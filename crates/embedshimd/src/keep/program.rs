@@ -16,7 +16,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::Pid;
 
 use super::handover::Format;
-use super::kept::Kept;
+use super::stored_fds::Kept;
 use crate::cli::{Keep, Locations, Serve, UNDERSTANDS, WATCHDOG, WATCHDOG_VARIABLE};
 
 const SELF: &str = "/proc/self/exe";

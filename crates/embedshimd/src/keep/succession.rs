@@ -13,11 +13,11 @@ use tracing::error;
 
 use super::handover;
 use super::inbox::{self, Inbox};
-use super::kept::Kept;
 use super::program::{self, Program};
+use super::stored_fds::Kept;
 use super::zombies::Zombies;
 use crate::cli::Serve;
-use crate::lock;
+use crate::state_dir::lock;
 
 /// Everything that a keeper needs, but for the descriptors.
 #[derive(Debug)]

@@ -3,6 +3,8 @@
 //! the manager does not read, and how many descriptors it takes; what is stored under which name is
 //! the callers'.
 
+pub(crate) mod activation;
+pub(crate) mod message;
 mod outgoing;
 
 use std::collections::HashMap;
@@ -22,7 +24,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use tracing::warn;
 
-use crate::keep::{MAX_NAMES, REAP, REAPED, RESTORE};
+use crate::keep::MAX_NAMES;
+use message::{REAP, REAPED, RESTORE};
 use outgoing::Outgoing;
 
 /// How long the manager may take to have handled everything.

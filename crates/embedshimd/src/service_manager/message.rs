@@ -18,7 +18,7 @@ pub(crate) const REAPED: &str = "X_EMBEDSHIM_REAPED";
 
 /// What a datagram asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Message<'a> {
+pub(crate) enum Message<'a> {
     /// Keep what came with it.
     Store(&'a str),
     /// Close what is kept.
@@ -43,7 +43,7 @@ pub(super) enum Message<'a> {
 
 impl<'a> Message<'a> {
     /// Reads one; `None` if it is not of this protocol.
-    pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
+    pub(crate) fn parse(bytes: &'a [u8]) -> Option<Self> {
         let text = str::from_utf8(bytes).ok()?;
         let mut message = Self::Other;
         let mut name = NAMELESS;
@@ -82,7 +82,7 @@ impl<'a> Message<'a> {
 }
 
 /// As systemd's `fdname_is_valid`: it must fit between two colons of `LISTEN_FDNAMES`.
-pub(super) fn is_name(text: &str) -> bool {
+pub(crate) fn is_name(text: &str) -> bool {
     text.len() <= MAX_NAME
         && text
             .bytes()

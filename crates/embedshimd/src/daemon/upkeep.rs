@@ -22,8 +22,8 @@ use shim_api::services::Services;
 use tokio::net::UnixListener;
 use tracing::{error, info, warn};
 
-use crate::lock;
-use crate::notify::Manager;
+use crate::service_manager::Manager;
+use crate::state_dir::lock;
 
 /// How often to look whether everything is where it was.
 const LOOK: Duration = Duration::from_secs(2);

@@ -1,6 +1,8 @@
 //! Where log lines go: stderr, as text or JSON. journald or the launcher's log file reads it from
 //! there.
 
+mod file;
+
 use std::io::{IsTerminal, stderr};
 use std::path::Path;
 
@@ -9,8 +11,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::{Log, LogFormat};
-use crate::log_file::LogFile;
 use crate::outcome::{Code, Failure};
+use file::LogFile;
 
 /// Starts logging as text, what is `info` and above: for the keeper, which reads no configuration.
 pub(crate) fn start_plain(state_dir: &Path) {

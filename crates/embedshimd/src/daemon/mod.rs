@@ -1,5 +1,8 @@
 //! `embedshimd serve`: the phases of the daemon, in order, each with the failure it can have.
 
+mod guardian;
+mod upkeep;
+
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -20,16 +23,17 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use crate::claim::{Claim, Role};
 use crate::cli::Serve;
 use crate::config::Config;
-use crate::guardian::{self, Guardian};
-use crate::inherited::Start;
 use crate::keep::Succession;
-use crate::notify::Manager;
 use crate::outcome::{Code, Failure};
-use crate::state_dir::StateDir;
-use crate::{backend, lock, logging, sys};
+use crate::service_manager::Manager;
+use crate::service_manager::activation::Start;
+use crate::state_dir::claim::{Claim, Role};
+use crate::state_dir::lock;
+use crate::{backend, logging, sys};
+use guardian::Guardian;
+use upkeep::StateDir;
 
 /// Each stream and each operation that waits for the kernel has a thread to itself while it does, so that a file system, a logger or a
 /// mount that does not answer holds up nothing else. Of a container there are at most three streams and one operation for each process,

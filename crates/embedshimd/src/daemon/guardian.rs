@@ -17,7 +17,7 @@ use tracing::{error, warn};
 
 use crate::cli::Serve;
 use crate::keep::Succession;
-use crate::notify::Manager;
+use crate::service_manager::Manager;
 use crate::sys;
 
 /// After a failure.
