@@ -257,7 +257,7 @@ fn a_daemon_that_stands_still_is_replaced(stage: &Stage) -> anyhow::Result<()> {
         "another keeper"
     );
     let log = sandbox.daemon_log();
-    ensure!(log.contains("stands still"), "{log}");
+    ensure!(log.contains("does not answer the watchdog"), "{log}");
     shim.kill("c", Signal::SIGKILL)?;
     ensure!(
         shim.wait("c")? == 137 && shim.delete("c")? == 137,

@@ -4,6 +4,16 @@ is_installed() {
     [ "$(dpkg-query --show --showformat='${Version}' embedshim)" = "$(dpkg-deb --field "$1" Version)" ]
 }
 
+man_pages_and_completions_are_installed() {
+    local page
+    for page in embedshimd embedshimd-keep embedshimd-probe embedshimd-serve embedshimd-upgrade; do
+        [ "$(zcat "/usr/share/man/man8/$page.8.gz" | grep -c '^.SH "EXIT STATUS"')" = 1 ]
+    done
+    bash -n /usr/share/bash-completion/completions/embedshimd
+    [ -s /usr/share/zsh/vendor-completions/_embedshimd ]
+    [ -s /usr/share/fish/vendor_completions.d/embedshimd.fish ]
+}
+
 the_first_installation_starts_the_socket_alone() {
     dpkg --install old.deb
     systemctl is-enabled embedshimd.socket
@@ -12,6 +22,7 @@ the_first_installation_starts_the_socket_alone() {
     fails pgrep -x embedshimd
     [ "$(stat --format='%a %U' /run/embedshim /run/embedshim/shim.sock)" = $'700 root\n600 root' ]
     dpkg --verify embedshim
+    man_pages_and_completions_are_installed
     # An older systemd warns of what it does not know, and of nothing else.
     systemd-analyze verify embedshimd.service embedshimd.socket >/run/warnings 2>&1
     [ "$(grep embedshim /run/warnings | grep -vc "Unknown key.*'FileDescriptorStorePreserve'")" = 0 ]

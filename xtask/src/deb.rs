@@ -87,6 +87,7 @@ pub(crate) fn build(
     for (file, target) in FILES {
         install(file, &root.join(target), 0o644)?;
     }
+    write_documents(binaries, &root.join("usr/share"))?;
     for script in SCRIPTS {
         let file = format!("packaging/debian/{script}");
         install(&file, &root.join("DEBIAN"), 0o755)?;
@@ -128,6 +129,17 @@ fn install(file: &str, directory: &Path, mode: u32) -> anyhow::Result<()> {
         target,
         fs::Permissions::from_mode(mode),
     )?)
+}
+
+/// Writes man pages, compressed as Debian wants them, and shell completions below a directory. The
+/// program itself has them.
+fn write_documents(binaries: &Path, share: &Path) -> anyhow::Result<()> {
+    let program = binaries.join("embedshimd");
+    output(Command::new(program).arg("documents").arg(share))?;
+    for page in fs::read_dir(share.join("man/man8"))? {
+        output(Command::new("gzip").arg("-9n").arg(page?.path()))?;
+    }
+    Ok(())
 }
 
 /// What dpkg and apt know of a package's past.

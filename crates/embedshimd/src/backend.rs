@@ -1,4 +1,4 @@
-//! Which exit monitor runs here: asks each backend, lets the core choose, opens the chosen one.
+//! The choice of the exit monitor: probes each backend, lets the core choose, opens the chosen one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,23 +10,23 @@ use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
 use tracing::warn;
 
-use crate::config::{Config, Wish};
+use crate::config::{BackendChoice, Config};
 use crate::outcome::{Code, Failure};
 
-/// What each backend can do here, and which one the configuration and this machine come to.
+/// Probes what each backend can do here, and which one the configuration allows.
 pub(crate) fn probe(state_dir: &Path, config: &Config) -> Report {
     let pidfd = monitor_pidfd::probe();
     let readiness = pidfd.survives();
-    let wanted = bpf(state_dir, config);
+    let bpf = bpf_config(state_dir, config);
     let backends = vec![
         pidfd,
-        monitor_bpf::probe(&wanted, readiness),
+        monitor_bpf::probe(&bpf, readiness),
         monitor_ptrace::probe(),
     ];
     Report::new(backends, config.monitor.backend.policy())
 }
 
-fn bpf(state_dir: &Path, config: &Config) -> BpfConfig {
+fn bpf_config(state_dir: &Path, config: &Config) -> BpfConfig {
     BpfConfig {
         pin_dir: monitor_bpf::pin_dir_for(state_dir),
         capacity: config.monitor.capacity,
@@ -38,12 +38,17 @@ fn bpf(state_dir: &Path, config: &Config) -> BpfConfig {
     }
 }
 
-/// Opens the best backend that the configuration allows: what a predecessor has left running, or what probing comes to.
+/// Opens the best exit monitor that the configuration allows: the BPF programs that a predecessor
+/// has left attached, or what probing recommends.
 pub(crate) fn open(config: &Config, state_dir: &Path) -> Result<Arc<dyn ExitMonitor>, Failure> {
     let pidfd = PidfdMonitor::new().context("cannot set up the pidfd exit monitor")?;
     let pidfd = Arc::new(pidfd);
-    let allows_bpf = matches!(config.monitor.backend, Wish::Auto | Wish::Bpf);
-    if allows_bpf && let Some(monitor) = BpfMonitor::resume(&bpf(state_dir, config), pidfd.clone())
+    let allows_bpf = matches!(
+        config.monitor.backend,
+        BackendChoice::Auto | BackendChoice::Bpf
+    );
+    if allows_bpf
+        && let Some(monitor) = BpfMonitor::resume(&bpf_config(state_dir, config), pidfd.clone())
     {
         return Ok(Arc::new(monitor));
     }
@@ -72,7 +77,7 @@ fn open_chosen(
     Ok(match choice.backend {
         Backend::Bpf => Arc::new(BpfMonitor::open_chosen(
             choice,
-            &bpf(state_dir, config),
+            &bpf_config(state_dir, config),
             pidfd,
         )?),
         Backend::Pidfd => pidfd,

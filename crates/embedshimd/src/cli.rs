@@ -1,10 +1,11 @@
-//! The command line of `embedshimd`, and what its `--help` teaches.
+//! The command line of `embedshimd`, and the texts of its `--help` and man pages.
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueHint};
 
-const EXIT_CODES: &str = "\
+/// The exit codes, a line for each after the first line.
+pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
   0  all is well
   1  something failed; the message says what
@@ -16,12 +17,12 @@ Exit codes:
 
 const KEEP: &str = "\
 Starts `embedshimd serve` and keeps it running: starts it again whenever it ends, and holds its \
-connections and other descriptors meanwhile, so that containerd does not notice.
+connections and other descriptors in the meantime, so that containerd does not notice.
 
-Normally nobody types this: containerd runs `containerd-shim-embed-v1`, which starts the keeper when \
-nobody listens on STATE_DIR/shim.sock. Where systemd starts the daemon it is the keeper itself.
+Normally containerd runs `containerd-shim-embed-v1`, which starts the keeper when no process \
+listens on STATE_DIR/shim.sock. Where systemd starts the daemon, systemd is the keeper itself.
 
-Should the keeper itself end, the daemon takes its place and starts another daemon.
+If the keeper itself ends, the daemon takes its place and starts another daemon.
 
 Signals:
   SIGHUP           replace the daemon: another binary, another configuration
@@ -32,23 +33,25 @@ Signals:
 const SERVE: &str = "\
 Serves containerd's shim API for all containers of this node on STATE_DIR/shim.sock.
 
-Normally `embedshimd keep` or systemd starts this, and again whenever it ends; they hold its connections \
-meanwhile (NOTIFY_SOCKET, FDSTORE). Without them stop containerd before the daemon, since it destroys the \
-containers of a shim whose connection is lost. Containers run on when the daemon ends, and their exits are \
-recorded in the kernel.
+Normally `embedshimd keep` or systemd starts the daemon, and again whenever it ends; they hold its \
+connections in the meantime (NOTIFY_SOCKET, FDSTORE). Without them stop containerd before the \
+daemon, since it destroys the containers of a shim whose connection is lost. Containers run on \
+when the daemon ends, and their exits are recorded in the kernel.
 
 Signals:
-  SIGTERM, SIGINT, SIGHUP  leave; containers run on, and whoever keeps us starts the next one";
+  SIGTERM, SIGINT, SIGHUP  leave; containers run on, and the keeper or systemd starts the next
+                           daemon";
 
 const UPGRADE: &str = "\
-Replaces the running keeper and daemon by the binary that is on disk now, without losing a connection \
-or a container; a new configuration file is read too. Install the new binary first, to the same path. If it cannot run, the old ones go on.
+Replaces the running keeper and daemon by the binary that is on disk now, without losing a \
+connection or a container; a new configuration file is read, too. Install the new binary first, \
+to the same path. If it cannot run, the old keeper and daemon continue.
 
-Where systemd keeps the daemon, this says which command does the same.";
+Where systemd started the daemon, this prints the command that does the same.";
 
 const PROBE: &str = "\
-Tries, on this very kernel and with the rights you have now, everything the exit monitors need, and says \
-which one the daemon would choose, why, and what would make it better. Changes nothing.";
+Tries on this kernel, with the rights of the caller, everything that the exit monitors need. \
+Prints which one the daemon would choose, why, and what would make it better. Changes nothing.";
 
 /// Runs containerd's containers without a shim process for each, and never loses an exit.
 #[derive(Debug, Parser)]
@@ -66,15 +69,18 @@ pub(crate) enum Command {
     /// Serve containerd's shim API for all containers of this node
     #[command(long_about = SERVE, after_help = EXIT_CODES)]
     Serve(Serve),
-    /// Tell which exit monitor works here, and what would make it better
+    /// Show which exit monitor works here, and what would make it better
     #[command(long_about = PROBE, after_help = EXIT_CODES)]
     Probe(Probe),
     /// Replace the running keeper and daemon by the binary on disk
     #[command(long_about = UPGRADE, after_help = EXIT_CODES)]
     Upgrade(Upgrade),
+    /// Write man pages and shell completions into a directory, laid out as below /usr/share
+    #[command(hide = true)]
+    Documents(Documents),
 }
 
-/// Where things are; the same for every command.
+/// The paths that several commands need.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Locations {
     /// Directory of the socket, the lock and the task records; on tmpfs, owned by root alone
@@ -82,11 +88,12 @@ pub(crate) struct Locations {
         long,
         value_name = "DIR",
         env = "EMBEDSHIM_STATE_DIR",
+        value_hint = ValueHint::DirPath,
         default_value = "/run/embedshim"
     )]
     pub(crate) state_dir: PathBuf,
     /// Configuration file; without this option, /etc/embedshim/config.toml if it exists
-    #[arg(long, value_name = "FILE", env = "EMBEDSHIM_CONFIG")]
+    #[arg(long, value_name = "FILE", env = "EMBEDSHIM_CONFIG", value_hint = ValueHint::FilePath)]
     pub(crate) config: Option<PathBuf>,
 }
 
@@ -97,36 +104,37 @@ pub(crate) struct Serve {
     /// Log messages of this level and above: error, warn, info, debug, trace, or a tracing filter
     #[arg(long, value_name = "LEVEL", env = "EMBEDSHIM_LOG")]
     pub(crate) log_level: Option<String>,
-    /// The keeper's option, to be passed on should this process become the keeper
+    /// The keeper's `--watchdog`, for the case that this process becomes the keeper
     #[arg(long, hide = true, value_name = "SECONDS", env = WATCHDOG_VARIABLE)]
     pub(crate) keeper_watchdog: Option<u64>,
 }
 
-/// For how many seconds a daemon may not say that it is alive.
+/// The default of `--watchdog`, in seconds.
 pub(crate) const WATCHDOG: u64 = 30;
-/// The same, told to a daemon and to another keeper.
+/// The variable that passes `--watchdog` to a daemon and to the next keeper.
 pub(crate) const WATCHDOG_VARIABLE: &str = "EMBEDSHIM_WATCHDOG";
 
-/// What a keeper asks a program before it becomes that.
+/// The option by which a keeper asks a program, before it becomes that, whether it can take over.
 pub(crate) const UNDERSTANDS: &str = "--understands";
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Keep {
     #[command(flatten)]
     pub(crate) locations: Locations,
-    /// Log messages of the daemon of this level and above: error, warn, info, debug, trace, or a tracing filter
+    /// Log messages of the daemon of this level and above: error, warn, info, debug, trace, or a
+    /// tracing filter
     #[arg(long, value_name = "LEVEL", env = "EMBEDSHIM_LOG")]
     pub(crate) log_level: Option<String>,
-    /// Kill and start again a daemon that for so long does not say that it is alive; 0 for never
+    /// Kill and restart a daemon that does not say for so long that it is alive; 0 for never
     #[arg(long, value_name = "SECONDS", env = WATCHDOG_VARIABLE, default_value_t = WATCHDOG)]
     pub(crate) watchdog: u64,
-    /// Leave the session of whoever started it
+    /// Leave the session and close the descriptors of the process that started it
     #[arg(long, hide = true)]
     pub(crate) detached: bool,
-    /// Go on with what another keeper tells in the file of this descriptor
+    /// Take over from the keeper that has written the memory file of this descriptor
     #[arg(long, hide = true, value_name = "NUMBER")]
     pub(crate) resume: Option<i32>,
-    /// Only say by the exit code whether what a keeper tells in this format can be gone on with
+    /// Exit with 0 if this program can take over from a keeper in this format, with 1 if not
     #[arg(long, hide = true, value_name = "FORMAT")]
     pub(crate) understands: Option<String>,
 }
@@ -138,6 +146,7 @@ pub(crate) struct Upgrade {
         long,
         value_name = "DIR",
         env = "EMBEDSHIM_STATE_DIR",
+        value_hint = ValueHint::DirPath,
         default_value = "/run/embedshim"
     )]
     pub(crate) state_dir: PathBuf,
@@ -150,6 +159,13 @@ pub(crate) struct Probe {
     /// Print JSON for programs instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Documents {
+    /// Directory that the files are written into
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) directory: PathBuf,
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! The configuration file: all of it optional, every default in one place, unknown keys refused.
-//! The state directory is not in it: the launcher must find the socket without reading a file.
+//! The configuration file: every key is optional, all defaults are in one place, unknown keys are
+//! refused. The state directory is not in it: the launcher has to find the socket without a file.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::outcome::{Code, Failure};
 
 const DEFAULT_FILE: &str = "/etc/embedshim/config.toml";
 
-/// What an operator can set.
+/// Everything that an operator can set.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Config {
@@ -23,18 +23,18 @@ pub(crate) struct Config {
     pub(crate) log: Log,
 }
 
-/// `[monitor]`: how exits are learned.
+/// `[monitor]`: how exits of processes are observed.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Monitor {
-    /// `auto`, or one backend that must be used.
-    pub(crate) backend: Wish,
+    /// `auto`, or the one backend that has to be used.
+    pub(crate) backend: BackendChoice,
     /// How many processes can be watched at once.
     pub(crate) capacity: u32,
     /// A file with the kernel's types (BTF), for a kernel that does not bring them.
     pub(crate) btf: Option<PathBuf>,
     /// What loads the BPF program.
-    pub(crate) loader: LoaderWish,
+    pub(crate) loader: LoaderChoice,
 }
 
 /// `[runtime]`: how the OCI runtime is called.
@@ -45,7 +45,7 @@ pub(crate) struct Runtime {
     pub(crate) deadline_seconds: u64,
 }
 
-/// `[log]`.
+/// `[log]`: what is logged, and how.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Log {
@@ -53,10 +53,10 @@ pub(crate) struct Log {
     pub(crate) format: LogFormat,
 }
 
-/// Which exit monitor is wished for.
+/// Which exit monitor the daemon is to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Wish {
+pub(crate) enum BackendChoice {
     #[default]
     Auto,
     Bpf,
@@ -67,7 +67,7 @@ pub(crate) enum Wish {
 /// What loads the BPF program.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum LoaderWish {
+pub(crate) enum LoaderChoice {
     #[default]
     Aya,
     /// In builds with the feature `libbpf`.
@@ -75,8 +75,8 @@ pub(crate) enum LoaderWish {
     Libbpf,
 }
 
-impl LoaderWish {
-    /// The same for the backend.
+impl LoaderChoice {
+    /// The loader as the backend names it.
     pub(crate) fn loader(self) -> Loader {
         match self {
             Self::Aya => Loader::Aya,
@@ -86,6 +86,7 @@ impl LoaderWish {
     }
 }
 
+/// The form of a log line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum LogFormat {
@@ -96,19 +97,20 @@ pub(crate) enum LogFormat {
 
 impl Default for Monitor {
     fn default() -> Self {
-        // 110 pods of a dozen processes each, ten times over; 16,384 entries cost 2.5 MB of kernel memory.
+        // Ten times 110 pods of a dozen processes each; 16,384 entries cost 2.5 MB of kernel
+        // memory.
         Self {
-            backend: Wish::Auto,
+            backend: BackendChoice::Auto,
             capacity: 16_384,
             btf: None,
-            loader: LoaderWish::Aya,
+            loader: LoaderChoice::Aya,
         }
     }
 }
 
 impl Default for Runtime {
     fn default() -> Self {
-        // Longer than kubelet waits (2 minutes), so that it is never we who give up a slow hook first.
+        // Longer than kubelet waits (2 minutes): the daemon never gives up a slow hook first.
         Self {
             deadline_seconds: 300,
         }
@@ -124,8 +126,8 @@ impl Default for Log {
     }
 }
 
-impl Wish {
-    /// The same for the selection.
+impl BackendChoice {
+    /// The choice as a policy for the core, which selects the backend.
     pub(crate) fn policy(self) -> Policy {
         match self {
             Self::Auto => Policy::Auto,
@@ -137,12 +139,12 @@ impl Wish {
 }
 
 impl Config {
-    /// Reads the file that was asked for, or the default one if it exists.
-    pub(crate) fn load(asked_for: Option<&Path>) -> Result<Self, Failure> {
-        let path = asked_for.map_or_else(|| PathBuf::from(DEFAULT_FILE), Path::to_owned);
+    /// Reads the requested file, or the default file if that exists.
+    pub(crate) fn load(requested: Option<&Path>) -> Result<Self, Failure> {
+        let path = requested.map_or_else(|| PathBuf::from(DEFAULT_FILE), Path::to_owned);
         let invalid = |error: anyhow::Error| Failure::new(Code::Config, error);
         match std::fs::read_to_string(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound && asked_for.is_none() => {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && requested.is_none() => {
                 Ok(Self::default())
             }
             text => text

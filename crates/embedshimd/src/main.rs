@@ -1,15 +1,19 @@
-//! `embedshimd`: the node daemon. Composition only: configuration, command line, the choice of a backend.
-//! What it composes lives in the library crates.
+//! `embedshimd`: the node daemon, its keeper, and their commands. Composition only: command line,
+//! configuration, the choice of an exit monitor. Decides nothing about a container: that is in the
+//! library crates.
 
 mod backend;
 mod cli;
 mod config;
 mod daemon;
+mod documents;
 mod keep;
+mod limits;
 mod logging;
 mod outcome;
 mod probe;
 mod service_manager;
+mod signals;
 mod state_dir;
 mod sys;
 mod upgrade;
@@ -20,21 +24,22 @@ use clap::Parser;
 
 use cli::{Cli, Command};
 use outcome::Failure;
-use service_manager::activation::Start;
+use service_manager::activation::Activation;
 
 fn main() -> ExitCode {
-    // First of all: it changes the environment, which only a process of one thread can.
-    let start = Start::take();
+    // First of all: it changes the environment, which only a process with one thread can do safely.
+    let activation = Activation::take();
     let cli = Cli::parse();
     let result = match &cli.command {
         Command::Keep(options) => {
-            // What somebody passed to a keeper is nobody's, and it closes what it does not know.
-            drop(start);
+            // Descriptors that were passed to a keeper by mistake are closed.
+            drop(activation);
             keep::run(options)
         }
-        Command::Serve(options) => daemon::run(options, start),
+        Command::Serve(options) => daemon::run(options, activation),
         Command::Probe(options) => probe::run(options),
         Command::Upgrade(options) => upgrade::run(options),
+        Command::Documents(options) => documents::run(options),
     };
     match result {
         Ok(code) => code.into(),

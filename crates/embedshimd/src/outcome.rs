@@ -1,4 +1,4 @@
-//! Exit codes: what a script can tell from the end of `embedshimd`. Documented in `--help`, tested there.
+//! Exit codes: what a script can tell from how `embedshimd` ends. `--help` documents them.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -23,7 +23,7 @@ pub(crate) enum Code {
 }
 
 impl Code {
-    /// The one of another of our processes.
+    /// The code of another `embedshimd` process that has exited with this number.
     pub(crate) fn from_number(number: i32) -> Self {
         let known = [
             Self::Ok,
@@ -45,7 +45,7 @@ impl From<Code> for ExitCode {
     }
 }
 
-/// The end that is not well.
+/// An end with an error, and its exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) code: Code,
@@ -67,7 +67,7 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// Prints a text and a line's end. A reader that has gone, as with `| head`, has what it wanted.
+/// Prints a line. A reader that has closed its end, as in `| head`, is no failure.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     let printed = writeln!(stdout, "{text}").and_then(|()| stdout.flush());

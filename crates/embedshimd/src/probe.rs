@@ -1,4 +1,5 @@
-//! `embedshimd probe`: what works here and what would make it better, as the core's table or as JSON.
+//! `embedshimd probe`: what works on this kernel and what would make it better, as the core's table
+//! or as JSON. Changes nothing.
 
 use embedshim_core::exit::Promise;
 
@@ -7,7 +8,7 @@ use crate::cli::Probe;
 use crate::config::Config;
 use crate::outcome::{Code, Failure, print};
 
-/// Probes and prints.
+/// Probes, prints the report, and returns it as an exit code.
 pub(crate) fn run(options: &Probe) -> Result<Code, Failure> {
     let config = Config::load(options.locations.config.as_deref())?;
     let report = backend::probe(&options.locations.state_dir, &config);

@@ -1,4 +1,5 @@
-//! What no crate wraps safely: the only unsafe code of this crate, each block with its reason.
+//! System calls that no crate wraps safely: the only unsafe code of this crate, each block with its
+//! reason.
 
 use std::ffi::OsString;
 use std::io;
@@ -15,7 +16,7 @@ pub(crate) fn trim_heap() {
     unsafe { libc::malloc_trim(0) };
 }
 
-/// Other allocators give memory back by themselves.
+/// Does nothing: other allocators give memory back by themselves.
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn trim_heap() {}
 
@@ -23,26 +24,26 @@ pub(crate) fn trim_heap() {}
 /// of `main`, before any thread.
 pub(crate) fn take_variable(name: &str) -> Option<OsString> {
     let value = std::env::var_os(name)?;
-    // SAFETY: this process has one thread yet, so nobody reads the environment meanwhile.
+    // SAFETY: this process has one thread yet, so no other thread reads the environment.
     unsafe { std::env::remove_var(name) };
     Some(value)
 }
 
 /// Owns a descriptor that came to this process, with `execve` or in a message, and keeps it from
-/// its children. Only for a number that whoever gave it has named, and only once for each.
+/// its children. Only for a number that the sender has named, and only once for each.
 pub(crate) fn own(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: plain numbers; a number that is not open is refused with EBADF.
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is open, it was given to us, and the caller names it once: nobody else owns it.
+    // SAFETY: it is open, it was given to us, and the caller names it once: nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Lets the reactor wait until this descriptor is readable.
 pub(crate) fn when_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an owned descriptor is the same one, and open, as long as its owner lives, and that
-    // is the value itself, which gives out no exclusive reference before it is deregistered.
+    // SAFETY: an owned descriptor stays open under the same number as long as its owner lives. The
+    // owner is the returned value, which gives no exclusive reference to it before it deregisters.
     unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }
         .map_err(io::Error::from)
 }

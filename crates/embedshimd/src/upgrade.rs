@@ -1,5 +1,5 @@
-//! `embedshimd upgrade`: asks the keeper to become the binary that is on disk now, and waits until a new daemon serves. Replaces
-//! nothing itself.
+//! `embedshimd upgrade`: asks the keeper to become the binary that is on disk now, and waits until
+//! a new daemon serves. Replaces nothing itself.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,32 +12,35 @@ use crate::cli::Upgrade;
 use crate::outcome::{Code, Failure, print};
 use crate::state_dir::lock::{self, Owner};
 
-/// Longer than the keeper waits for a daemon to leave.
+/// How long to wait for a new daemon: longer than the keeper waits for the old one to leave.
 const LIMIT: Duration = Duration::from_secs(45);
+/// How long to wait before the lock files are read again.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Upgrades and tells.
+/// Upgrades keeper and daemon, and prints what they were and are.
 pub(crate) fn run(options: &Upgrade) -> Result<Code, Failure> {
     let state_dir = &options.state_dir;
-    let Some(keeper) = lock::owner(&lock::of_keeper(state_dir))? else {
+    let Some(keeper) = lock::read_owner(&lock::keeper_path(state_dir))? else {
         return Err(without_keeper(state_dir)?.into());
     };
-    let before = lock::owner(&lock::of_daemon(state_dir))?;
+    let before = lock::read_owner(&lock::daemon_path(state_dir))?;
     kill(Pid::from_raw(keeper.pid), Signal::SIGUSR2)
         .with_context(|| format!("cannot signal the keeper (pid {})", keeper.pid))?;
     let (keeper, daemon) = wait(state_dir, &keeper, before.as_ref())?;
-    let of = |owner: &Owner| format!("{} (pid {})", owner.version, owner.pid);
+    let shown = |owner: &Owner| format!("{} (pid {})", owner.version, owner.pid);
     let text = format!(
         "embedshimd {} is replaced by {}; its keeper is {}",
-        before.as_ref().map_or_else(|| "that was down".into(), of),
-        of(&daemon),
-        of(&keeper)
+        before
+            .as_ref()
+            .map_or_else(|| "that was down".into(), shown),
+        shown(&daemon),
+        shown(&keeper)
     );
     print(&text)?;
     Ok(Code::Ok)
 }
 
-/// Returns keeper and daemon as they are afterwards.
+/// Waits until another daemon than the old one serves, and returns its keeper and it.
 fn wait(
     state_dir: &Path,
     old: &Owner,
@@ -46,7 +49,7 @@ fn wait(
     let deadline = Instant::now() + LIMIT;
     let log = state_dir.join("embedshimd.log");
     loop {
-        let keeper = lock::owner(&lock::of_keeper(state_dir))?.with_context(|| {
+        let keeper = lock::read_owner(&lock::keeper_path(state_dir))?.with_context(|| {
             format!("the keeper has ended; its log says why: {}", log.display())
         })?;
         if let (Some(refused), earlier) = (line(&keeper, "refused"), line(old, "refused"))
@@ -58,14 +61,15 @@ fn wait(
         let ready = line(&keeper, "daemon").and_then(|pid| pid.parse().ok());
         if ready.is_some()
             && ready != old_daemon.map(|daemon| daemon.pid)
-            && let Some(daemon) = lock::owner(&lock::of_daemon(state_dir))?
+            && let Some(daemon) = lock::read_owner(&lock::daemon_path(state_dir))?
             && Some(daemon.pid) == ready
         {
             return Ok((keeper, daemon));
         }
         if Instant::now() > deadline {
             bail!(
-                "no new daemon serves after {} s; see {}. The keeper goes on trying, and holds all connections meanwhile",
+                "no new daemon serves after {} s; see {}. The keeper keeps trying, and holds all \
+                 connections in the meantime",
                 LIMIT.as_secs(),
                 log.display()
             );
@@ -74,6 +78,7 @@ fn wait(
     }
 }
 
+/// The rest of the line that begins with this word, in a lock file.
 fn line<'a>(owner: &'a Owner, key: &str) -> Option<&'a str> {
     owner
         .more
@@ -81,10 +86,10 @@ fn line<'a>(owner: &'a Owner, key: &str) -> Option<&'a str> {
         .find_map(|line| line.strip_prefix(key)?.strip_prefix(' '))
 }
 
-/// What to do where no keeper of ours is.
+/// The message for a state directory without a keeper: what to do instead.
 fn without_keeper(state_dir: &Path) -> anyhow::Result<anyhow::Error> {
     let directory = state_dir.display();
-    let Some(daemon) = lock::owner(&lock::of_daemon(state_dir))? else {
+    let Some(daemon) = lock::read_owner(&lock::daemon_path(state_dir))? else {
         return Ok(anyhow::anyhow!(
             "nothing runs on {directory}: the next start uses the binary on disk anyway"
         ));
@@ -92,15 +97,17 @@ fn without_keeper(state_dir: &Path) -> anyhow::Result<anyhow::Error> {
     let pid = daemon.pid;
     Ok(match systemd_unit(pid) {
         Some(unit) => anyhow::anyhow!(
-            "systemd keeps this daemon (pid {pid}); say: systemctl kill --kill-whom=main --signal=SIGHUP {unit}"
+            "systemd restarts this daemon (pid {pid}); run: \
+             systemctl kill --kill-whom=main --signal=SIGHUP {unit}"
         ),
         None => anyhow::anyhow!(
-            "no keeper holds the connections of this daemon (pid {pid}): stop containerd, stop the daemon, and start containerd again"
+            "no keeper holds the connections of this daemon (pid {pid}): \
+             stop containerd, stop the daemon, and start containerd again"
         ),
     })
 }
 
-/// The unit of a daemon that systemd has started.
+/// The systemd unit of the daemon with this pid, if systemd has started it.
 fn systemd_unit(pid: i32) -> Option<String> {
     let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
     let is_managed = environment

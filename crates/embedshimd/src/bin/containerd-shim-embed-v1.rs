@@ -1,4 +1,4 @@
-//! The launcher that containerd executes for every container; what it does is `shim_api::bootstrap`.
+//! The launcher that containerd executes for every container. `shim_api::bootstrap` does its work.
 
 use std::process::ExitCode;
 

@@ -1,6 +1,6 @@
 //! [`Guardian`]: the daemon's side of the pair of daemon and keeper, each of which replaces the
-//! other. Owns noticing that the keeper has ended, or does not answer and is ended, and preparing
-//! to take its place. Where systemd is the keeper there is none.
+//! other. Owns noticing that the keeper has ended, killing one that does not answer, and preparing
+//! to take its place. Where systemd started the daemon there is no guardian.
 
 use std::future::Future;
 use std::io;
@@ -17,21 +17,21 @@ use tracing::{error, warn};
 
 use crate::cli::Serve;
 use crate::keep::Succession;
-use crate::service_manager::Manager;
+use crate::service_manager::ServiceManager;
 use crate::sys;
 
-/// After a failure.
+/// How long to wait after a failed attempt to become the keeper.
 const RETRY: Duration = Duration::from_secs(5);
-/// What an operator has to know meanwhile.
-const ALONE: &str = "with this daemon ends every connection of containerd, which then destroys its \
-                     containers; stop containerd before this daemon";
+/// What an operator has to know while there is no keeper.
+const ALONE: &str = "every connection of containerd ends with this daemon, and containerd then \
+                     destroys its containers; stop containerd before this daemon";
 
 /// Watches the keeper.
 #[derive(Debug)]
-pub(crate) struct Guardian {
+pub(super) struct Guardian {
     keeper: Keeper,
-    manager: Arc<Manager>,
-    /// How long it may take to answer; without it, that is not asked.
+    manager: Arc<ServiceManager>,
+    /// How long the keeper may take to answer; `None`: it is never asked.
     patience: Option<Duration>,
 }
 
@@ -41,15 +41,16 @@ enum Keeper {
         process: Process,
         ended: AsyncFd<OwnedFd>,
     },
-    /// It had ended before it could be watched.
+    /// The keeper had ended before it could be watched.
     Ended,
 }
 
 impl Keeper {
-    /// `None` if it cannot be watched, since the kernel has no pidfds.
-    fn of(pid: i32) -> Option<Self> {
+    /// Begins to watch the keeper with this pid, the parent of this process. `None` if that cannot
+    /// be, since the kernel has no pidfds.
+    fn watch(pid: i32) -> Option<Self> {
         let process = Process::open(pid);
-        // A parent's number is not another's as long as it is our parent.
+        // While it is the parent of this process, no other process can have its pid.
         if nix::unistd::getppid().as_raw() != pid {
             return Some(Self::Ended);
         }
@@ -59,7 +60,7 @@ impl Keeper {
         Some(Self::Watched { process, ended })
     }
 
-    /// Completes when it has ended.
+    /// Completes when the keeper has ended.
     async fn ended(&self) {
         if let Self::Watched { ended, .. } = self
             && let Err(error) = ended.readable().await
@@ -78,35 +79,36 @@ impl Keeper {
 
     fn kill(&self) {
         if let Self::Watched { process, .. } = self {
-            // It fails for one that has ended already.
+            // Fails only if the keeper has ended already.
             let _ = process.signal(libc::SIGKILL);
         }
     }
 }
 
 impl Guardian {
-    /// Of the keeper with this number, which has started this process. `None` if it cannot be
+    /// Watches the keeper with this pid, which has started this process. `None` if it cannot be
     /// watched, since the kernel has no pidfds.
-    pub(crate) fn of(
+    pub(super) fn new(
         keeper: i32,
-        manager: Arc<Manager>,
+        manager: Arc<ServiceManager>,
         patience: Option<Duration>,
     ) -> Option<Self> {
         Some(Self {
-            keeper: Keeper::of(keeper)?,
+            keeper: Keeper::watch(keeper)?,
             manager,
             patience,
         })
     }
 
     /// Completes when the keeper has ended and this process can take its place.
-    pub(crate) async fn succession(&self, options: &Serve, node: &Node) -> Succession {
+    pub(super) async fn succession(&self, options: &Serve, node: &Node) -> Succession {
         self.end_of_keeper().await;
         let pid = self.keeper.pid();
-        if !self.manager.holds_all() {
+        if !self.manager.begin_succession() {
             error!(
                 pid,
-                "the keeper has ended, and too few files may be open to take its place: {ALONE}"
+                "the keeper has ended, and its place cannot be taken: too few files may be open \
+                 (RLIMIT_NOFILE); {ALONE}"
             );
             return std::future::pending().await;
         }
@@ -123,37 +125,43 @@ impl Guardian {
                 Err(failure) => error!(
                     error = format!("{failure:#}"),
                     again_in = ?RETRY,
-                    "cannot become the keeper: {ALONE}"
+                    "cannot become the keeper; {ALONE}"
                 ),
             }
             tokio::time::sleep(RETRY).await;
         }
     }
 
+    /// Completes when the keeper has ended, by itself or killed since it did not answer.
     async fn end_of_keeper(&self) {
         let mut ended = pin!(self.keeper.ended());
         let Some(patience) = self.patience else {
             return ended.await;
         };
         loop {
-            if is_first(tokio::time::sleep(patience / 3), &mut ended)
+            if unless_ended(tokio::time::sleep(patience / 3), &mut ended)
                 .await
                 .is_none()
             {
                 return;
             }
-            let Some(answer) = is_first(self.answer(patience), &mut ended).await else {
+            let Some(answer) = unless_ended(self.answer(patience), &mut ended).await else {
                 return;
             };
             if let Err(error) = answer {
-                warn!(pid = self.keeper.pid(), %error, ?patience, "the keeper does not answer: killing it");
+                warn!(
+                    pid = self.keeper.pid(),
+                    %error,
+                    ?patience,
+                    "the keeper does not answer: killing it"
+                );
                 self.keeper.kill();
                 return ended.await;
             }
         }
     }
 
-    /// Waits until the keeper has handled everything that was sent to it.
+    /// Waits until the keeper has handled everything that was sent to it; fails after `patience`.
     async fn answer(&self, patience: Duration) -> io::Result<()> {
         let pipe = pipe::Receiver::from_file(OwnedFd::from(self.manager.barrier()?).into())?;
         let mut byte = [0];
@@ -170,8 +178,8 @@ impl Guardian {
     }
 }
 
-/// The result of this work, unless something else comes before.
-async fn is_first<T>(
+/// The result of this work, or `None` if `end` completes first.
+async fn unless_ended<T>(
     work: impl Future<Output = T>,
     end: &mut (impl Future<Output = ()> + Unpin),
 ) -> Option<T> {
@@ -182,13 +190,14 @@ async fn is_first<T>(
     }
 }
 
-/// Says in each half of this period that the reactor runs, for the keeper or systemd.
-pub(crate) async fn keep_saying(manager: Arc<Manager>, period: Duration) {
+/// Says twice in each period that the reactor runs: the service manager's watchdog kills a daemon
+/// that does not.
+pub(super) async fn notify_alive(manager: Arc<ServiceManager>, period: Duration) {
     let mut interval = tokio::time::interval(period / 2);
     loop {
         interval.tick().await;
-        if let Err(error) = manager.alive() {
-            warn!(%error, "cannot say that this daemon is alive");
+        if let Err(error) = manager.notify_alive() {
+            warn!(%error, "cannot notify the service manager: WATCHDOG=1 was not delivered");
         }
     }
 }

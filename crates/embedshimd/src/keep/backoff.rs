@@ -1,23 +1,24 @@
-//! [`Backoff`]: how long to wait before a daemon is started again. Pure.
+//! [`Backoff`]: how long to wait before the daemon is started again. Pure.
 
 use std::time::Duration;
 
-/// One that lived longer than this has not failed at its start.
+/// A daemon that lived longer than this has not failed at its start.
 const YOUNG: Duration = Duration::from_secs(1);
+/// The first pause; each further one is twice as long.
 const STEP: Duration = Duration::from_millis(100);
-/// For one that was never ready: each attempt costs a start.
+/// The longest pause for a daemon that was never ready: each attempt costs a start.
 const LONGEST: Duration = Duration::from_secs(5);
-/// For one that was: meanwhile containerd waits for its answers.
+/// The longest pause for a daemon that was ready: containerd waits for its answers.
 const LONGEST_IF_READY: Duration = Duration::from_secs(1);
 
-/// Failures in a row.
+/// The number of failures in a row.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Backoff {
     failures: u32,
 }
 
 impl Backoff {
-    /// One has ended after `lived`; says what to wait.
+    /// How long to wait after a daemon has ended that `lived` so long.
     pub(super) fn pause(&mut self, lived: Duration, was_ready: bool) -> Duration {
         if was_ready && lived >= YOUNG {
             self.failures = 0;

@@ -1,6 +1,7 @@
-//! What a keeper tells the one that it becomes by `execve`: which descriptor is what, who the daemon
-//! is, and how the processes have ended that it reaped unasked. Owns the format, a line for each
-//! thing in a file in memory; the descriptors themselves stay open under their numbers.
+//! [`Handover`]: what a keeper passes to the one that it becomes by `execve`: the meaning of each
+//! descriptor, the daemon's pid, and the statuses of processes that it reaped before the daemon
+//! asked for them. Owns the format, a line for each thing in a memory file; the descriptors stay
+//! open under their numbers.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -12,25 +13,25 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::warn;
 
-use super::stored_fds::Kept;
+use super::fd_table::FdTable;
 use super::zombies::{Reaped, Zombies};
 use crate::service_manager::message::is_name;
 use crate::sys;
 
-/// A version of the format. A keeper becomes no other that understands neither.
+/// A version of the format. A keeper does not become a program that understands none of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
-    /// Descriptors and the daemon: that of versions that forget statuses.
+    /// Descriptors and the daemon: for versions that cannot take over statuses.
     Descriptors,
-    /// The same and the statuses of reaped processes.
+    /// Descriptors, the daemon, and the statuses of reaped processes.
     Statuses,
 }
 
 impl Format {
-    /// All of them, the best first.
+    /// All versions, the best first.
     pub(super) const ALL: [Self; 2] = [Self::Statuses, Self::Descriptors];
 
-    /// Its name, as `embedshimd keep --understands` takes it.
+    /// The name of the version, as `embedshimd keep --understands` takes it.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Descriptors => "1",
@@ -38,28 +39,29 @@ impl Format {
         }
     }
 
-    /// The format of this name, if this keeper understands it.
-    pub(super) fn of(name: &str) -> Option<Self> {
+    /// The version of this name, if this keeper understands it.
+    pub(super) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|format| format.name() == name)
     }
 }
 
-/// No keeper has that many descriptors.
+/// The longest text in bytes: no keeper stores that many descriptors.
 const MAX_LENGTH: u64 = 1 << 20;
 
-/// Everything that is told.
+/// Everything that is passed on.
 #[derive(Debug)]
 pub(super) struct Handover {
     pub(super) inbox: OwnedFd,
     pub(super) lock: OwnedFd,
     pub(super) daemon: Option<i32>,
-    pub(super) kept: Vec<(String, OwnedFd)>,
-    /// The latest first.
+    /// The stored descriptors, each with its name.
+    pub(super) stored: Vec<(String, OwnedFd)>,
+    /// The statuses of reaped processes, the latest first.
     pub(super) reaped: Vec<Reaped>,
 }
 
-/// Writes it down and lets the descriptors through. While this lives they are inherited by every
-/// program that is started.
+/// A handover that is written down, with all its descriptors inheritable: as long as this value
+/// exists, every program that is started gets them.
 #[derive(Debug)]
 pub(super) struct Open<'a> {
     file: File,
@@ -71,7 +73,7 @@ impl<'a> Open<'a> {
         format: Format,
         (inbox, lock): (BorrowedFd<'a>, BorrowedFd<'a>),
         daemon: Option<i32>,
-        kept: &'a Kept,
+        fds: &'a FdTable,
         zombies: &Zombies,
     ) -> anyhow::Result<Self> {
         let mut text = format!(
@@ -82,7 +84,7 @@ impl<'a> Open<'a> {
             daemon.unwrap_or(0)
         );
         let mut descriptors = vec![inbox, lock];
-        for (name, descriptor) in kept.iter() {
+        for (name, descriptor) in fds.iter() {
             writeln!(text, "descriptor {} {name}", descriptor.as_raw_fd())?;
             descriptors.push(descriptor);
         }
@@ -96,7 +98,7 @@ impl<'a> Open<'a> {
         Ok(open)
     }
 
-    /// The number of the file.
+    /// The descriptor of the memory file.
     pub(super) fn number(&self) -> RawFd {
         self.file.as_raw_fd()
     }
@@ -111,7 +113,7 @@ impl<'a> Open<'a> {
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        // It fails for a descriptor that is not open only, and these are.
+        // Fails only for a descriptor that is not open, and these are.
         let _ = self.set(FdFlag::FD_CLOEXEC);
     }
 }
@@ -139,7 +141,7 @@ fn parse_reaped(line: &str) -> Option<Reaped> {
 }
 
 impl Handover {
-    /// Takes over what is told in the file of this number.
+    /// Reads the memory file that a former keeper has left under this descriptor.
     pub(super) fn take(number: RawFd) -> anyhow::Result<Self> {
         let mut file = File::from(sys::own(number).context("no such descriptor")?);
         file.rewind()?;
@@ -157,11 +159,12 @@ impl Handover {
                 .with_context(|| format!("{line:?} in the place of {key}"))
         };
         let name = next("keeper")?;
-        let format = Format::of(name).with_context(|| format!("the format {name} is unknown"))?;
+        let format =
+            Format::from_name(name).with_context(|| format!("the format {name} is unknown"))?;
         let inbox = own(next("inbox")?.parse()?)?;
         let lock = own(next("lock")?.parse()?)?;
         let daemon = Some(next("daemon")?.parse()?).filter(|&pid| pid > 0);
-        let (mut kept, mut reaped) = (Vec::new(), Vec::new());
+        let (mut stored, mut reaped) = (Vec::new(), Vec::new());
         for line in lines {
             if format == Format::Statuses
                 && let Some(known) = parse_reaped(line)
@@ -175,17 +178,21 @@ impl Handover {
             let Some((number, name)) = descriptor.filter(|(_, name)| is_name(name)) else {
                 bail!("{line:?} is neither a descriptor nor a status");
             };
-            // The others are more important than that this one is there.
+            // One that is missing is no reason to lose the others.
             match own(number.parse()?) {
-                Ok(descriptor) => kept.push((name.into(), descriptor)),
-                Err(error) => warn!(name, %error, "a descriptor is lost"),
+                Ok(descriptor) => stored.push((name.into(), descriptor)),
+                Err(error) => warn!(
+                    name,
+                    %error,
+                    "a stored descriptor is lost: the former keeper did not pass it on"
+                ),
             }
         }
         Ok(Self {
             inbox,
             lock,
             daemon,
-            kept,
+            stored,
             reaped,
         })
     }
@@ -203,11 +210,18 @@ mod tests {
     fn what_is_written_is_read() {
         let text =
             "keeper 1\ninbox 4\nlock 5\ndaemon 77\ndescriptor 6 listener\ndescriptor 9 conn/7\n";
-        let told = Handover::parse(text, any).unwrap();
-        let names: Vec<&str> = told.kept.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!((told.daemon, names), (Some(77), vec!["listener", "conn/7"]));
-        let nobody = Handover::parse("keeper 1\ninbox 4\nlock 5\ndaemon 0\n", any).unwrap();
-        assert_eq!(nobody.daemon, None);
+        let handover = Handover::parse(text, any).unwrap();
+        let names: Vec<&str> = handover
+            .stored
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
+        assert_eq!(
+            (handover.daemon, names),
+            (Some(77), vec!["listener", "conn/7"])
+        );
+        let none = Handover::parse("keeper 1\ninbox 4\nlock 5\ndaemon 0\n", any).unwrap();
+        assert_eq!(none.daemon, None);
     }
 
     #[test]
@@ -217,7 +231,7 @@ mod tests {
             pid,
             status,
         });
-        let kept = Kept::default();
+        let fds = FdTable::default();
         for (format, expected) in [
             (Format::Statuses, known.as_slice()),
             (Format::Descriptors, &[]),
@@ -225,14 +239,17 @@ mod tests {
             let (inbox, lock) = (any(0).unwrap(), any(0).unwrap());
             let ends = (inbox.as_fd(), lock.as_fd());
             let zombies = Zombies::with(known);
-            let open = Open::new(format, ends, Some(77), &kept, &zombies).unwrap();
+            let open = Open::new(format, ends, Some(77), &fds, &zombies).unwrap();
             let mut file = &open.file;
             file.rewind().unwrap();
             let mut text = String::new();
             file.read_to_string(&mut text).unwrap();
-            let told = Handover::parse(&text, any).unwrap();
-            assert_eq!((told.daemon, told.reaped.as_slice()), (Some(77), expected));
-            assert_eq!(Format::of(format.name()), Some(format));
+            let handover = Handover::parse(&text, any).unwrap();
+            assert_eq!(
+                (handover.daemon, handover.reaped.as_slice()),
+                (Some(77), expected)
+            );
+            assert_eq!(Format::from_name(format.name()), Some(format));
         }
     }
 

@@ -1,5 +1,5 @@
-//! [`Inbox`]: the socket that `NOTIFY_SOCKET` names. Owns receiving, and that nobody but our own user is listened to; what a
-//! datagram means is [`crate::service_manager::message`]'s.
+//! [`Inbox`]: the socket that `NOTIFY_SOCKET` names. Owns receiving, and that only the daemon is
+//! listened to; [`crate::service_manager::message`] says what a datagram means.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -14,39 +14,41 @@ use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, UCred, recvmsg,
 };
+use rustix::process::Pid;
 
-/// No message of the protocol is half as long.
+/// The longest datagram in bytes: no message of the protocol is half as long.
 pub(super) const MAX_MESSAGE: usize = 1024;
-/// `SCM_MAX_FD`: the kernel passes no more at once.
+/// The most descriptors of one datagram: `SCM_MAX_FD` of the kernel.
 const MAX_DESCRIPTORS: usize = 253;
 
-/// Where the daemon finds us.
+/// The path of the socket.
 pub(super) fn path(state_dir: &Path) -> PathBuf {
     state_dir.join("keeper.sock")
 }
 
-/// The socket.
+/// The keeper's socket, bound to its path.
 #[derive(Debug)]
 pub(super) struct Inbox {
     pub(super) socket: OwnedFd,
 }
 
-/// What came in one datagram.
+/// One datagram, but for its bytes.
 #[derive(Debug)]
 pub(super) struct Received {
-    /// How many bytes of the buffer.
+    /// How many bytes of the buffer it fills.
     pub(super) length: usize,
-    /// Who sent it, if the kernel says.
+    /// The process that sent it, if the kernel says.
     pub(super) sender: Option<UCred>,
     pub(super) descriptors: Vec<OwnedFd>,
     /// It was longer than the buffer.
     pub(super) is_truncated: bool,
-    /// There was no room in our table for all descriptors that came.
+    /// Some of its descriptors are lost: this process may have no more.
     pub(super) lacks_descriptors: bool,
 }
 
 impl Inbox {
-    /// Makes the socket anew; the caller holds the lock that says that nobody else listens there.
+    /// Makes the socket, in the place of an old one: the caller holds the keeper's lock, so no
+    /// other process listens there.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -55,20 +57,21 @@ impl Inbox {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Unix, SockType::Datagram, flags, None)?;
         setsockopt(&fd, PassCred, &true)?;
-        // The mode of a socket file comes from the umask alone: a chmod afterwards would leave a moment for others.
+        // The umask sets the mode of the file: with a chmod afterwards other users could connect
+        // before.
         let before = umask(Mode::from_bits_truncate(0o177));
         let bound = UnixAddr::new(path).and_then(|address| bind(fd.as_raw_fd(), &address));
         umask(before);
         bound?;
-        Ok(Self::resume(fd))
+        Ok(Self::from_inherited(fd))
     }
 
-    /// Goes on with a socket that another keeper has made.
-    pub(super) fn resume(socket: OwnedFd) -> Self {
+    /// The socket that a former keeper has made.
+    pub(super) fn from_inherited(socket: OwnedFd) -> Self {
         Self { socket }
     }
 
-    /// The next datagram, if one is there.
+    /// Receives the next datagram; `None` if there is none.
     pub(super) fn receive(&self, buffer: &mut [u8; MAX_MESSAGE]) -> io::Result<Option<Received>> {
         let mut space = [MaybeUninit::uninit();
             rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS), ScmCredentials(1))];
@@ -95,5 +98,29 @@ impl Inbox {
             is_truncated: received.flags.contains(ReturnFlags::TRUNC),
             lacks_descriptors: received.flags.contains(ReturnFlags::CTRUNC),
         }))
+    }
+}
+
+impl Received {
+    /// The daemon, if it has sent this datagram as a whole; otherwise why the datagram is ignored.
+    pub(super) fn check_sender(&self, daemon: Option<Pid>) -> Result<Pid, String> {
+        let sender = self.sender.ok_or("it has no sender")?;
+        let own = nix::unistd::geteuid().as_raw();
+        if sender.uid.as_raw() != own {
+            return Err(format!("user {} sent it", sender.uid.as_raw()));
+        }
+        let process = sender.pid.as_raw_nonzero();
+        let Some(daemon) = daemon else {
+            return Err(format!("process {process} sent it, and no daemon runs"));
+        };
+        if sender.pid != daemon {
+            return Err(format!(
+                "process {process} sent it, which is not the daemon"
+            ));
+        }
+        if self.is_truncated {
+            return Err(format!("it is longer than {MAX_MESSAGE} bytes"));
+        }
+        Ok(daemon)
     }
 }

@@ -1,14 +1,15 @@
-//! `embedshimd keep`: the manager's side of `sd_notify(3)` where systemd is not pid 1. Starts the
-//! daemon, starts it again whenever it ends, and holds its descriptors meanwhile. Knows nothing of
-//! containers: one thread, no async runtime, asleep most of the time.
+//! `embedshimd keep`: the service manager where systemd is not pid 1. Starts the daemon, starts it
+//! again whenever it ends, and stores its descriptors in the meantime. Knows nothing of containers:
+//! one thread, no async runtime, asleep most of the time.
 
 mod backoff;
+mod daemon;
+mod fd_table;
+mod files;
 mod handover;
 mod inbox;
 mod keeper;
 mod program;
-mod running;
-mod stored_fds;
 mod succession;
 mod zombies;
 
@@ -17,30 +18,28 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use tracing::warn;
 
 use crate::cli::Keep;
 use crate::outcome::{Code, Failure};
 use crate::state_dir::claim::{Claim, Role};
 use crate::state_dir::lock;
-use crate::{logging, sys};
+use crate::{limits, logging, signals, sys};
 
-use handover::Handover;
+use fd_table::FdTable;
+use files::Files;
+use handover::{Format, Handover};
 use inbox::Inbox;
 use keeper::{Keeper, Parts};
 use program::Program;
-use stored_fds::Kept;
 use zombies::Zombies;
 
-pub(crate) use stored_fds::MAX_NAMES;
 pub(crate) use succession::Succession;
 
-/// Keeps until SIGTERM or SIGINT.
+/// Keeps the daemon running until SIGTERM or SIGINT.
 pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
     if let Some(format) = &options.understands {
-        return Ok(match handover::Format::of(format) {
+        return Ok(match Format::from_name(format) {
             Some(_) => Code::Ok,
             None => Code::Failed,
         });
@@ -49,21 +48,18 @@ pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
         detach()?;
     }
     logging::start_plain(&options.locations.state_dir);
-    // Before anything can end: what comes before the descriptor is there waits for it.
-    let signals = signals().context("cannot wait for signals")?;
-    // The containers of a daemon that has ended become ours, and no status is lost while they are
-    // zombies.
+    // Before a child can end: a signal that comes before the descriptor is read stays pending.
+    let signals = signals::open_for_keeper().context("cannot wait for signals")?;
+    // The containers of a daemon that has ended become children of the keeper. No status is lost
+    // while they are zombies.
     nix::sys::prctl::set_child_subreaper(true).context("cannot become a child subreaper")?;
-    let limit = raise_descriptor_limit();
-    let program = Program::own(options).context("cannot find our own program")?;
-    let state_dir = &options.locations.state_dir;
     let parts = Parts {
-        program,
-        inbox_path: inbox::path(state_dir),
+        program: Program::of_keeper(options).context("cannot find our own program")?,
         watchdog: Some(Duration::from_secs(options.watchdog)).filter(|period| !period.is_zero()),
         signals,
-        limit,
+        limit: raise_descriptor_limit(),
     };
+    let state_dir = &options.locations.state_dir;
     let mut keeper = match options.resume {
         Some(number) => resume(parts, state_dir, number)?,
         None => begin(parts, state_dir)?,
@@ -72,74 +68,55 @@ pub(crate) fn run(options: &Keep) -> Result<Code, Failure> {
     Ok(keeper.run())
 }
 
+/// The first keeper of a state directory, which takes that for itself (invariant 18).
 fn begin(parts: Parts, state_dir: &Path) -> Result<Keeper, Failure> {
-    let path = lock::of_keeper(state_dir);
     let taken = || {
         let text = format!("another keeper works on {}", state_dir.display());
         Failure::new(Code::AlreadyRunning, anyhow!(text))
     };
-    let lock = lock::take(state_dir, &path)?.ok_or_else(taken)?;
+    let lock = lock::take(state_dir, &lock::keeper_path(state_dir))?.ok_or_else(taken)?;
     let claim = Claim::take(state_dir, Role::Keeper).ok_or_else(taken)?;
-    let inbox = Inbox::open(&parts.inbox_path)
-        .with_context(|| format!("cannot listen on {}", parts.inbox_path.display()))?;
+    let path = inbox::path(state_dir);
+    let inbox =
+        Inbox::open(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
     Ok(Keeper::new(
         parts,
-        (lock, claim),
-        inbox,
-        Kept::default(),
+        Files::new(state_dir, lock, claim, inbox),
+        FdTable::default(),
         Zombies::default(),
     ))
 }
 
-/// Goes on where the keeper was that this process has been.
+/// Continues as the keeper that this process was before `execve`; `number` is the descriptor of
+/// what that has written down.
 fn resume(parts: Parts, state_dir: &Path, number: RawFd) -> Result<Keeper, Failure> {
-    let told = Handover::take(number).context("cannot go on with what another keeper kept")?;
-    let lock = lock::again(told.lock).context("cannot go on with the lock of another keeper")?;
-    // The claim did not come through the execution. The lock did: nothing that has the name now is a
-    // reason to let go of what is kept.
+    let handover = Handover::take(number).context("cannot take over from the former keeper")?;
+    let lock = lock::from_inherited(handover.lock)
+        .context("cannot take over the lock of the former keeper")?;
+    // The claim ends with `execve`, the lock does not. So a process that has the name now is no
+    // reason to give up the descriptors.
     let claim = Claim::take(state_dir, Role::Keeper).unwrap_or_else(Claim::none);
-    let mut kept = Kept::default();
-    for (name, descriptor) in told.kept {
-        // What one keeper could hold another can.
-        let _ = kept.insert(&name, descriptor, u64::MAX);
+    let mut fds = FdTable::default();
+    for (name, descriptor) in handover.stored {
+        // Without a limit: what one keeper could store another can.
+        let _ = fds.insert(&name, descriptor, u64::MAX);
     }
-    let inbox = Inbox::resume(told.inbox);
-    let zombies = Zombies::with(told.reaped);
-    let mut keeper = Keeper::new(parts, (lock, claim), inbox, kept, zombies);
-    keeper.replace(told.daemon);
+    let inbox = Inbox::from_inherited(handover.inbox);
+    let files = Files::new(state_dir, lock, claim, inbox);
+    let mut keeper = Keeper::new(parts, files, fds, Zombies::with(handover.reaped));
+    keeper.replace_daemon(handover.daemon);
     Ok(keeper)
 }
 
-fn signals() -> nix::Result<SignalFd> {
-    let mut wanted = SigSet::empty();
-    for signal in [
-        Signal::SIGCHLD,
-        Signal::SIGHUP,
-        Signal::SIGINT,
-        Signal::SIGTERM,
-        Signal::SIGUSR2,
-    ] {
-        wanted.add(signal);
-    }
-    // Others that somebody blocked before he started us would stay so.
-    wanted.thread_set_mask()?;
-    SignalFd::with_flags(&wanted, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-}
-
-/// As many as we may; says how many.
+/// Raises the limit of open files, and returns what it is then.
 fn raise_descriptor_limit() -> u64 {
-    let limits = getrlimit(Resource::RLIMIT_NOFILE);
-    let raised = limits.and_then(|(_, hard)| {
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-        Ok(hard)
-    });
-    raised.unwrap_or_else(|error| {
-        tracing::warn!(%error, "cannot raise the limit of open files");
-        limits.map_or(0, |(soft, _)| soft)
+    limits::raise_open_files().unwrap_or_else(|error| {
+        warn!(%error, "cannot raise the limit of open files");
+        limits::max_open_files()
     })
 }
 
-/// Leaves the launcher's session, and the descriptors that containerd was itself started with.
+/// Leaves the launcher's session, and closes the descriptors that containerd was started with.
 fn detach() -> anyhow::Result<()> {
     // Fails only for the leader of a process group, which a launcher's child is not.
     nix::unistd::setsid().context("cannot begin a session of its own")?;
@@ -149,7 +126,7 @@ fn detach() -> anyhow::Result<()> {
         .filter(|&descriptor| descriptor > 2)
         .collect();
     for descriptor in descriptors {
-        // Nothing of ours is open yet; the one that listed them is closed already.
+        // This process has opened nothing yet but the directory, which is closed already.
         let _ = nix::unistd::close(descriptor);
     }
     Ok(())

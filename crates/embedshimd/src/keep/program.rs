@@ -1,46 +1,49 @@
-//! [`Program`]: the file that the daemon, and another keeper, are started from. Owns that it is looked for by its path each time, so
-//! that a file that was replaced is used next.
+//! [`Program`]: the file that the daemon and the next keeper are started from. Owns that its path
+//! is looked up each time, so that a replaced file is used at the next start.
 
 use std::ffi::{OsStr, OsString};
 use std::ops::DerefMut;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
-use std::{env, fs, io};
+use std::{env, io};
 
 use anyhow::{Context, bail};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::Pid;
 
+use super::fd_table::FdTable;
 use super::handover::Format;
-use super::stored_fds::Kept;
 use crate::cli::{Keep, Locations, Serve, UNDERSTANDS, WATCHDOG, WATCHDOG_VARIABLE};
+use crate::state_dir::file_id::FileId;
 
+/// The file that this process runs, also if it was replaced at its path.
 const SELF: &str = "/proc/self/exe";
-/// How long a program may take to say that it can be the next keeper.
+/// How long a program may take to answer whether it can be the next keeper.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// How long to wait before the program is asked again whether it has ended.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// The program and what it is told.
+/// The program, and the options that are passed to it.
 #[derive(Debug)]
 pub(super) struct Program {
     path: PathBuf,
     options: Vec<OsString>,
-    /// In seconds; told by the environment, since not every version knows an option for it.
+    /// In seconds; passed in the environment, since not every version has an option for it.
     watchdog: u64,
 }
 
 impl Program {
-    /// Our own, by the name that we were called by if that is a path: a link may lead elsewhere after an upgrade.
-    pub(super) fn own(options: &Keep) -> io::Result<Self> {
+    /// The program of this keeper, by the path that it was started by: that may be a link, which
+    /// leads elsewhere after an upgrade.
+    pub(super) fn of_keeper(options: &Keep) -> io::Result<Self> {
         let watchdog = options.watchdog;
         Self::with(&options.locations, options.log_level.as_deref(), watchdog)
     }
 
-    /// The same of a daemon.
+    /// The program of this daemon, which becomes the keeper.
     pub(super) fn of_daemon(options: &Serve) -> io::Result<Self> {
         let watchdog = options.keeper_watchdog.unwrap_or(WATCHDOG);
         Self::with(&options.locations, options.log_level.as_deref(), watchdog)
@@ -48,7 +51,7 @@ impl Program {
 
     fn with(locations: &Locations, log_level: Option<&str>, watchdog: u64) -> io::Result<Self> {
         let called = env::args_os().next().map(PathBuf::from);
-        let called = called.filter(|path| path.is_absolute() && is_same(path, Path::new(SELF)));
+        let called = called.filter(|path| path.is_absolute() && is_self(path));
         let path = match called {
             Some(path) => path,
             None => undeleted(env::current_exe()?),
@@ -71,16 +74,18 @@ impl Program {
         &self.path
     }
 
-    /// Starts the daemon with everything that is kept, and tells it the most that can be.
+    /// Starts the daemon with all stored descriptors. `max_stored` is the most that can be stored.
     pub(super) fn start_daemon(
         &self,
-        kept: &Kept,
-        most: usize,
+        fds: &FdTable,
+        max_stored: usize,
         inbox: &Path,
     ) -> anyhow::Result<Pid> {
-        let child = match self.spawn(self.path.as_os_str(), kept, most, inbox) {
-            // It may be on its way to be replaced; the one we run is there still.
-            Err(error) if error.is_not_there() => self.spawn(OsStr::new(SELF), kept, most, inbox),
+        let child = match self.spawn(self.path.as_os_str(), fds, max_stored, inbox) {
+            // It is perhaps being replaced right now: the file that this process runs still exists.
+            Err(error) if error.is_missing() => {
+                self.spawn(OsStr::new(SELF), fds, max_stored, inbox)
+            }
             result => result,
         };
         let id = child.map_err(|NotStarted(error)| error)?;
@@ -93,13 +98,13 @@ impl Program {
     fn spawn(
         &self,
         file: &OsStr,
-        kept: &Kept,
-        most: usize,
+        fds: &FdTable,
+        max_stored: usize,
         inbox: &Path,
     ) -> Result<u32, NotStarted> {
         let mut names = String::new();
-        let mut mappings = Vec::with_capacity(kept.len());
-        for (child_fd, (name, descriptor)) in (3..).zip(kept.iter()) {
+        let mut mappings = Vec::with_capacity(fds.len());
+        for (child_fd, (name, descriptor)) in (3..).zip(fds.iter()) {
             let parent_fd: OwnedFd = descriptor
                 .try_clone_to_owned()
                 .context("no descriptors are left to start embedshimd with")?;
@@ -119,10 +124,10 @@ impl Program {
             .args(&self.options)
             .env_remove("LISTEN_PID")
             .env("LISTEN_PPID", std::process::id().to_string())
-            .env("LISTEN_FDS", kept.len().to_string())
+            .env("LISTEN_FDS", fds.len().to_string())
             .env("LISTEN_FDNAMES", names)
             .env("NOTIFY_SOCKET", inbox)
-            .env("FDSTORE", most.to_string())
+            .env("FDSTORE", max_stored.to_string())
             .env(WATCHDOG_VARIABLE, self.watchdog.to_string())
             .env(
                 "WATCHDOG_USEC",
@@ -130,7 +135,7 @@ impl Program {
             )
             .env_remove("WATCHDOG_PID")
             .stdin(Stdio::null())
-            // Ctrl-C is for us, who then end it in order.
+            // Ctrl-C is for the keeper alone, which then asks the daemon to leave.
             .process_group(0);
         command.fd_mappings(mappings).map_err(anyhow::Error::from)?;
         let child = command
@@ -139,7 +144,8 @@ impl Program {
         Ok(child.id())
     }
 
-    /// Becomes another keeper; returns only if that fails.
+    /// Becomes the next keeper by `execve`; returns only if that fails. `handover` is the
+    /// descriptor of what this keeper has written down.
     pub(super) fn become_next(&self, handover: i32) -> io::Error {
         Command::new(&self.path)
             .arg0(&self.path)
@@ -151,16 +157,16 @@ impl Program {
     }
 }
 
-/// Asks the program in which format it can go on: an `execve` that succeeds cannot be taken back.
-/// `meanwhile` is done again and again until it answers. `spawn` starts it.
+/// Asks the program which format of the handover it understands: an `execve` that succeeds cannot
+/// be undone. `spawn` starts it; `until_answered` is called repeatedly until it answers.
 pub(super) fn check<C: DerefMut<Target = Child>>(
     path: &Path,
     spawn: impl Fn(&mut Command) -> io::Result<C>,
-    mut meanwhile: impl FnMut(),
+    mut until_answered: impl FnMut(),
 ) -> anyhow::Result<Format> {
     let mut refused = None;
     for format in Format::ALL {
-        let status = ask(path, format, &spawn, &mut meanwhile)?;
+        let status = ask(path, format, &spawn, &mut until_answered)?;
         if status.success() {
             return Ok(format);
         }
@@ -168,7 +174,7 @@ pub(super) fn check<C: DerefMut<Target = Child>>(
     }
     let status = refused.map_or_else(String::new, |status| format!(" ({status})"));
     bail!(
-        "{} cannot go on with what this keeper keeps{status}",
+        "{} cannot take over from this keeper{status}",
         path.display()
     )
 }
@@ -177,7 +183,7 @@ fn ask<C: DerefMut<Target = Child>>(
     path: &Path,
     format: Format,
     spawn: impl Fn(&mut Command) -> io::Result<C>,
-    mut meanwhile: impl FnMut(),
+    mut until_answered: impl FnMut(),
 ) -> anyhow::Result<ExitStatus> {
     let name = path.display();
     let mut command = Command::new(path);
@@ -197,16 +203,16 @@ fn ask<C: DerefMut<Target = Child>>(
             child.wait()?;
             bail!("{name} does not say within {ANSWER_LIMIT:?} that it can keep");
         }
-        meanwhile();
+        until_answered();
         std::thread::sleep(PAUSE);
     }
 }
 
-/// Why a program was not started.
+/// Why a program could not be started.
 struct NotStarted(anyhow::Error);
 
 impl NotStarted {
-    fn is_not_there(&self) -> bool {
+    fn is_missing(&self) -> bool {
         self.0
             .downcast_ref::<io::Error>()
             .is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
@@ -219,7 +225,8 @@ impl From<anyhow::Error> for NotStarted {
     }
 }
 
-/// As the kernel shows the path of a file that was replaced since.
+/// The path of this program as it was before its file was replaced: since then the kernel shows it
+/// with a suffix.
 fn undeleted(path: PathBuf) -> PathBuf {
     let text = path.to_str();
     text.and_then(|text| text.strip_suffix(" (deleted)"))
@@ -227,9 +234,7 @@ fn undeleted(path: PathBuf) -> PathBuf {
         .unwrap_or(path)
 }
 
-fn is_same(one: &Path, other: &Path) -> bool {
-    match (fs::metadata(one), fs::metadata(other)) {
-        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
-        _ => false,
-    }
+fn is_self(path: &Path) -> bool {
+    let file = FileId::behind(path);
+    file.is_some() && file == FileId::behind(Path::new(SELF))
 }

@@ -1,6 +1,6 @@
-//! [`Succession`]: the daemon becomes the keeper, by `execve`, when its own has ended. So its
-//! children, and the zombies that tell how they ended, stay children of the keeper. Owns that
-//! everything that can fail is done before the daemon stops to serve.
+//! [`Succession`]: the daemon becomes the keeper, by `execve`, when its own keeper has ended. So
+//! its children, and the zombies that show how they ended, are children of the new keeper. Owns
+//! that everything that can fail is done before the daemon stops to serve.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -11,15 +11,15 @@ use embedshim_core::task::Node;
 use nix::fcntl::Flock;
 use tracing::error;
 
+use super::fd_table::FdTable;
 use super::handover;
 use super::inbox::{self, Inbox};
 use super::program::{self, Program};
-use super::stored_fds::Kept;
 use super::zombies::Zombies;
 use crate::cli::Serve;
 use crate::state_dir::lock;
 
-/// Everything that a keeper needs, but for the descriptors.
+/// Everything that the new keeper needs, but for the stored descriptors.
 #[derive(Debug)]
 pub(crate) struct Succession {
     program: Program,
@@ -29,12 +29,13 @@ pub(crate) struct Succession {
 }
 
 impl Succession {
-    /// Takes the keeper's place. Blocks on the state directory and on a run of our own program.
+    /// Takes the keeper's lock and socket. Blocks on the state directory and on a run of this
+    /// program.
     pub(crate) fn prepare(options: &Serve, node: &Node) -> anyhow::Result<Self> {
         let program = Program::of_daemon(options).context("cannot find our own program")?;
         let format = program::check(program.path(), |command| node.spawn(command), || {})?;
         let state_dir = &options.locations.state_dir;
-        let lock = lock::take(state_dir, &lock::of_keeper(state_dir))?
+        let lock = lock::take(state_dir, &lock::keeper_path(state_dir))?
             .context("another keeper has taken the state directory")?;
         let path = inbox::path(state_dir);
         let inbox =
@@ -49,20 +50,20 @@ impl Succession {
 
     /// Becomes the keeper of these descriptors; returns only if that fails.
     ///
-    /// No other thread may start a program meanwhile: for that moment children inherit all of them.
+    /// No other thread may start a program at the same time: it would inherit all of them.
     pub(crate) fn become_keeper(
         self,
         descriptors: impl IntoIterator<Item = (String, OwnedFd)>,
     ) -> anyhow::Result<Infallible> {
-        let mut kept = Kept::default();
+        let mut fds = FdTable::default();
         for (name, descriptor) in descriptors {
-            if let Err(full) = kept.insert(&name, descriptor, u64::MAX) {
-                error!(name, "not kept: {full}; it is lost");
+            if let Err(full) = fds.insert(&name, descriptor, u64::MAX) {
+                error!(name, "cannot store a descriptor: {full}; it is lost");
             }
         }
         let ends = (self.inbox.socket.as_fd(), self.lock.as_fd());
-        // A daemon has reaped nothing unasked.
-        let open = handover::Open::new(self.format, ends, None, &kept, &Zombies::default())?;
+        // A daemon has no statuses of processes that it reaped before they were asked for.
+        let open = handover::Open::new(self.format, ends, None, &fds, &Zombies::default())?;
         Err(self.program.become_next(open.number()).into())
     }
 }

@@ -1,8 +1,8 @@
-//! [`Zombies`]: children that we inherit as a subreaper when a daemon ends. Owns when they are
-//! reaped: when the daemon says so, and not before one that serves has had time to read the status
-//! of each, which only a zombie tells (`/proc/PID/stat`). The status of one that was reaped unasked
-//! is kept, for a daemon that comes to it late: it was busy, or waits for the runtime that has
-//! started the process.
+//! [`Zombies`]: children that the keeper inherits as a subreaper when a daemon ends. Owns when they
+//! are reaped: when the daemon says so, and not before a daemon that serves has had time to read
+//! the status of each, which only a zombie shows (`/proc/PID/stat`). The status of one that was
+//! reaped before the daemon said so is remembered, for a daemon that asks late: it was busy, or
+//! waits for the runtime that has started the process.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -12,16 +12,16 @@ use std::time::{Duration, Instant};
 use embedshim_core::process::parse_stat_field;
 use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 
-/// The field of `/proc/PID/stat` (proc(5)).
+/// The number of the field of `/proc/PID/stat` (proc(5)).
 const START_TIME: usize = 22;
-/// How long one stays of which nobody says that it may go.
+/// How long a zombie stays that the daemon does not ask to reap.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Statuses that are kept, of 16 bytes each; the oldest go first.
+/// The most statuses that are remembered, of 16 bytes each; the oldest are dropped first.
 const MAX_REAPED: usize = 1024;
-/// Of one number; a pipe takes so much at once.
+/// The most statuses of one pid that are answered: a pipe takes them in one write.
 const MAX_ANSWER: usize = 64;
 
-/// Those that were seen, and when they can go.
+/// The zombies that were seen, when they are reaped, and the statuses of those that were.
 #[derive(Debug, Default)]
 pub(super) struct Zombies {
     seen: Vec<Pid>,
@@ -39,7 +39,7 @@ pub(super) struct Reaped {
 }
 
 impl Zombies {
-    /// Goes on with the statuses that another keeper has kept, the latest first.
+    /// Takes over the statuses that a former keeper has remembered, the latest first.
     pub(super) fn with(reaped: impl IntoIterator<Item = Reaped>) -> Self {
         Self {
             reaped: reaped.into_iter().take(MAX_REAPED).collect(),
@@ -47,24 +47,24 @@ impl Zombies {
         }
     }
 
-    /// All statuses that are kept, the latest first.
+    /// All statuses that are remembered, the latest first.
     pub(super) fn all_reaped(&self) -> impl Iterator<Item = Reaped> {
         self.reaped.iter().copied()
     }
 
-    /// When to look again; never, if there are none.
+    /// When the seen zombies are reaped; `None` if there are none.
     pub(super) fn due(&self) -> Option<Instant> {
         self.due
     }
 
-    /// Nobody reads their status now.
+    /// Reaps none until further notice: no daemon runs that could read their status.
     pub(super) fn leave_alone(&mut self) {
         self.seen.clear();
         self.due = None;
     }
 
-    /// A child has ended, perhaps. Those that come while others are waited for have their turn
-    /// afterwards.
+    /// Looks for zombies, since a child may have ended. Those that end while others are due are
+    /// found afterwards.
     pub(super) fn look(&mut self, now: Instant, daemon: Option<Pid>) {
         if self.due.is_none() {
             self.seen = zombies(daemon);
@@ -72,7 +72,8 @@ impl Zombies {
         }
     }
 
-    /// Reaps one whose status is written down, if it is a zombie of ours. Others wait on.
+    /// Reaps the zombie with this pid and start time, whose status the daemon has written down. The
+    /// others stay.
     pub(super) fn reap_one(&mut self, pid: i32, start_ticks: u64) {
         let stat = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
         if parse_stat_field(&stat, START_TIME) != Some(start_ticks) {
@@ -80,24 +81,24 @@ impl Zombies {
         }
         if let Some(pid) = Pid::from_raw(pid) {
             let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-            // Who is somebody else's child, or alive, is left alone by the kernel.
+            // The kernel reaps neither a process that is alive nor the child of another one.
             let _ = waitid(WaitId::Pid(pid), options);
             self.seen.retain(|&seen| seen != pid);
         }
     }
 
-    /// Reaps those that have waited long enough.
+    /// Reaps the zombies that are due.
     pub(super) fn reap(&mut self, now: Instant, daemon: Option<Pid>) {
         if self.due.is_some_and(|due| due <= now) {
             for pid in std::mem::take(&mut self.seen) {
-                self.reap_unasked(pid);
+                self.reap_and_remember(pid);
             }
             self.due = None;
             self.look(now, daemon);
         }
     }
 
-    fn reap_unasked(&mut self, pid: Pid) {
+    fn reap_and_remember(&mut self, pid: Pid) {
         let number = pid.as_raw_nonzero().get();
         let stat = std::fs::read(format!("/proc/{number}/stat")).unwrap_or_default();
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
@@ -115,8 +116,8 @@ impl Zombies {
         }
     }
 
-    /// How those with this number have ended, the latest first: a line with start time and wait
-    /// status for each.
+    /// How the reaped processes with this pid have ended, the latest first: a line with start time
+    /// and wait status for each.
     pub(super) fn reaped(&self, pid: i32) -> String {
         let mut text = String::new();
         for known in self
@@ -125,7 +126,7 @@ impl Zombies {
             .filter(|known| known.pid == pid)
             .take(MAX_ANSWER)
         {
-            // Into a string it cannot fail.
+            // Writing into a string cannot fail.
             let _ = writeln!(text, "{} {}", known.start_ticks, known.status);
         }
         text
@@ -153,8 +154,8 @@ fn is_zombie(pid: Pid) -> bool {
     matches!(waitid(WaitId::Pid(pid), options), Ok(Some(_)))
 }
 
-/// Our children; without `CONFIG_PROC_CHILDREN` all processes, of which the kernel tells us what
-/// are ours.
+/// The children of this process. Without `CONFIG_PROC_CHILDREN` all processes: `waitid` then fails
+/// for those that are no children.
 fn children() -> Vec<Pid> {
     let own = std::process::id();
     let pids = |text: &str| text.parse().ok().and_then(Pid::from_raw);
@@ -194,7 +195,7 @@ mod tests {
             parse_stat_field(&stat, START_TIME).unwrap()
         });
         for child in &children {
-            zombies.reap_unasked(pid(child));
+            zombies.reap_and_remember(pid(child));
         }
         for (child, (start, status)) in children.iter().zip(starts.iter().zip([7 << 8, 9])) {
             let known = zombies.reaped(pid(child).as_raw_nonzero().get());
@@ -216,7 +217,7 @@ mod tests {
                 status,
             });
         }
-        zombies.reap_unasked(pid(&ended("exit 7")));
+        zombies.reap_and_remember(pid(&ended("exit 7")));
         assert_eq!(zombies.reaped.len(), MAX_REAPED);
         assert_eq!(zombies.reaped[0].status, 7 << 8);
         assert_eq!(zombies.reaped(1).lines().count(), MAX_ANSWER);

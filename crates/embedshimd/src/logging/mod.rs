@@ -14,17 +14,17 @@ use crate::config::{Log, LogFormat};
 use crate::outcome::{Code, Failure};
 use file::LogFile;
 
-/// Starts logging as text, what is `info` and above: for the keeper, which reads no configuration.
+/// Starts logging of `info` and above, as text: for the keeper, which reads no configuration file.
 pub(crate) fn start_plain(state_dir: &Path) {
     tracing_subscriber::fmt()
         .with_max_level(tracing::Level::INFO)
         .with_target(false)
         .with_ansi(stderr().is_terminal())
-        .with_writer(LogFile::of(state_dir))
+        .with_writer(LogFile::new(state_dir))
         .init();
 }
 
-/// Starts logging; `level` overrides the configuration.
+/// Starts logging as configured; `level` overrides the configured level.
 pub(crate) fn start(config: &Log, level: Option<&str>, state_dir: &Path) -> Result<(), Failure> {
     let level = level.unwrap_or(&config.level);
     let filter = filter(level)
@@ -36,7 +36,7 @@ pub(crate) fn start(config: &Log, level: Option<&str>, state_dir: &Path) -> Resu
         .with_env_filter(filter)
         .with_target(false)
         .with_ansi(stderr().is_terminal())
-        .with_writer(LogFile::of(state_dir));
+        .with_writer(LogFile::new(state_dir));
     match config.format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().init(),
@@ -44,8 +44,8 @@ pub(crate) fn start(config: &Log, level: Option<&str>, state_dir: &Path) -> Resu
     Ok(())
 }
 
-/// A word that is no level would be taken for a module whose lines alone are wanted: nothing would
-/// be logged.
+/// The filter that a level stands for. A word that is no level is refused: `tracing` takes it for
+/// the name of a module and would log only that one's lines.
 fn filter(level: &str) -> anyhow::Result<EnvFilter> {
     for part in level.split(',').filter(|part| !part.contains('=')) {
         ensure!(!part.trim().is_empty(), "it is empty");

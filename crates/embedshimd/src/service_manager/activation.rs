@@ -1,5 +1,6 @@
-//! The descriptors that whoever started us has kept for us: `LISTEN_FDS` and its companions, as of `sd_listen_fds(3)`. Owns taking
-//! them out of the environment, once; what they are for is the daemon's.
+//! [`Activation`]: what the service manager hands to this process at its start: `LISTEN_FDS` and
+//! its companions, as of `sd_listen_fds(3)`, `NOTIFY_SOCKET` and the watchdog. Owns taking all of
+//! it out of the environment, once; what the descriptors are for is the daemon's to know.
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
@@ -11,39 +12,43 @@ use nix::unistd::{Pid, getpid, getppid};
 
 use crate::sys;
 
-/// The first one.
+/// The longest list of names, with a colon after each. `execve` takes no string of more than 128
+/// KiB, and `LISTEN_FDNAMES=` with all names is one: with a longer one no successor could start.
+pub(crate) const MAX_NAMES_LENGTH: usize = 128 * 1024 - 64;
+
+/// The number of the first descriptor, `SD_LISTEN_FDS_START`.
 const FIRST: RawFd = 3;
-/// What `sd_listen_fds_with_names(3)` says of one without a name.
-const NAMELESS: &str = "unknown";
+/// The name that `sd_listen_fds_with_names(3)` gives a descriptor without one.
+const DEFAULT_NAME: &str = "unknown";
 
 /// What came with the start of this process.
 #[derive(Debug, Default)]
-pub(crate) struct Start {
-    /// What a predecessor has left.
+pub(crate) struct Activation {
+    /// The descriptors that a predecessor had stored, by name.
     pub(crate) inherited: InheritedFds,
-    /// Names that say nothing to us; their descriptors are closed.
-    pub(crate) unknown: Vec<String>,
-    /// Where the manager listens.
+    /// Names that are not an [`FdName`] of this version; their descriptors are closed.
+    pub(crate) unknown_names: Vec<String>,
+    /// The address of the manager's socket.
     pub(crate) notify_socket: Option<OsString>,
-    /// The most descriptors that the manager holds, if it says so.
+    /// The most descriptors that the manager stores, if it says so.
     pub(crate) store_limit: Option<usize>,
-    /// The keeper that has started us, if it was not systemd.
+    /// The pid of the keeper that has started this process; `None` if systemd did.
     pub(crate) keeper: Option<i32>,
-    /// Within which time the manager wants to hear that we are alive.
+    /// The time within which the manager has to hear that this process is alive.
     pub(crate) watchdog: Option<Duration>,
 }
 
-impl Start {
-    /// Takes everything, and the variables out of the environment: no child may take them for its own. Must be the first thing that
-    /// `main` does.
+impl Activation {
+    /// Takes everything, and removes the variables from the environment, so that no child takes
+    /// them for its own. Must be the first thing that `main` does.
     pub(crate) fn take() -> Self {
         let [count, names, pid, parent] =
             ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID", "LISTEN_PPID"]
                 .map(|name| Some(sys::take_variable(name)?.to_string_lossy().into_owned()));
-        // systemd tells it from version 254 on; for an older one the unit does.
+        // systemd sets `FDSTORE` from version 254 on; for an older one the unit sets the other.
         let limits = ["FDSTORE", "EMBEDSHIM_FDSTORE_MAX"]
             .map(|name| sys::take_variable(name)?.to_str()?.parse().ok());
-        let mut start = Self {
+        let mut activation = Self {
             store_limit: limits.into_iter().flatten().next(),
             notify_socket: sys::take_variable("NOTIFY_SOCKET").filter(|path| !path.is_empty()),
             ..Self::default()
@@ -51,31 +56,36 @@ impl Start {
         let watchdog = ["WATCHDOG_USEC", "WATCHDOG_PID"]
             .map(|name| Some(sys::take_variable(name)?.to_string_lossy().into_owned()));
         let is_for_us = is_for_us(pid.as_deref(), parent.as_deref());
-        start.watchdog = period(watchdog, is_for_us);
+        activation.watchdog = watchdog_period(watchdog, is_for_us);
         if !is_for_us {
-            return start;
+            return activation;
         }
-        start.keeper = parent.and_then(|parent| parent.parse().ok());
+        activation.keeper = parent.and_then(|parent| parent.parse().ok());
         let count = count.and_then(|count| count.parse().ok()).unwrap_or(0);
-        let names = names.unwrap_or_default();
+        activation.take_descriptors(count, &names.unwrap_or_default());
+        activation
+    }
+
+    /// Takes `count` descriptors, each with its name of a list with colons between the names.
+    fn take_descriptors(&mut self, count: usize, names: &str) {
         let mut names = names.split(':');
         for number in (FIRST..).take(count) {
             // A count that is too high ends at the first number that is not open.
             let Ok(descriptor) = sys::own(number) else {
                 break;
             };
-            let text = names.next().unwrap_or(NAMELESS);
+            let text = names.next().unwrap_or(DEFAULT_NAME);
             match text.parse::<FdName>() {
-                Ok(name) => start.inherited.insert(name, descriptor),
-                Err(_) => start.unknown.push(text.into()),
+                Ok(name) => self.inherited.insert(name, descriptor),
+                Err(_) => self.unknown_names.push(text.into()),
             }
         }
-        start
     }
 }
 
-/// As `sd_watchdog_enabled(3)`: the time in microseconds, and whose it is, if that is said.
-fn period([time, pid]: [Option<String>; 2], is_for_us: bool) -> Option<Duration> {
+/// The watchdog's period as of `sd_watchdog_enabled(3)`: microseconds, and the pid of the process
+/// it is meant for, if that is said.
+fn watchdog_period([time, pid]: [Option<String>; 2], is_for_us: bool) -> Option<Duration> {
     let own = getpid().to_string();
     if !pid.map_or(is_for_us, |pid| pid == own) {
         return None;
@@ -84,13 +94,15 @@ fn period([time, pid]: [Option<String>; 2], is_for_us: bool) -> Option<Duration>
     Some(period).filter(|period| !period.is_zero())
 }
 
-/// Variables can be inherited by whom they are not meant for. The keeper cannot know our pid before we exist, so it tells its own.
+/// Whether the variables are meant for this process: they can be inherited by others. systemd gives
+/// the pid of the process; the keeper, which cannot know that before the process exists, gives its
+/// own.
 fn is_for_us(pid: Option<&str>, parent: Option<&str>) -> bool {
     let number = |text: &str| text.parse().ok().map(Pid::from_raw);
     match (pid, parent) {
         (Some(pid), _) => number(pid) == Some(getpid()),
         (None, Some(parent)) => number(parent).is_some_and(|parent| {
-            // It may have been killed right after it has started us.
+            // A keeper that was killed right after it started this process is not its parent now.
             parent == getppid() || has_ended(parent)
         }),
         (None, None) => false,

@@ -1,63 +1,60 @@
-//! One datagram of `sd_notify(3)`, read. Pure; what nobody asked us for is passed over, as systemd
-//! does.
+//! [`Message`]: one datagram of `sd_notify(3)`, written by the daemon and read by the keeper. Pure.
+//! Lines that are not known are ignored, as systemd does.
 
-/// The longest name that systemd takes, and we.
+use std::fmt;
+
+/// The longest name of a descriptor, as in systemd.
 const MAX_NAME: usize = 255;
-/// The name of a descriptor that came without.
-const NAMELESS: &str = "stored";
+/// The name of a descriptor that is stored without one.
+const DEFAULT_NAME: &str = "stored";
 
-/// Ours alone: systemd reaps its zombies by itself.
-pub(crate) const REAP: &str = "X_EMBEDSHIM_REAP";
+// Keys of this project alone; systemd ignores them.
+const REAP: &str = "X_EMBEDSHIM_REAP";
+const REAPED: &str = "X_EMBEDSHIM_REAPED";
+const RECREATE_FILES: &str = "X_EMBEDSHIM_RESTORE";
 
-/// Ours alone: what was in the state directory has been removed, and is made again.
-pub(crate) const RESTORE: &str = "X_EMBEDSHIM_RESTORE";
-
-/// Ours alone: how a process that we have reaped has ended is written to the pipe that comes with
-/// it.
-pub(crate) const REAPED: &str = "X_EMBEDSHIM_REAPED";
-
-/// What a datagram asks for.
+/// What a datagram asks for or says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Message<'a> {
-    /// Keep what came with it.
+    /// Store the descriptors that come with it, under this name.
     Store(&'a str),
-    /// Close what is kept.
+    /// Close everything that is stored under this name.
     Remove(&'a str),
-    /// Close what came with it, now that all before it is done.
+    /// Close the descriptor that comes with it: all datagrams before it are handled.
     Barrier,
-    /// Make your files in the state directory again.
-    Restore,
+    /// The state directory was removed: the keeper has to make its files there again.
+    RecreateFiles,
     /// The daemon serves.
     Ready,
     /// The daemon leaves.
     Stopping,
     /// The daemon is alive.
     Alive,
-    /// The process with this number that began at this tick is a zombie that nobody needs any more.
+    /// Reap the zombie with this pid that began at this tick: its status is no longer needed.
     Reap { pid: i32, start_ticks: u64 },
-    /// How have processes with this number ended?
+    /// Write to the pipe that comes with it how the reaped processes with this pid have ended.
     Reaped { pid: i32 },
-    /// Nothing that concerns us, such as `STATUS=`.
+    /// Nothing that the keeper acts on, such as `STATUS=`.
     Other,
 }
 
 impl<'a> Message<'a> {
-    /// Reads one; `None` if it is not of this protocol.
+    /// Reads a datagram; `None` if it is not of this protocol.
     pub(crate) fn parse(bytes: &'a [u8]) -> Option<Self> {
         let text = str::from_utf8(bytes).ok()?;
         let mut message = Self::Other;
-        let mut name = NAMELESS;
+        let mut name = DEFAULT_NAME;
         for line in text.lines().filter(|line| !line.is_empty()) {
             let (key, value) = line.split_once('=')?;
             match (key, value) {
                 ("FDNAME", value) => name = Some(value).filter(|name| is_name(name))?,
-                ("FDSTORE", "1") => message = Self::Store(NAMELESS),
-                ("FDSTOREREMOVE", "1") => message = Self::Remove(NAMELESS),
+                ("FDSTORE", "1") => message = Self::Store(DEFAULT_NAME),
+                ("FDSTOREREMOVE", "1") => message = Self::Remove(DEFAULT_NAME),
                 ("BARRIER", "1") => message = Self::Barrier,
                 ("READY", "1") => message = Self::Ready,
                 ("STOPPING", "1") => message = Self::Stopping,
                 ("WATCHDOG", "1") => message = Self::Alive,
-                (RESTORE, "1") => message = Self::Restore,
+                (RECREATE_FILES, "1") => message = Self::RecreateFiles,
                 (REAP, value) => {
                     let (pid, start_ticks) = value.split_once(' ')?;
                     message = Self::Reap {
@@ -73,6 +70,7 @@ impl<'a> Message<'a> {
                 _ => {}
             }
         }
+        // The name may come before or after the line that needs it.
         Some(match message {
             Self::Store(_) => Self::Store(name),
             Self::Remove(_) => Self::Remove(name),
@@ -81,7 +79,28 @@ impl<'a> Message<'a> {
     }
 }
 
-/// As systemd's `fdname_is_valid`: it must fit between two colons of `LISTEN_FDNAMES`.
+/// The text of the datagram.
+impl fmt::Display for Message<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // `FDPOLL=0`: systemd keeps a connection whose client has left, too. The successor has
+            // to see that it has.
+            Self::Store(name) => write!(f, "FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n"),
+            Self::Remove(name) => write!(f, "FDSTOREREMOVE=1\nFDNAME={name}\n"),
+            Self::Barrier => f.write_str("BARRIER=1\n"),
+            Self::RecreateFiles => writeln!(f, "{RECREATE_FILES}=1"),
+            Self::Ready => f.write_str("READY=1\n"),
+            Self::Stopping => f.write_str("STOPPING=1\n"),
+            Self::Alive => f.write_str("WATCHDOG=1\n"),
+            Self::Reap { pid, start_ticks } => writeln!(f, "{REAP}={pid} {start_ticks}"),
+            Self::Reaped { pid } => writeln!(f, "{REAPED}={pid}"),
+            Self::Other => Ok(()),
+        }
+    }
+}
+
+/// Whether a descriptor can have this name. As systemd's `fdname_is_valid`: it must fit between two
+/// colons of `LISTEN_FDNAMES`.
 pub(crate) fn is_name(text: &str) -> bool {
     text.len() <= MAX_NAME
         && text
@@ -94,31 +113,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_daemons_send_is_understood() {
-        for (text, message) in [
+    fn what_a_daemon_writes_is_what_the_keeper_reads() {
+        let (pid, start_ticks) = (42, 4711);
+        for (message, text) in [
             (
-                "FDSTORE=1\nFDNAME=conn/7\nFDPOLL=0\n",
                 Message::Store("conn/7"),
+                "FDSTORE=1\nFDNAME=conn/7\nFDPOLL=0\n",
             ),
+            (
+                Message::Remove("conn/7"),
+                "FDSTOREREMOVE=1\nFDNAME=conn/7\n",
+            ),
+            (Message::Barrier, "BARRIER=1\n"),
+            (Message::Ready, "READY=1\n"),
+            (Message::Stopping, "STOPPING=1\n"),
+            (Message::Alive, "WATCHDOG=1\n"),
+            (
+                Message::Reap { pid, start_ticks },
+                "X_EMBEDSHIM_REAP=42 4711\n",
+            ),
+            (Message::Reaped { pid }, "X_EMBEDSHIM_REAPED=42\n"),
+            (Message::RecreateFiles, "X_EMBEDSHIM_RESTORE=1\n"),
+            (Message::Other, ""),
+        ] {
+            assert_eq!(message.to_string(), text);
+            assert_eq!(Message::parse(text.as_bytes()), Some(message), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_other_daemons_send_is_understood() {
+        for (text, message) in [
             ("FDNAME=conn/7\nFDSTORE=1", Message::Store("conn/7")),
             ("FDSTORE=1", Message::Store("stored")),
-            ("FDSTOREREMOVE=1\nFDNAME=conn/7", Message::Remove("conn/7")),
             ("BARRIER=1", Message::Barrier),
             ("READY=1\nSTATUS=well\n", Message::Ready),
-            ("STOPPING=1", Message::Stopping),
-            ("WATCHDOG=1\n", Message::Alive),
-            (
-                "X_EMBEDSHIM_REAP=42 4711\n",
-                Message::Reap {
-                    pid: 42,
-                    start_ticks: 4711,
-                },
-            ),
-            ("X_EMBEDSHIM_REAPED=42\n", Message::Reaped { pid: 42 }),
-            ("X_EMBEDSHIM_RESTORE=1\n", Message::Restore),
             ("STATUS=a=b", Message::Other),
             ("READY=0", Message::Other),
-            ("", Message::Other),
         ] {
             assert_eq!(Message::parse(text.as_bytes()), Some(message), "{text}");
         }

@@ -1,6 +1,6 @@
-//! [`Outgoing`]: datagrams to the service manager, in order, without ever waiting for it. Owns
-//! those that it does not take yet, since its queue is short (`net.unix.max_dgram_qlen`) and it may
-//! be stopped: they are sent as soon as it reads again, each with its descriptors.
+//! [`Outgoing`]: the queue of datagrams to the service manager. Sends in order and never waits for
+//! the manager to read. Its socket takes few datagrams (`net.unix.max_dgram_qlen`), and it may be
+//! stopped: the rest is queued here, each with its descriptors, until it reads again.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -14,20 +14,23 @@ use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tracing::{info, warn};
 
-/// A pair of sockets is the most that is sent at once.
-const MAX_FDS: usize = 4;
-/// A manager that has gone is noticed after this.
-const LOOK_AGAIN: u16 = 1000;
+use super::message::Message;
 
-/// What is sent, and what is still to be.
+/// The most descriptors of one datagram: a pair of sockets, and some room.
+const MAX_FDS: usize = 4;
+/// How long to wait for the socket before it is tried again, in milliseconds: it does not say that
+/// the manager has ended.
+const RETRY_PERIOD: u16 = 1000;
+
+/// The socket and the queue; clones share them.
 #[derive(Clone, Debug)]
 pub(super) struct Outgoing(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     socket: OwnedFd,
-    waiting: Mutex<VecDeque<Datagram>>,
-    is_lost: AtomicBool,
+    queue: Mutex<VecDeque<Datagram>>,
+    has_ended: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -37,44 +40,44 @@ struct Datagram {
 }
 
 impl Outgoing {
-    /// `socket` is connected and non-blocking.
+    /// An empty queue. `socket` is connected and non-blocking.
     pub(super) fn new(socket: OwnedFd) -> Self {
         Self(Arc::new(Inner {
             socket,
-            waiting: Mutex::default(),
-            is_lost: AtomicBool::new(false),
+            queue: Mutex::default(),
+            has_ended: AtomicBool::new(false),
         }))
     }
 
-    /// Sends one, now or when the manager takes it. An error says that it never will.
+    /// Sends a datagram, now or when the manager reads again. An error means that it is never sent.
     pub(super) fn send(&self, text: String, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let inner = &self.0;
-        let mut waiting = inner.waiting();
-        let is_first = waiting.is_empty();
+        let mut queue = inner.queue();
+        let is_first = queue.is_empty();
         if is_first {
             match inner.send_now(&text, descriptors) {
                 Err(Errno::AGAIN) => {}
                 sent => return Ok(sent?),
             }
         }
-        if let Some(name) = removed(&text)
-            && drop_unsent(&mut waiting, name)
+        if let Some(name) = removed_name(&text)
+            && drop_unsent(&mut queue, name)
         {
             return Ok(());
         }
         let descriptors = descriptors.iter().map(BorrowedFd::try_clone_to_owned);
-        waiting.push_back(Datagram {
+        queue.push_back(Datagram {
             text,
             descriptors: descriptors.collect::<io::Result<_>>()?,
         });
         if is_first {
-            warn!("service manager does not read its socket; is it stopped? datagrams wait");
+            warn!("service manager does not read its socket: is it stopped? datagrams are queued");
             let this = self.clone();
             let spawned = std::thread::Builder::new()
                 .name("notify".into())
-                .spawn(move || this.0.send_waiting());
+                .spawn(move || this.0.send_queued());
             if let Err(error) = spawned {
-                waiting.clear();
+                queue.clear();
                 return Err(error);
             }
         }
@@ -82,24 +85,20 @@ impl Outgoing {
     }
 }
 
-/// The name that this datagram removes, if it is one that is used once.
-fn removed(text: &str) -> Option<&str> {
-    let name = text.strip_prefix("FDSTOREREMOVE=1\nFDNAME=")?;
-    name.contains('/').then_some(name)
+/// The name that this datagram removes, if it is one that is used once only.
+fn removed_name(text: &str) -> Option<&str> {
+    match Message::parse(text.as_bytes())? {
+        Message::Remove(name) if name.contains('/') => Some(name),
+        _ => None,
+    }
 }
 
-/// The name that it adds to.
-fn added(text: &str) -> Option<&str> {
-    let rest = text.strip_prefix("FDSTORE=1\nFDNAME=")?;
-    rest.strip_suffix("FDPOLL=0\n")
-}
-
-/// Drops what waits to be stored under this name. True if the manager has never heard of it, so
-/// that nothing is to be removed.
-fn drop_unsent(waiting: &mut VecDeque<Datagram>, name: &str) -> bool {
-    let before = waiting.len();
-    waiting.retain(|datagram| added(&datagram.text) != Some(name));
-    waiting.len() < before
+/// Drops queued datagrams that store something under this name. True if there were any: then the
+/// manager has nothing under it, and there is nothing to remove.
+fn drop_unsent(queue: &mut VecDeque<Datagram>, name: &str) -> bool {
+    let before = queue.len();
+    queue.retain(|datagram| Message::parse(datagram.text.as_bytes()) != Some(Message::Store(name)));
+    queue.len() < before
 }
 
 impl Inner {
@@ -114,44 +113,45 @@ impl Inner {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let sent =
             rustix::io::retry_on_intr(|| sendmsg(&self.socket, &bytes, &mut ancillary, flags));
-        // Refused once, and not connected from then on.
+        // The kernel says once that the peer has ended, and from then on that there is none.
         if !matches!(sent, Err(Errno::CONNREFUSED | Errno::NOTCONN)) {
             return sent.map(drop);
         }
-        // What runs has to go on, and what is new is as safe as what runs.
-        if !self.is_lost.swap(true, Ordering::Relaxed) {
-            warn!("service manager has ended: nothing is sent to it any more");
+        // Containers that run go on, and new ones are as safe as those: so this is no failure.
+        if !self.has_ended.swap(true, Ordering::Relaxed) {
+            warn!("service manager has ended: notifications and descriptors are dropped");
         }
         Ok(())
     }
 
-    /// Sends what waits, in order. Returns when nothing does.
-    fn send_waiting(&self) {
+    /// Sends what is queued, in order. Returns when the queue is empty.
+    fn send_queued(&self) {
         loop {
             let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
-            let _ = poll(&mut polled, PollTimeout::from(LOOK_AGAIN));
-            let mut waiting = self.waiting();
-            while let Some(first) = waiting.front() {
+            let _ = poll(&mut polled, PollTimeout::from(RETRY_PERIOD));
+            let mut queue = self.queue();
+            while let Some(first) = queue.front() {
                 let fds: Vec<BorrowedFd<'_>> = first.descriptors.iter().map(AsFd::as_fd).collect();
                 match self.send_now(&first.text, &fds) {
                     Err(Errno::AGAIN) => break,
                     Err(errno) => {
                         let datagram = first.text.trim_end();
-                        warn!(datagram, error = %io::Error::from(errno), "cannot send to the service manager");
+                        let error = io::Error::from(errno);
+                        warn!(datagram, %error, "cannot send to the service manager");
                     }
                     Ok(()) => {}
                 }
-                waiting.pop_front();
+                queue.pop_front();
             }
-            if waiting.is_empty() {
-                info!("service manager reads again; everything is sent");
+            if queue.is_empty() {
+                info!("service manager reads again: all queued datagrams are sent");
                 return;
             }
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<Datagram>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Datagram>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -170,7 +170,7 @@ mod tests {
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
         let outgoing = Outgoing::new(ours.into());
-        // More than any queue or buffer takes.
+        // More datagrams than the queue of any socket takes.
         let texts: Vec<String> = (0..2000)
             .map(|number| format!("STATUS={number}\n"))
             .collect();
@@ -178,7 +178,7 @@ mod tests {
         for text in &texts {
             outgoing.send(text.clone(), &[pipe.0.as_fd()]).unwrap();
         }
-        // What is stored and removed meanwhile is no matter of the manager's.
+        // What is stored and removed while it is stopped is not sent at all.
         outgoing
             .send(
                 "FDSTORE=1\nFDNAME=p/1\nFDPOLL=0\n".into(),

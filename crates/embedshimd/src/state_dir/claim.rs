@@ -1,11 +1,11 @@
 //! [`Claim`]: the name that one daemon and one keeper of a state directory have in the kernel,
-//! beside their lock files. Somebody can remove the directory with the locks, by a clean-up of
-//! `/run` say, and make another one: the name, an abstract socket, lasts as long as its process
-//! (invariant 18).
+//! beside their lock files. The directory with the lock files can be removed, by a clean-up of
+//! `/run` for example, and be made again: the name, an abstract socket, lasts as long as its
+//! process (invariant 18).
 //!
-//! Any local user, and any container with the host's network, can take such a name before us. It
-//! then prevents nothing, and the lock files remain: only the name of an `embedshimd` that is the
-//! host's root's is a reason to refuse.
+//! Any local user, and any container with the host's network, can take such a name first. The claim
+//! then prevents nothing, and the lock files remain: only a name that an `embedshimd` of the host's
+//! root has is a reason to refuse a start.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -20,27 +20,27 @@ use nix::sys::socket::{
 };
 use tracing::warn;
 
-/// Whose name it is.
+/// The program that claims the state directory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Role {
     Daemon,
     Keeper,
 }
 
-/// Holds the name until it is dropped.
+/// The name of a state directory in the kernel, taken until this value is dropped.
 #[derive(Debug)]
 pub(crate) struct Claim {
-    /// `None`: the name cannot be had, and the lock files have to do.
+    /// `None`: the name could not be taken, and only the lock files protect the directory.
     _socket: Option<OwnedFd>,
 }
 
 impl Claim {
-    /// No name: the lock files have to do.
+    /// A claim without a name: only the lock files protect the directory.
     pub(crate) fn none() -> Self {
         Self { _socket: None }
     }
 
-    /// Takes the name; `None` if another `embedshimd` has it.
+    /// Takes the name of a state directory; `None` if another `embedshimd` has it.
     pub(crate) fn take(state_dir: &Path, role: Role) -> Option<Self> {
         match try_take(state_dir, role) {
             Ok(Taken::Ours(socket)) => Some(Self {
@@ -48,11 +48,15 @@ impl Claim {
             }),
             Ok(Taken::Theirs) => None,
             Ok(Taken::Strangers(pid)) => {
-                warn!(state_dir = %state_dir.display(), pid, "a process that is no embedshimd has taken the name of this state directory");
+                warn!(
+                    state_dir = %state_dir.display(),
+                    pid,
+                    "cannot claim the state directory: another program has its abstract socket"
+                );
                 Some(Self::none())
             }
             Err(error) => {
-                warn!(state_dir = %state_dir.display(), %error, "the name of this state directory cannot be taken");
+                warn!(state_dir = %state_dir.display(), %error, "cannot claim the state directory");
                 Some(Self::none())
             }
         }
@@ -73,8 +77,8 @@ fn try_take(state_dir: &Path, role: Role) -> io::Result<Taken> {
     };
     let ours = new()?;
     match bind(ours.as_raw_fd(), &address) {
-        // Listening, so that others learn who has it. Nothing accepts: each one that asks takes a place
-        // of the queue, and when that is full the name prevents nothing.
+        // It listens, so that others learn which process has it. Nothing accepts: each connection
+        // takes a place in the queue, and when that is full the name prevents nothing.
         Ok(()) => {
             listen(&ours, Backlog::MAXCONN)?;
             return Ok(Taken::Ours(ours));
@@ -96,15 +100,16 @@ fn try_take(state_dir: &Path, role: Role) -> io::Result<Taken> {
     }
 }
 
-/// The number is that of the process that made the socket, which may have ended and left it to a
-/// child: so its name has to be ours too.
+/// Whether a process is an `embedshimd` of the host's root. `SO_PEERCRED` names the process that
+/// made the socket, which may have ended: so the name of the process is compared, too.
 fn is_embedshimd(pid: i32) -> bool {
     let name = |process: &str| std::fs::read(format!("/proc/{process}/comm")).ok();
     let is_ours = name("self").is_some_and(|ours| name(&pid.to_string()) == Some(ours));
     is_ours && HostRoot::find().is_some_and(|root| root.owns(pid))
 }
 
-/// Shorter than the paths of the sockets in the directory, which are checked.
+/// The abstract address: a prefix for the role, and the path of the state directory. It fits since
+/// it is shorter than the paths of the sockets in the directory, which are checked.
 fn address(state_dir: &Path, role: Role) -> io::Result<UnixAddr> {
     let state_dir = std::path::absolute(state_dir)?;
     let role: &[u8] = match role {

@@ -1,30 +1,34 @@
-//! The lock files of a state directory: one daemon (`lock`), one keeper (`keeper.lock`). Each begins with its owner's pid and
-//! version, one a line; a file that nobody has locked says nothing.
+//! The lock files of a state directory: one for its daemon (`lock`), one for its keeper
+//! (`keeper.lock`). Owns their format: the pid and the version of the process that has the lock,
+//! one a line, and lines that the process adds. The text of a file that is not locked means
+//! nothing.
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-/// The version that is written.
+use super::file_id::FileId;
+
+/// The version that a process writes into its lock file.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The daemon's.
-pub(crate) fn of_daemon(state_dir: &Path) -> PathBuf {
+/// The path of the daemon's lock file.
+pub(crate) fn daemon_path(state_dir: &Path) -> PathBuf {
     state_dir.join("lock")
 }
 
-/// The keeper's.
-pub(crate) fn of_keeper(state_dir: &Path) -> PathBuf {
+/// The path of the keeper's lock file.
+pub(crate) fn keeper_path(state_dir: &Path) -> PathBuf {
     state_dir.join("keeper.lock")
 }
 
-/// Makes the state directory and takes one of its locks; `None` if somebody else has it.
+/// Makes the state directory and takes one of its locks; `None` if another process has the lock.
 pub(crate) fn take(state_dir: &Path, path: &Path) -> anyhow::Result<Option<Flock<File>>> {
     shim_api::state_dir::create(state_dir)
         .with_context(|| format!("cannot create the state directory {}", state_dir.display()))?;
@@ -46,47 +50,46 @@ pub(crate) fn take(state_dir: &Path, path: &Path) -> anyhow::Result<Option<Flock
             );
         }
     };
-    write(&lock, "").with_context(|| format!("cannot write {}", path.display()))?;
+    write_owner(&lock, "").with_context(|| format!("cannot write {}", path.display()))?;
     Ok(Some(lock))
 }
 
-/// Whether this lock's file is the one at this path, and not removed or replaced.
+/// Whether the file of this lock is at this path, that is, was not removed or replaced.
 pub(crate) fn is_at(lock: &File, path: &Path) -> bool {
-    let (Ok(ours), Ok(there)) = (lock.metadata(), path.symlink_metadata()) else {
-        return false;
-    };
-    (ours.dev(), ours.ino()) == (there.dev(), there.ino())
+    let own = FileId::of_descriptor(lock.as_fd());
+    own.is_some() && own == FileId::at(path)
 }
 
-/// Takes a lock that came with a descriptor which has it: it belongs to that, whoever holds it.
-pub(crate) fn again(descriptor: OwnedFd) -> anyhow::Result<Flock<File>> {
+/// The lock that an inherited descriptor already has: a lock belongs to the open file, which
+/// outlives `execve`.
+pub(crate) fn from_inherited(descriptor: OwnedFd) -> anyhow::Result<Flock<File>> {
     Flock::lock(File::from(descriptor), FlockArg::LockExclusiveNonblock)
         .map_err(|(_, errno)| errno.into())
 }
 
-/// Writes the owner, and more lines after it.
-pub(crate) fn write(lock: &File, more: &str) -> io::Result<()> {
+/// Writes pid and version of this process into its lock file, and `more` lines after them.
+pub(crate) fn write_owner(lock: &File, more: &str) -> io::Result<()> {
     let text = format!("{}\n{VERSION}\n{more}", std::process::id());
     lock.write_all_at(text.as_bytes(), 0)?;
     lock.set_len(u64::try_from(text.len()).unwrap_or(0))
 }
 
-/// What a lock file says, if somebody has locked it.
+/// The process that has a lock, as it says in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Owner {
     pub(crate) pid: i32,
     pub(crate) version: String,
-    /// Lines after these.
+    /// The lines after pid and version.
     pub(crate) more: Vec<String>,
 }
 
-/// Who has this lock.
-pub(crate) fn owner(path: &Path) -> anyhow::Result<Option<Owner>> {
+/// Reads which process has the lock at this path; `None` if it is not locked.
+pub(crate) fn read_owner(path: &Path) -> anyhow::Result<Option<Owner>> {
     let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.with_context(|| format!("cannot read {}", path.display()))?,
     };
-    // Not for long: who wants to take it looks again.
+    // A shared lock for an instant: a process that wants the exclusive lock then tries again.
     if Flock::lock(file, FlockArg::LockSharedNonblock).is_ok() {
         return Ok(None);
     }
