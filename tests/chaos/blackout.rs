@@ -96,7 +96,7 @@ fn begin(
 ) -> anyhow::Result<Member<'_>> {
     let mut life = Life::of_init(ProcessPlan::plain(program, End::Itself).to(sink));
     life.init.is_awaited = true;
-    let bundle = ground.bundles.make(&id, &life)?;
+    let bundle = ground.bundles.make(&id, &life, None)?;
     let streams = ClientStreams::open(ground, &id, "", &life.init)?;
     let client = Client::connect_kept(ground, &id)?;
     accepted("Create", client.create(&bundle, &streams))?;

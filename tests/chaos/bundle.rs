@@ -68,8 +68,8 @@ impl Bundles {
         self.directory.join(id)
     }
 
-    /// Makes the bundle of a container.
-    pub(crate) fn make(&self, id: &str, life: &Life) -> anyhow::Result<Made> {
+    /// Makes the bundle of a container, in a pod if that is told.
+    pub(crate) fn make(&self, id: &str, life: &Life, pod: Option<&Joined>) -> anyhow::Result<Made> {
         let path = self.path(id);
         fs::create_dir_all(path.join("rootfs"))?;
         let (root, mounts) = match life.rootfs {
@@ -93,6 +93,15 @@ impl Bundles {
         if let Some(linux) = spec.pointer_mut("/linux").and_then(Value::as_object_mut) {
             let cgroup = format!("/{}/{id}", self.namespace);
             linux.insert("cgroupsPath".into(), json!(cgroup));
+        }
+        if life.is_checkpointed {
+            edit_namespaces(&mut spec, |namespaces| {
+                // CRIU locks its network by iptables, which is not what is tested here.
+                namespaces.retain(|namespace| namespace.get("type") != Some(&json!("network")));
+            });
+        }
+        if let Some(pod) = pod {
+            pod.put_into(&mut spec);
         }
         fs::write(path.join("config.json"), spec.to_string())?;
         let note = BundleNote {
@@ -125,6 +134,56 @@ impl Bundles {
     pub(crate) fn remove(&self, id: &str) -> anyhow::Result<()> {
         let path = self.path(id);
         fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+}
+
+/// The first container of a pod, as the others join it.
+#[derive(Clone, Debug)]
+pub(crate) struct Joined {
+    pub(crate) id: String,
+    /// None for the first container itself.
+    pub(crate) pid: Option<u32>,
+    pub(crate) shares_pids: bool,
+}
+
+impl Joined {
+    /// As the CRI plugin does: the namespaces of the first one, and annotations.
+    fn put_into(&self, spec: &mut Value) {
+        let kind = if self.pid.is_some() {
+            "container"
+        } else {
+            "sandbox"
+        };
+        let annotations = json!({
+            "io.kubernetes.cri.container-type": kind,
+            "io.kubernetes.cri.sandbox-id": self.id,
+        });
+        if let Some(spec) = spec.as_object_mut() {
+            spec.insert("annotations".into(), annotations);
+        }
+        let Some(pid) = self.pid else { return };
+        edit_namespaces(spec, |namespaces| {
+            for namespace in namespaces {
+                let file = match namespace.get("type").and_then(Value::as_str) {
+                    Some("network") => "net",
+                    Some("ipc") => "ipc",
+                    Some("uts") => "uts",
+                    Some("pid") if self.shares_pids => "pid",
+                    _ => continue,
+                };
+                if let Some(namespace) = namespace.as_object_mut() {
+                    let path = format!("/proc/{pid}/ns/{file}");
+                    namespace.insert("path".into(), json!(path));
+                }
+            }
+        });
+    }
+}
+
+fn edit_namespaces(spec: &mut Value, edit: impl FnOnce(&mut Vec<Value>)) {
+    let namespaces = spec.pointer_mut("/linux/namespaces");
+    if let Some(namespaces) = namespaces.and_then(Value::as_array_mut) {
+        edit(namespaces);
     }
 }
 

@@ -2,17 +2,19 @@
 //! the ledger and must be answered; a connection that is lost, or an answer that does not come,
 //! ends the life it belongs to as a failure.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use containerd_shim_protos::shim::oci::CheckpointOptions;
 use containerd_shim_protos::{TaskClient, api};
 use embedshim_core::stdio::StdioPaths;
 use embedshim_tests::Shim;
 use nix::sys::signal::Signal;
-use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
 use ttrpc::context::Context as Metadata;
 
 use crate::bundle::Made;
@@ -25,6 +27,8 @@ use crate::streams::ClientStreams;
 pub(crate) type Answer<T> = Result<T, String>;
 
 const LOST: &str = "connection lost";
+/// In the environment of each exec and of what it starts: its name.
+pub(crate) const EXEC: &str = "CHAOS_EXEC";
 /// Twice in a row is no coincidence.
 const MAX_UNKEPT: u32 = 2;
 
@@ -124,6 +128,16 @@ impl Client {
         bundle: &Made,
         streams: &ClientStreams<'_>,
     ) -> anyhow::Result<Answer<u32>> {
+        self.create_from(bundle, streams, None)
+    }
+
+    /// Creates the container from a checkpoint, if there is one.
+    pub(crate) fn create_from(
+        &self,
+        bundle: &Made,
+        streams: &ClientStreams<'_>,
+        checkpoint: Option<&Path>,
+    ) -> anyhow::Result<Answer<u32>> {
         let StdioPaths {
             stdin,
             stdout,
@@ -138,6 +152,7 @@ impl Client {
             stdout,
             stderr,
             terminal,
+            checkpoint: checkpoint.map_or_else(String::new, |image| image.display().to_string()),
             ..api::CreateTaskRequest::default()
         };
         let answer = self.begin("Create", request, TaskClient::create).answer()?;
@@ -183,6 +198,43 @@ impl Client {
         };
         let what = format!("Kill {exec} {signal}");
         self.begin(&what, request, TaskClient::kill).answer()
+    }
+
+    /// A signal to all processes of the container.
+    pub(crate) fn kill_all(&self, signal: Signal) -> anyhow::Result<Answer<api::Empty>> {
+        let request = api::KillRequest {
+            id: self.id.clone(),
+            signal: (signal as i32).unsigned_abs(),
+            all: true,
+            ..api::KillRequest::default()
+        };
+        let what = format!("Kill all {signal}");
+        self.begin(&what, request, TaskClient::kill).answer()
+    }
+
+    /// Writes the container's state to files below `image`; with `exit` that is its end.
+    pub(crate) fn checkpoint(
+        &self,
+        image: &Path,
+        exit: bool,
+    ) -> anyhow::Result<Answer<api::Empty>> {
+        let options = CheckpointOptions {
+            exit,
+            ..CheckpointOptions::default()
+        };
+        let options = Any {
+            type_url: "containerd.runc.v1.CheckpointOptions".into(),
+            value: options.write_to_bytes().context("checkpoint options")?,
+            ..Any::default()
+        };
+        let request = api::CheckpointTaskRequest {
+            id: self.id.clone(),
+            path: image.display().to_string(),
+            options: MessageField::some(options),
+            ..api::CheckpointTaskRequest::default()
+        };
+        let what = format!("Checkpoint exit={exit}");
+        self.begin(&what, request, TaskClient::checkpoint).answer()
     }
 
     pub(crate) fn delete(&self, exec: &str) -> anyhow::Result<Answer<u32>> {
@@ -274,7 +326,8 @@ impl Client {
             terminal,
         } = streams.paths();
         let process = serde_json::json!({
-            "args": plan.arguments(), "cwd": "/", "env": ["PATH=/bin"], "terminal": terminal,
+            "args": plan.arguments(), "cwd": "/", "terminal": terminal,
+            "env": ["PATH=/bin", format!("{EXEC}={exec}")],
         });
         let spec = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),

@@ -1,14 +1,15 @@
-//! Lives through containerd, by `ctr`. A command that fails because containerd was killed or
-//! stopped meanwhile is nobody's failure: then the truth is asked for when it is back. What was
-//! known to run before must still be there, and what a `ctr` that was not interrupted has printed
-//! must be whole.
+//! Lives through containerd, by `ctr`. A command may fail if containerd was killed or stopped
+//! meanwhile, or a runtime of its container: then the truth is asked for afterwards. What was known
+//! to run before must still be there, and what a `ctr` that was not interrupted has printed must be
+//! whole.
 
 use std::ffi::OsStr;
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use testbed::sandbox::{Finished, Running, Task, until};
+use testbed::image;
+use testbed::sandbox::{EMBEDSHIM, Finished, Running, Task, until};
 
 use crate::ground::Ground;
 use crate::ledger::DEADLINE;
@@ -80,7 +81,7 @@ impl Step {
 #[derive(Clone, Debug)]
 enum Outcome {
     Done(Finished),
-    /// containerd went away under it.
+    /// containerd went away under it, or the runtime.
     Interrupted,
 }
 
@@ -130,8 +131,11 @@ impl Container<'_> {
             .collect();
         let what = format!("{} ctr {}", self.id, words.join(" "));
         self.ground.ledger.note(&format!("{what} ..."));
+        let killed = self.runtimes_killed();
         let finished = Running::capture(command)?.finish(DEADLINE);
-        let is_interrupted = self.ground.epoch() != epoch;
+        let is_without_containerd = self.ground.epoch() != epoch;
+        let is_without_runtime = self.runtimes_killed() != killed;
+        let is_interrupted = is_without_containerd || is_without_runtime;
         let answer = match &finished {
             Ok(finished) => format!("{:?} {}", finished.code, finished.stderr.trim()),
             Err(error) => error.to_string(),
@@ -143,11 +147,21 @@ impl Container<'_> {
                 Ok(Outcome::Done(finished))
             }
             Err(error) if !is_interrupted => Err(error.context("request not answered")),
+            // Whatever was killed, it is answered.
+            Err(error) if !is_without_containerd => Err(error.context("request not answered")),
             _ => {
-                self.ground.ledger.interrupted(self.id);
+                if is_without_containerd {
+                    self.ground.ledger.interrupted(self.id);
+                } else {
+                    self.ground.ledger.count(|counts| counts.refused += 1);
+                }
                 Ok(Outcome::Interrupted)
             }
         }
+    }
+
+    fn runtimes_killed(&self) -> u64 {
+        self.ground.ledger.all_runtimes_killed(self.id)
     }
 
     fn start(&self, options: &[&str], command: &[&str]) -> anyhow::Result<Outcome> {
@@ -312,7 +326,7 @@ impl Container<'_> {
             Some(_) => {
                 looks = 0;
                 if !is_known {
-                    let _ = self.ctr(["task", "kill", "--signal", "KILL", self.id])?;
+                    self.kill_whatever_it_is()?;
                 }
                 Ok(false)
             }
@@ -323,9 +337,24 @@ impl Container<'_> {
         Ok(())
     }
 
+    /// Kills a task. `ctr run --rm` that was interrupted may have removed the container of a task
+    /// that containerd finds when it is back, and `ctr` asks for a task by its container.
+    fn kill_whatever_it_is(&self) -> anyhow::Result<()> {
+        let killed = self.ctr(["task", "kill", "--signal", "KILL", self.id])?;
+        if let Outcome::Done(finished) = killed
+            && finished.stderr.contains("ctr: container")
+            && finished.stderr.contains("not found")
+        {
+            let create = ["container", "create", "--runtime", EMBEDSHIM];
+            let _ = self.ctr(create.into_iter().chain([image::NAME, self.id, "true"]))?;
+        }
+        Ok(())
+    }
+
     fn delete(&self, due: &[u32]) -> anyhow::Result<()> {
         while let Some(task) = self.task()? {
             ensure!(task.status == "STOPPED", "{task:?}");
+            let killed = self.runtimes_killed();
             let (epoch, told) = {
                 let sandbox = self.ground.sandbox();
                 (self.ground.epoch(), sandbox.delete_task(self.id))
@@ -336,7 +365,7 @@ impl Container<'_> {
                     self.ground.ledger.code(self.id, "ctr task rm", told, due);
                     return Ok(());
                 }
-                Err(_) if self.ground.epoch() != epoch => {}
+                Err(_) if self.ground.epoch() != epoch || self.runtimes_killed() != killed => {}
                 Err(error) => return Err(error),
             }
         }

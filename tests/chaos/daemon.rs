@@ -18,14 +18,20 @@ pub(crate) struct Daemons {
     state_dir: PathBuf,
 }
 
-/// A process, not only a number.
+/// A process that may be stopped or killed, not only its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Daemon {
+pub(crate) struct Victim {
     pub(crate) pid: i32,
     started: u64,
 }
 
-impl Daemon {
+impl Victim {
+    /// The process that has this number now.
+    pub(crate) fn at(pid: i32) -> Option<Self> {
+        let started = started(pid)?;
+        Some(Self { pid, started })
+    }
+
     /// Sends it a signal; false if it has gone.
     pub(crate) fn signal(self, signal: Signal) -> bool {
         started(self.pid) == Some(self.started) && kill(Pid::from_raw(self.pid), signal).is_ok()
@@ -44,18 +50,18 @@ impl Daemons {
     }
 
     /// The daemon, if one is there.
-    pub(crate) fn current(&self) -> Option<Daemon> {
+    pub(crate) fn current(&self) -> Option<Victim> {
         self.find("serve")
     }
 
     /// Its keeper, if it has one.
-    pub(crate) fn keeper(&self) -> Option<Daemon> {
+    pub(crate) fn keeper(&self) -> Option<Victim> {
         self.find("keep")
     }
 
     /// The oldest process with this command: a child that has not become runc yet has its parent's
     /// command line.
-    fn find(&self, command: &str) -> Option<Daemon> {
+    fn find(&self, command: &str) -> Option<Victim> {
         let needle = self.state_dir.to_string_lossy();
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -69,14 +75,13 @@ impl Daemons {
             if !is_ours {
                 return None;
             }
-            let started = started(pid)?;
-            Some(Daemon { pid, started })
+            Victim::at(pid)
         })
         .min_by_key(|daemon| (daemon.started, daemon.pid))
     }
 
     /// Waits for a daemon that is not `last`, and returns it.
-    pub(crate) fn successor(&self, last: Option<Daemon>) -> anyhow::Result<Daemon> {
+    pub(crate) fn successor(&self, last: Option<Victim>) -> anyhow::Result<Victim> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if let Some(daemon) = self.current().filter(|&daemon| Some(daemon) != last) {
@@ -88,7 +93,7 @@ impl Daemons {
     }
 
     /// Waits until this daemon is the keeper, and has started another.
-    pub(crate) fn succession(&self, of: Daemon) -> anyhow::Result<()> {
+    pub(crate) fn succession(&self, of: Victim) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while self.keeper().is_none_or(|keeper| keeper.pid != of.pid) {
             if Instant::now() > deadline {

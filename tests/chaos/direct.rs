@@ -10,7 +10,7 @@ use containerd_shim_protos::api;
 use nix::sys::signal::Signal;
 use testbed::sandbox::until;
 
-use crate::bundle::Made;
+use crate::bundle::{Joined, Made};
 use crate::client::{Client, Pending, accepted, refused};
 use crate::execs::Lingering;
 use crate::ground::Ground;
@@ -19,7 +19,7 @@ use crate::plan::{End, Life, Step};
 use crate::program::Program;
 use crate::streams::ClientStreams;
 
-const NO_TASK: &str = "container not created";
+pub(crate) const NO_TASK: &str = "container not created";
 const FINISHED: &str = "process already finished";
 
 /// Lives one life on a connection of its own.
@@ -27,12 +27,28 @@ pub(crate) fn live(ground: &Ground, id: &str, life: &Life) {
     live_on(ground, id, life, Client::connect_kept(ground, id));
 }
 
+/// The same in a pod.
+pub(crate) fn live_in(ground: &Ground, id: &str, life: &Life, pod: &Joined) {
+    let client = Client::connect_kept(ground, id);
+    try_to_live(ground, id, life, client, Some(pod));
+}
+
 /// Lives one life on this connection. An error is a failure, and the end of the run: what is left
 /// of the container is what one wants to look at.
 pub(crate) fn live_on(ground: &Ground, id: &str, life: &Life, client: anyhow::Result<Client>) {
+    try_to_live(ground, id, life, client, None);
+}
+
+fn try_to_live(
+    ground: &Ground,
+    id: &str,
+    life: &Life,
+    client: anyhow::Result<Client>,
+    pod: Option<&Joined>,
+) {
     ground.ledger.note(&format!("{id} {life:?}"));
     let lived = client
-        .and_then(|client| Container::new(ground, id, life, client))
+        .and_then(|client| Container::new(ground, id, life, client, pod))
         .and_then(|mut container| container.live());
     if let Err(error) = lived {
         ground.ledger.failure(&format!("{id}: {error:#}; {life:?}"));
@@ -43,31 +59,35 @@ pub(crate) fn live_on(ground: &Ground, id: &str, life: &Life, client: anyhow::Re
 pub(crate) struct Container<'a> {
     pub(crate) ground: &'a Ground,
     pub(crate) id: &'a str,
-    life: &'a Life,
+    pub(crate) life: &'a Life,
     pub(crate) client: Client,
-    bundle: Made,
-    streams: ClientStreams<'a>,
-    pid: u32,
+    pub(crate) bundle: Made,
+    pub(crate) streams: ClientStreams<'a>,
+    pub(crate) pid: u32,
+    /// How often it was created, or was to be.
+    pub(crate) attempts: u64,
     /// Execs that end with the container.
     pub(crate) lingering: Vec<Lingering<'a>>,
     pub(crate) execs: u64,
 }
 
 impl<'a> Container<'a> {
-    fn new(
+    pub(crate) fn new(
         ground: &'a Ground,
         id: &'a str,
         life: &'a Life,
         client: Client,
+        pod: Option<&Joined>,
     ) -> anyhow::Result<Self> {
         Ok(Self {
             ground,
             id,
             life,
             client,
-            bundle: ground.bundles.make(id, life)?,
+            bundle: ground.bundles.make(id, life, pod)?,
             streams: ClientStreams::open(ground, id, "", &life.init)?,
             pid: 0,
+            attempts: 0,
             lingering: Vec::new(),
             execs: 0,
         })
@@ -78,23 +98,41 @@ impl<'a> Container<'a> {
     }
 
     fn live(&mut self) -> anyhow::Result<()> {
-        let created = self.client.create(&self.bundle, &self.streams);
         if self.life.init.program == Program::Missing {
+            let created = self.client.create(&self.bundle, &self.streams);
             refused("Create", "OCI runtime create failed", created)?;
-            self.streams.check_nothing_came()?;
+            self.streams.check_nothing_came_of_refused()?;
             return self.gone();
         }
-        self.pid = accepted("Create", created)?;
-        ensure!(self.pid > 0, "Create tells no pid");
-        self.expect_status("", api::Status::CREATED)?;
+        self.create()?;
         if self.life.init.end == End::Unstarted {
-            accepted("Delete", self.client.delete(""))?;
+            self.delete()?;
             self.streams.check_nothing_came()?;
             return self.gone();
         }
+        let Some(mut wait) = self.begin()? else {
+            return Ok(());
+        };
+        for step in &self.life.steps {
+            self.take(step).with_context(|| format!("{step:?}"))?;
+        }
+        if self.life.is_checkpointed {
+            match self.go_on_from_checkpoint(wait)? {
+                Some(again) => wait = again,
+                None => return self.gone(),
+            }
+        }
+        self.finish(wait)
+    }
+
+    /// Starts it. The answer comes when it ends. None if it has ended unstarted, and is gone.
+    pub(crate) fn begin(&mut self) -> anyhow::Result<Option<Pending<api::WaitResponse>>> {
         self.streams.write_early()?;
         let early = self.life.init.waits_early.then(|| self.client.wait(""));
-        let pid = accepted("Start", self.client.start(""))?;
+        let Some(pid) = self.start("OCI runtime start failed")? else {
+            self.end_unstarted(early)?;
+            return Ok(None);
+        };
         ensure!(
             pid == self.pid,
             "Start tells pid {pid} instead of {}",
@@ -102,13 +140,15 @@ impl<'a> Container<'a> {
         );
         let wait = early.unwrap_or_else(|| self.client.wait(""));
         self.streams.await_lines()?;
-        for step in &self.life.steps {
-            self.take(step).with_context(|| format!("{step:?}"))?;
-        }
+        Ok(Some(wait))
+    }
+
+    /// Brings it to its end and deletes it.
+    pub(crate) fn finish(&mut self, wait: Pending<api::WaitResponse>) -> anyhow::Result<()> {
         let code = self.end(wait)?;
         self.after(code)?;
         self.streams.check_ended(code)?;
-        let told = accepted("Delete", self.client.delete(""))?;
+        let told = self.delete()?;
         self.ledger().code(self.id, "Delete", told, &[code]);
         self.streams.check_files(code)?;
         self.check_lingering()?;
@@ -126,6 +166,7 @@ impl<'a> Container<'a> {
                 accepted("Kill", self.client.kill("", Signal::SIGTERM))?;
             }
             End::Kill => drop(accepted("Kill", self.client.kill("", Signal::SIGKILL))?),
+            End::KillAll => self.kill_all()?,
             End::CloseIo => {
                 self.streams.feed()?;
                 accepted("CloseIO", self.client.close_stdin(""))?;
@@ -139,7 +180,7 @@ impl<'a> Container<'a> {
                     Err(words) => bail!("Kill is refused: {words}"),
                 }
             }
-            End::Itself | End::WithInit | End::Unstarted => {}
+            End::Itself | End::WithInit | End::WithPod | End::Unstarted => {}
         }
         let told = accepted("Wait", wait.answer())?.exit_status;
         self.ledger().code(self.id, "Wait", told, due);
@@ -174,7 +215,7 @@ impl<'a> Container<'a> {
     }
 
     /// What must be true after the end of it all.
-    fn gone(&self) -> anyhow::Result<()> {
+    pub(crate) fn gone(&self) -> anyhow::Result<()> {
         refused("State", NO_TASK, self.client.state(""))?;
         refused("Delete", NO_TASK, self.client.delete(""))?;
         accepted("Shutdown", self.client.shutdown())?;
@@ -220,13 +261,6 @@ impl<'a> Container<'a> {
             self.pid
         );
         Ok(())
-    }
-
-    fn pause(&self) -> anyhow::Result<()> {
-        accepted("Pause", self.client.pause())?;
-        self.expect_status("", api::Status::PAUSED)?;
-        accepted("Resume", self.client.resume())?;
-        self.expect_status("", api::Status::RUNNING).map(drop)
     }
 
     pub(crate) fn expect_status(

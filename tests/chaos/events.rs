@@ -40,7 +40,7 @@ pub(crate) fn check(ground: &Ground) -> anyhow::Result<()> {
         let name = format!("{container} {}", exec.as_deref().unwrap_or_default());
         for code in codes {
             if let Some(due) = ends.get(&process) {
-                ground.ledger.code(&name, "an event", code, &[*due]);
+                ground.ledger.code(&name, "an event", code, due);
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use containerd_shim_protos::api;
 use nix::sys::signal::Signal;
 
@@ -40,13 +40,17 @@ impl Container<'_> {
         let streams = ClientStreams::open(self.ground, self.id, &exec, plan)?;
         accepted("Exec", self.client.exec(&exec, plan, &streams))?;
         if plan.program == Program::Missing {
-            refused("Start", "OCI runtime exec failed", self.client.start(&exec))?;
+            if let Some(pid) = self.start_missing(&exec)? {
+                bail!("Start tells {pid} of a program that is not there");
+            }
             accepted("Delete", self.client.delete(&exec))?;
-            streams.check_nothing_came()?;
+            streams.check_nothing_came_of_refused()?;
             return refused("State", NO_EXEC, self.client.state(&exec));
         }
         let early = plan.waits_early.then(|| self.client.wait(&exec));
-        let pid = accepted("Start", self.client.start(&exec))?;
+        let Some(pid) = self.start_exec(&exec)? else {
+            return self.refused_exec(&exec, &streams, early);
+        };
         ensure!(pid > 0, "Start of {exec} tells no pid");
         let wait = early.unwrap_or_else(|| self.client.wait(&exec));
         streams.await_lines()?;
@@ -73,6 +77,42 @@ impl Container<'_> {
             _ => {}
         }
         self.finish_exec(&exec, plan, &streams, wait)
+    }
+
+    /// Starts an exec whose program is not there: None, in runc-v2's words.
+    fn start_missing(&self, exec: &str) -> anyhow::Result<Option<u32>> {
+        let ask = || match self.client.start(exec)? {
+            Err(told) if told.contains("OCI runtime exec failed") => Ok(Ok(None)),
+            answer => Ok(answer.map(Some)),
+        };
+        let started = self.attempt(exec, &["may have run"], ask)?;
+        Ok(started.flatten())
+    }
+
+    /// Starts an exec; None if that is refused because its runtime was killed.
+    fn start_exec(&self, exec: &str) -> anyhow::Result<Option<u32>> {
+        let words = ["OCI runtime exec failed", "may have run"];
+        self.attempt(exec, &words, || self.client.start(exec))
+            .context("Start of an exec")
+    }
+
+    /// An exec whose start is refused does not run, and who waits for it is let go.
+    fn refused_exec(
+        &self,
+        exec: &str,
+        streams: &ClientStreams<'_>,
+        early: Option<Pending<api::WaitResponse>>,
+    ) -> anyhow::Result<()> {
+        self.check_not_running(exec)?;
+        let code = accepted(
+            "Wait",
+            early.unwrap_or_else(|| self.client.wait(exec)).answer(),
+        )?
+        .exit_status;
+        ensure!(code == 0, "Wait tells {code} of what was not started");
+        accepted("Delete", self.client.delete(exec))?;
+        streams.check_nothing_came_of_refused()?;
+        refused("State", NO_EXEC, self.client.state(exec))
     }
 
     fn finish_exec(
@@ -106,7 +146,9 @@ impl Container<'_> {
             let streams = ClientStreams::open(this.ground, this.id, exec, &plan)?;
             accepted("Exec", this.client.exec(exec, &plan, &streams))?;
             let wait = this.client.wait(exec);
-            accepted("Start", this.client.start(exec))?;
+            if this.start_exec(exec)?.is_none() {
+                return this.refused_exec(exec, &streams, Some(wait));
+            }
             this.finish_exec(exec, &plan, &streams, wait)
         };
         std::thread::scope(|scope| {

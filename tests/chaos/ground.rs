@@ -8,6 +8,8 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::{Context, ensure};
 use embedshim_tests::Listener;
+use testbed::machine::find_on_path;
+use testbed::releases;
 use testbed::sandbox::{EMBEDSHIM, Sandbox};
 
 use crate::bundle::Bundles;
@@ -27,6 +29,10 @@ pub(crate) struct Ground {
     pub(crate) listener: Listener,
     pub(crate) state_dir: PathBuf,
     pub(crate) namespace: String,
+    /// Where everything of this run is.
+    pub(crate) directory: PathBuf,
+    /// runc finds a CRIU that knows this kernel.
+    pub(crate) has_criu: bool,
 }
 
 impl Ground {
@@ -40,6 +46,11 @@ impl Ground {
         let mut sandbox = Sandbox::new(binaries, EMBEDSHIM)?;
         // What fails in a run is in the log, once for each request and step.
         sandbox.set_environment("EMBEDSHIM_LOG", "debug");
+        let criu = criu();
+        if let Some(directory) = &criu {
+            let usual = std::env::var("PATH")?;
+            sandbox.set_environment("PATH", &format!("{}:{usual}", directory.display()));
+        }
         sandbox.start_daemon()?;
         if let Some(archive) = archive {
             sandbox.start_containerd()?;
@@ -62,6 +73,8 @@ impl Ground {
             listener,
             state_dir: sandbox.state_dir(),
             namespace: sandbox.namespace().into(),
+            directory: sandbox.directory().into(),
+            has_criu: criu.is_some() || find_on_path("criu").is_some(),
             sandbox: RwLock::new(sandbox),
         })
     }
@@ -165,6 +178,13 @@ impl Ground {
             .unwrap_or_else(PoisonError::into_inner)
             .keep()
     }
+}
+
+/// A CRIU of a later release, or none where that cannot be fetched.
+fn criu() -> Option<PathBuf> {
+    releases::criu()
+        .inspect_err(|error| eprintln!("no checkpoints: {error:#}"))
+        .ok()
 }
 
 /// Regular files only: sockets and fifos tell nothing.

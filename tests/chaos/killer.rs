@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::ground::Ground;
 use crate::random::Random;
+use crate::runtime_killer::RuntimeDeed;
 
 /// Between two deeds, on average, when they come thick and fast.
 const MEAN: Duration = Duration::from_millis(350);
@@ -42,12 +43,15 @@ enum Deed {
     Containerd {
         is_polite: bool,
     },
+    /// Together with a call of the runtime.
+    Runtime(RuntimeDeed),
 }
 
 impl Deed {
     fn of(random: &mut Random, has_containerd: bool) -> Self {
         match random.below(100) {
-            0..=46 => Self::Kill,
+            0..=38 => Self::Kill,
+            39..=46 => Self::Runtime(RuntimeDeed::with_daemon(random)),
             47..=51 => Self::Keeper,
             52..=54 => Self::FreezeKeeper {
                 ms: random.millis(2000),
@@ -124,11 +128,12 @@ fn perform(ground: &Ground, deed: Deed) -> anyhow::Result<()> {
             });
             ground.without_containerd(is_polite, |_| Ok(()))
         }
+        Deed::Runtime(deed) => deed.perform(ground),
     }
 }
 
 /// Ends the daemon and waits for the next; how long that took.
-fn end(ground: &Ground, signal: Signal, kind: &'static str) -> anyhow::Result<Duration> {
+pub(crate) fn end(ground: &Ground, signal: Signal, kind: &'static str) -> anyhow::Result<Duration> {
     let daemon = ground.daemons.successor(None)?;
     ground.ledger.kill(kind);
     daemon.signal(signal);

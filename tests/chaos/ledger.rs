@@ -29,6 +29,11 @@ pub(crate) struct Counts {
     /// By kind.
     pub(crate) kills: BTreeMap<&'static str, u64>,
     pub(crate) steps: u64,
+    /// Requests that were refused because their runtime was killed, and asked again.
+    pub(crate) refused: u64,
+    /// Checkpoints that a container went on from, or was to.
+    pub(crate) checkpoints: u64,
+    pub(crate) pods: u64,
     /// Connections that a daemon took along before they were kept.
     pub(crate) unkept: u64,
     pub(crate) longest: Duration,
@@ -42,8 +47,10 @@ pub(crate) type Process = (String, Option<String>);
 #[derive(Debug)]
 struct Pages {
     counts: Counts,
-    ends: BTreeMap<Process, u32>,
+    ends: BTreeMap<Process, Vec<u32>>,
     interrupted: BTreeSet<String>,
+    /// How many calls of the runtime were killed for each process.
+    runtimes: BTreeMap<Process, u64>,
     file: BufWriter<File>,
 }
 
@@ -62,6 +69,7 @@ impl Ledger {
                 counts: Counts::default(),
                 ends: BTreeMap::new(),
                 interrupted: BTreeSet::new(),
+                runtimes: BTreeMap::new(),
                 file: BufWriter::new(File::create(path)?),
             }),
             began: Instant::now(),
@@ -119,10 +127,35 @@ impl Ledger {
         counts.repeated += repeated as u64;
     }
 
-    /// A process has ended with this code, of which an event must tell.
+    /// A process has ended with this code, of which an event must tell. One that was restored from
+    /// a checkpoint ends twice.
     pub(crate) fn ended(&self, container: &str, exec: Option<String>, code: u32) {
         let process = (container.to_owned(), exec);
-        self.pages().ends.insert(process, code);
+        self.pages().ends.entry(process).or_default().push(code);
+    }
+
+    /// A call of the runtime for this process is about to be killed.
+    pub(crate) fn runtime_killed(&self, operation: &str, process: &Process) {
+        let mut pages = self.pages();
+        let (container, exec) = process;
+        let exec = exec.as_deref().unwrap_or_default();
+        self.line(
+            &mut pages,
+            &format!("{container} {exec}: killing its runtime's {operation}"),
+        );
+        *pages.runtimes.entry(process.clone()).or_default() += 1;
+    }
+
+    /// How many calls of the runtime were killed for this process.
+    pub(crate) fn runtimes_killed(&self, process: &Process) -> u64 {
+        self.pages().runtimes.get(process).copied().unwrap_or(0)
+    }
+
+    /// The same for a container and all its execs.
+    pub(crate) fn all_runtimes_killed(&self, container: &str) -> u64 {
+        let pages = self.pages();
+        let its = pages.runtimes.iter().filter(|((id, _), _)| id == container);
+        its.map(|(_, count)| count).sum()
     }
 
     /// containerd went away while it was doing something for this container.
@@ -136,7 +169,7 @@ impl Ledger {
     }
 
     /// All that have ended.
-    pub(crate) fn ends(&self) -> BTreeMap<Process, u32> {
+    pub(crate) fn ends(&self) -> BTreeMap<Process, Vec<u32>> {
         self.pages().ends.clone()
     }
 

@@ -8,7 +8,7 @@ use anyhow::bail;
 use embedshim_tests::Footprint;
 use testbed::sandbox::until;
 
-use crate::daemon::Daemon;
+use crate::daemon::Victim;
 use crate::ground::Ground;
 
 /// Directories of the state directory whose files belong to containers, connections or events that
@@ -110,7 +110,7 @@ impl Own {
 
 /// The number of descriptors of a process, except of our own connections for probing, which come
 /// and go.
-fn descriptors(process: Daemon) -> usize {
+fn descriptors(process: Victim) -> usize {
     fs::read_dir(format!("/proc/{}/fd", process.pid)).map_or(0, Iterator::count)
 }
 

@@ -35,13 +35,22 @@ impl Logger {
     }
 }
 
-/// What loggers have written of one output, and whether each has read it to the end.
-pub(crate) fn read(files: &Path, suffix: &str) -> anyhow::Result<(Vec<u8>, bool)> {
+/// What loggers have written of one output, and whether each has read it to the end. With `is_due`
+/// only the lines that it accepts: a logger's pipe is the runtime's too, and what is left of a
+/// runtime that was killed says so there.
+pub(crate) fn read(
+    files: &Path,
+    suffix: &str,
+    is_due: Option<fn(&[u8]) -> bool>,
+) -> anyhow::Result<(Vec<u8>, bool)> {
     let (mut bytes, mut count, mut ends) = (Vec::new(), 0, 0);
     for (path, name) in written(files)? {
         if name.ends_with(suffix) {
             count += 1;
-            bytes.extend(fs::read(path)?);
+            let written = fs::read(path)?;
+            let lines = written.split_inclusive(|&byte| byte == b'\n');
+            let due = lines.filter(|line| is_due.is_none_or(|is_due| is_due(line)));
+            bytes.extend(due.flatten());
         } else if name.ends_with(&format!("{suffix}.end")) {
             ends += 1;
         }

@@ -2,8 +2,10 @@
 //! knows what is due. `cargo xtask chaos` builds and runs it. Owns the order of the phases, and
 //! what is kept of a run that has failed.
 
+mod attempts;
 mod blackout;
 mod bundle;
+mod checkpoints;
 mod client;
 mod containerd;
 mod daemon;
@@ -17,8 +19,11 @@ mod ledger;
 mod leftovers;
 mod logger;
 mod plan;
+mod pods;
 mod program;
 mod random;
+mod runtime_killer;
+mod runtimes;
 mod sequence;
 mod steps;
 mod storm;

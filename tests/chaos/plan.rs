@@ -44,6 +44,10 @@ pub(crate) enum End {
     WithInit,
     /// An init that is deleted before it is started.
     Unstarted,
+    /// SIGKILL to all processes of the container, which the runtime sends.
+    KillAll,
+    /// The first container of its pod is killed, whose pid namespace it shares.
+    WithPod,
 }
 
 /// One process, an init or an exec.
@@ -95,6 +99,9 @@ pub(crate) struct Life {
     pub(crate) rootfs: Rootfs,
     pub(crate) init: ProcessPlan,
     pub(crate) steps: Vec<Step>,
+    /// Its state is written to files twice: once while it goes on, once to its end, and from that
+    /// it goes on.
+    pub(crate) is_checkpointed: bool,
 }
 
 impl Life {
@@ -104,8 +111,11 @@ impl Life {
             1 => Rootfs::Bind,
             _ => Rootfs::Overlay,
         };
+        if random.chance(5) {
+            return Self::of_checkpoint(random);
+        }
         let code = random.code();
-        let (program, end) = match random.below(20) {
+        let (program, end) = match random.below(21) {
             0..=3 => (Program::short(random), End::Itself),
             4..=7 => (Program::UntilTerm { code }, End::Term),
             8 => (Program::UntilTerm { code }, End::Kill),
@@ -120,6 +130,7 @@ impl Life {
                 (Program::Exit { code, after_ms }, end)
             }
             18 => (Program::Sleep, End::Unstarted),
+            19 => (Program::Sleep, End::KillAll),
             _ => (Program::Missing, End::Itself),
         };
         let count = if program.is_lasting() && end != End::Unstarted {
@@ -131,6 +142,27 @@ impl Life {
             rootfs,
             init: ProcessPlan::of(random, program, end, 55),
             steps: (0..count).map(|_| Step::of(random)).collect(),
+            is_checkpointed: false,
+        }
+    }
+
+    fn of_checkpoint(random: &mut Random) -> Self {
+        let code = random.code();
+        let (program, end) = if random.chance(50) {
+            (Program::UntilTerm { code }, End::Term)
+        } else {
+            (Program::Sleep, End::Kill)
+        };
+        Self::checkpointed(program, end)
+    }
+
+    /// A container that goes on from a checkpoint. Its root has to be writable for that.
+    pub(crate) fn checkpointed(program: Program, end: End) -> Self {
+        let mut init = ProcessPlan::plain(program, end);
+        init.is_awaited = true;
+        Self {
+            is_checkpointed: true,
+            ..Self::of_init(init)
         }
     }
 
@@ -140,6 +172,7 @@ impl Life {
             rootfs: Rootfs::Overlay,
             init,
             steps: Vec::new(),
+            is_checkpointed: false,
         }
     }
 }
@@ -209,11 +242,20 @@ impl ProcessPlan {
         self
     }
 
+    /// What is left to write for one that has shown all its lines and goes on from a checkpoint.
+    pub(crate) fn without_lines(mut self) -> Self {
+        self.lines = Lines::default();
+        self.is_awaited = false;
+        self
+    }
+
     /// The codes that are right: one, unless two ends race.
     pub(crate) fn codes(&self) -> Vec<u32> {
         let own = self.program.own_code();
         match self.end {
-            End::Kill | End::WithInit | End::Unstarted => vec![KILLED],
+            End::Kill | End::KillAll | End::WithInit | End::WithPod | End::Unstarted => {
+                vec![KILLED]
+            }
             End::Race { .. } => vec![own, KILLED],
             End::Itself | End::Term | End::CloseIo => vec![own],
         }

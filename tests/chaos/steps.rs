@@ -20,6 +20,8 @@ use crate::random::Random;
 const STEPS: u64 = 4;
 /// More lines than pipe and fifo hold.
 const MANY: u64 = 30_000;
+/// So many times fewer deaths for a life that takes so many times longer.
+const SLOW: u64 = 4;
 /// A daemon that dies in all its steps and has more than this is not what this suite was made for.
 const TOO_MANY: u64 = 1000;
 
@@ -100,7 +102,12 @@ fn lives() -> Vec<(&'static str, Life)> {
                 },
             )
         })
-        .into()
+        .into_iter()
+        .chain([(
+            "checkpoint",
+            Life::checkpointed(Program::UntilTerm { code: 24 }, End::Term),
+        )])
+        .collect()
 }
 
 /// Takes the steps: all of them, or as many as are asked for, chosen by the seed.
@@ -134,10 +141,11 @@ fn take_all(ground: &Ground, options: &Options) -> anyhow::Result<()> {
         }
         let mut random = Random::of(options.seed(), &[STEPS, number]);
         // Without --every-step each life has so many deaths, spread over it.
-        let stride = if options.every_step {
-            1
-        } else {
-            options.stride
+        let stride = match (options.every_step, life.is_checkpointed) {
+            (true, _) => 1,
+            (false, false) => options.stride,
+            // CRIU takes its time.
+            (false, true) => SLOW * options.stride,
         };
         let mut step = 1 + random.below(stride);
         let mut deaths = 0;

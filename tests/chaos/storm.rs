@@ -9,12 +9,14 @@ use crate::ground::Ground;
 use crate::ledger::DEADLINE;
 use crate::plan::Life;
 use crate::random::Random;
-use crate::{containerd, direct, killer};
+use crate::{containerd, direct, killer, pods, runtime_killer};
 
 /// Streams of numbers: workers of both kinds, and the killer.
 const DIRECT: u64 = 1;
 const CONTAINERD: u64 = 2;
 const KILLER: u64 = 3;
+/// So many of a hundred lives are a pod's.
+const PODS: u64 = 8;
 
 /// The life of a worker with this number, told from the seed alone.
 fn random_of(options: &Options, kind: u64, worker: u64, life: u64) -> Random {
@@ -31,8 +33,12 @@ pub(crate) fn blow(ground: &Ground, options: &Options, time: Duration) {
             workers.push(scope.spawn(move || {
                 for number in (0..).take_while(|_| goes_on()) {
                     let mut random = random_of(options, DIRECT, worker, number);
-                    let life = Life::of(&mut random);
-                    direct::live(ground, &format!("d{worker}-{number}"), &life);
+                    let id = format!("d{worker}-{number}");
+                    if random.chance(PODS) {
+                        pods::live(ground, &id, &mut random);
+                    } else {
+                        direct::live(ground, &id, &Life::of(&mut random));
+                    }
                 }
             }));
         }
@@ -50,7 +56,13 @@ pub(crate) fn blow(ground: &Ground, options: &Options, time: Duration) {
                 killer::kill_on(ground, &mut random, options.containerd > 0);
             });
         }
-        // The killer goes on until the last of them has ended, so that ends are disturbed as much
+        if !options.no_kills {
+            scope.spawn(move || {
+                let mut random = random_of(options, KILLER, 1, 0);
+                runtime_killer::kill_on(ground, &mut random);
+            });
+        }
+        // The killers go on until the last of them has ended, so that ends are disturbed as much
         // as beginnings.
         for worker in workers {
             if worker.join().is_err() {

@@ -47,9 +47,30 @@ impl<'a> ClientStreams<'a> {
         exec: &str,
         plan: &ProcessPlan,
     ) -> anyhow::Result<Self> {
+        let own = if exec.is_empty() { "init" } else { exec };
+        Self::open_as(ground, id, exec, own, plan)
+    }
+
+    /// Those of the init for another attempt to create it.
+    pub(crate) fn open_again(
+        ground: &'a Ground,
+        id: &str,
+        attempt: u64,
+        plan: &ProcessPlan,
+    ) -> anyhow::Result<Self> {
+        Self::open_as(ground, id, "", &format!("init-{attempt}"), plan)
+    }
+
+    fn open_as(
+        ground: &'a Ground,
+        id: &str,
+        exec: &str,
+        own: &str,
+        plan: &ProcessPlan,
+    ) -> anyhow::Result<Self> {
         let directory = ground.bundles.path(id).join("streams");
         fs::create_dir_all(&directory)?;
-        let own = directory.join(if exec.is_empty() { "init" } else { exec });
+        let own = directory.join(own);
         let mut streams = Self {
             ground,
             name: format!("{id} {exec}").trim_end().to_owned(),
@@ -181,7 +202,7 @@ impl<'a> ClientStreams<'a> {
         for (output, end) in self.outputs.iter().filter(|(_, end)| is_due(end)) {
             let due = self.plan.due(*output, code, self.plan.is_awaited);
             let ended = until("it comes to its end", || end.has_ended());
-            let came = end.bytes()?;
+            let came = end.bytes(self.is_own_word())?;
             let compared = self.compare(*output, end, &due, &came);
             // What came says more than that it did not end.
             match (ended, compared) {
@@ -193,6 +214,14 @@ impl<'a> ClientStreams<'a> {
             }
         }
         Ok(())
+    }
+
+    /// How to tell what is due from the words of a runtime, if one of this process was killed.
+    fn is_own_word(&self) -> Option<fn(&[u8]) -> bool> {
+        let (id, exec) = self.name.split_once(' ').unwrap_or((&self.name, ""));
+        let exec = (!exec.is_empty()).then(|| exec.to_owned());
+        let is_killed = self.ground.ledger.runtimes_killed(&(id.to_owned(), exec)) > 0;
+        is_killed.then_some(is_own_line)
     }
 
     fn compare(&self, output: Output, end: &End, due: &Due, came: &[u8]) -> anyhow::Result<()> {
@@ -213,6 +242,37 @@ impl<'a> ClientStreams<'a> {
         }
     }
 
+    /// The same of a process whose runtime was killed. What goes to a logger goes there directly:
+    /// what runs for a moment can have written to it.
+    pub(crate) fn check_nothing_came_of_refused(&self) -> anyhow::Result<()> {
+        match self.plan.streams.sink {
+            Sink::Logger => Ok(()),
+            Sink::Fifo | Sink::File => self.check_nothing_came(),
+        }
+    }
+
+    /// The runtime's own code was there and has failed, of which it may have said something, but no
+    /// line of the process has come.
+    pub(crate) fn check_no_line_came(&self) -> anyhow::Result<()> {
+        for (output, end) in &self.outputs {
+            if let End::Fifo(reader) = end {
+                reader.give_up();
+            }
+            until("it comes to its end", || end.has_ended())
+                .with_context(|| format!("{} {output:?}", self.name))?;
+            let came = end.bytes(None)?;
+            let mut lines = came.split_inclusive(|&byte| byte == b'\n');
+            let is_own = lines.any(|line| !line.trim_ascii().is_empty() && is_own_line(line));
+            let shown = String::from_utf8_lossy(&came);
+            ensure!(!is_own, "{} {output:?}: {shown:?}", self.name);
+            if !came.is_empty() {
+                let name = format!("{} {output:?}", self.name);
+                self.ground.ledger.note(&format!("{name}: {shown:?}"));
+            }
+        }
+        Ok(())
+    }
+
     /// No process was ever there: nothing may have come, neither of it nor of the runtime.
     pub(crate) fn check_nothing_came(&self) -> anyhow::Result<()> {
         for (output, end) in &self.outputs {
@@ -221,17 +281,17 @@ impl<'a> ClientStreams<'a> {
                 until("it comes to its end", || reader.has_ended())
                     .with_context(|| format!("{} {output:?}", self.name))?;
             }
-            self.compare(*output, end, &Due::default(), &end.bytes()?)?;
+            self.compare(*output, end, &Due::default(), &end.bytes(None)?)?;
         }
         Ok(())
     }
 }
 
 impl End {
-    fn bytes(&self) -> anyhow::Result<Vec<u8>> {
+    fn bytes(&self, is_due: Option<fn(&[u8]) -> bool>) -> anyhow::Result<Vec<u8>> {
         match self {
             Self::Fifo(reader) => Ok(reader.bytes()),
-            Self::Logged(files, suffix) => Ok(logger::read(files, suffix)?.0),
+            Self::Logged(files, suffix) => Ok(logger::read(files, suffix, is_due)?.0),
             Self::File(path) if path.exists() => fs::read(path).context("a log file"),
             Self::File(_) => Ok(Vec::new()),
         }
@@ -247,17 +307,23 @@ impl End {
                 );
                 Ok(length)
             }
-            _ => self.bytes().map(|bytes| bytes.len()),
+            _ => self.bytes(None).map(|bytes| bytes.len()),
         }
     }
 
     fn has_ended(&self) -> anyhow::Result<bool> {
         match self {
             Self::Fifo(reader) => reader.has_ended(),
-            Self::Logged(files, suffix) => Ok(logger::read(files, suffix)?.1),
+            Self::Logged(files, suffix) => Ok(logger::read(files, suffix, None)?.1),
             Self::File(_) => Ok(true),
         }
     }
+}
+
+/// Whether a process of ours can have written this line, or the runtime.
+fn is_own_line(line: &[u8]) -> bool {
+    let word = line.trim_ascii();
+    word == b"ready" || word.iter().all(u8::is_ascii_digit)
 }
 
 fn fifo(own: &Path, name: &str) -> anyhow::Result<PathBuf> {

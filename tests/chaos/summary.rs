@@ -40,6 +40,11 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
             kills.join(", ")
         }
     );
+    println!(
+        "  {} requests refused because their runtime was killed, and asked again",
+        counts.refused
+    );
+    println!("  {} pods, {} checkpoints", counts.pods, counts.checkpoints);
     println!("  {} single steps", counts.steps);
     if counts.unkept > 0 {
         println!(
@@ -55,9 +60,10 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
         println!("  the same plan again: cargo xtask chaos --seed {seed}");
     }
     let line = json!({
-        "passed": passed, "seed": seed, "seconds": seconds, "lives": counts.lives, "execs": counts.execs,
+        "passed": passed, "seed": seed, "seconds": seconds, "lives": counts.lives,
+        "execs": counts.execs,
         "codes": counts.codes, "streams": counts.streams, "bytes": counts.bytes, "repeated": counts.repeated, "requests": counts.requests, "longest_ms": u64::try_from(counts.longest.as_millis()).unwrap_or(u64::MAX),
-        "kills": counts.kills, "steps": counts.steps, "unkept": counts.unkept, "failures": counts.failures.len(),
+        "kills": counts.kills, "steps": counts.steps, "refused": counts.refused, "pods": counts.pods, "checkpoints": counts.checkpoints, "unkept": counts.unkept, "failures": counts.failures.len(),
     });
     println!("{line}");
     passed

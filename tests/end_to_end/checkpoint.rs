@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread::scope;
 
 use anyhow::ensure;
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::CheckpointOptions;
-use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, ensure_counted, writer};
+use embedshim_tests::{
+    Bundle, Footprint, Reader, Shim, Stage, Test, binary_name, ensure_counted, writer,
+};
 use nix::sys::signal::Signal;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -14,13 +17,17 @@ use serde_json::{Value, json};
 use testbed::releases;
 use testbed::sandbox::{Sandbox, until};
 
+use crate::cut_short::{CutShort, When};
+use crate::half_done::{SlowRuntime, fifo};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 6] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     a_container_with_streams_goes_on_from_its_checkpoint,
     a_checkpoint_of_ctrs_is_restored_by_ctr,
     a_container_goes_on_from_its_checkpoint,
+    a_checkpoint_to_the_end_that_outlives_its_daemon_is_answered_once_it_is_done,
     a_restore_that_cannot_be_watched_is_undone,
+    a_restore_whose_runtime_was_killed_leaves_nothing_and_can_be_asked_again,
     a_task_that_is_to_be_restored_can_be_deleted,
     a_checkpoint_without_criu_is_refused_with_the_reason,
 );
@@ -237,6 +244,34 @@ fn a_container_with_streams_goes_on_from_its_checkpoint(stage: &Stage) -> anyhow
     before.wait_for_return(&sandbox)
 }
 
+/// Its client does not read, so the exit is published half a second after the process has ended: the
+/// request that comes again must not be refused meanwhile.
+fn a_checkpoint_to_the_end_that_outlives_its_daemon_is_answered_once_it_is_done(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = with_daemon(stage, true)?;
+    let shim = Shim::connect(&sandbox)?;
+    let before = Footprint::of(&sandbox);
+    let script = "seq 1 100000; sleep 1000";
+    let bundle = restorable(Bundle::new(&sandbox, "c", &["sh", "-c", script])?)?;
+    let runtime = SlowRuntime::new(&sandbox, "checkpoint", true)?;
+    let stdout = fifo(&sandbox, "out")?;
+    let client = fs::File::options().read(true).write(true).open(&stdout)?;
+    shim.create_with("c", bundle.path(), |request| {
+        runtime.choose(request);
+        request.stdout = stdout.to_string_lossy().into_owned();
+    })?;
+    shim.start("c")?;
+    let image = sandbox.directory().join("image");
+    scope(|scope| runtime.kill_within(scope.spawn(|| checkpoint(&shim, "c", &image, true))))??;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "it did not end"
+    );
+    drop(client);
+    before.wait_for_return(&sandbox)
+}
+
 /// All three streams of a client.
 struct Streams {
     stdin: std::path::PathBuf,
@@ -290,6 +325,52 @@ fn a_restore_that_cannot_be_watched_is_undone(stage: &Stage) -> anyhow::Result<(
     ensure!(error.contains("table is full"), "{error}");
     ensure!(shim.state("c")?.pid == 0, "a pid without a process");
     shim.delete("c")?;
+    before.wait_for_return(&sandbox)
+}
+
+/// runc mounts the root once more for CRIU, in its own state directory.
+fn a_restore_whose_runtime_was_killed_leaves_nothing_and_can_be_asked_again(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let sandbox = with_daemon(stage, true)?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = counting(&sandbox, "c")?;
+    let known = Path::new("/run/containerd/runc")
+        .join(sandbox.namespace())
+        .join("c");
+    let mount = format!(
+        "mkdir -p {0}/criu-root; mount --bind {1} {0}/criu-root",
+        known.display(),
+        bundle.path().join("rootfs").display()
+    );
+    let runtime = CutShort::new(&sandbox, "restore", When::Before, &mount)?;
+    let before = Footprint::of(&sandbox);
+    let image = sandbox.directory().join("image");
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    until("it counts", || Ok(lines(&bundle)?.len() > 5))?;
+    checkpoint(&shim, "c", &image, true)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "it did not end"
+    );
+    let counted = lines(&bundle)?.len();
+    shim.create_with("c", bundle.path(), |request| {
+        request.checkpoint = image.to_string_lossy().into_owned();
+        request.options = binary_name(&runtime.program);
+    })?;
+    runtime.arm()?;
+    let error = shim.start("c").unwrap_err().to_string();
+    ensure!(error.contains("OCI runtime restore failed"), "{error}");
+    runtime.check_killed()?;
+    ensure!(!known.exists(), "{} is left", known.display());
+    shim.start("c")?;
+    until("it goes on", || Ok(lines(&bundle)?.len() > counted + 5))?;
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "the code was lost"
+    );
     before.wait_for_return(&sandbox)
 }
 

@@ -14,6 +14,7 @@ mod checkpoint;
 mod containers;
 mod control;
 mod creations;
+mod cut_short;
 mod docker;
 mod embedding;
 mod events;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
         &at_most_once::TESTS,
         &guardians::TESTS,
         &creations::TESTS,
+        &cut_short::TESTS,
         &hung::TESTS,
         &inheritance::TESTS,
         &inheritance::OURS,

@@ -108,6 +108,14 @@ pub enum Error {
         /// The runtime's last error message.
         message: String,
     },
+    /// The OCI runtime was killed: it may have done what it was called for.
+    #[error("OCI runtime {operation} failed: {message}")]
+    RuntimeKilled {
+        /// `create`, `start`, `exec` ...
+        operation: &'static str,
+        /// How it ended.
+        message: String,
+    },
     /// CRIU could not write the checkpoint. The form is runc-v2's.
     #[error("{message} path= {log}", log = .log.display())]
     Checkpoint {
@@ -172,6 +180,7 @@ impl Error {
             Self::WrongState(_)
             | Self::MayHaveRun { .. }
             | Self::Runtime { .. }
+            | Self::RuntimeKilled { .. }
             | Self::Checkpoint { .. }
             | Self::Kill(_)
             | Self::Path { .. }

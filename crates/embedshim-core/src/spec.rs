@@ -75,6 +75,12 @@ impl Spec {
         !path.starts_with('/') && path.split(':').count() == 3
     }
 
+    /// Where the runtime makes its cgroup, if that is said as a path from the root of each hierarchy.
+    pub(crate) fn cgroups_path(&self) -> Option<&Path> {
+        let path = Path::new(&self.linux.cgroups_path);
+        path.is_absolute().then_some(path)
+    }
+
     /// Whether the end of the init ends all processes by itself: only in a pid namespace of its
     /// own.
     ///

@@ -19,8 +19,8 @@ pub const ABOUT: &str = "\
 Kill whoever serves containers while they live, and check a ledger of what is due.
 
 Workers start, exec, pause, kill and delete containers, directly over ttrpc and through containerd, while \
-embedshimd is killed, frozen and ended at random instants, in bursts too, and containerd is restarted. \
-The ledger knows with which code every process ends: each must be told, each request answered, and in \
+embedshimd is killed, frozen and ended at random instants, in bursts too, calls of runc are killed and frozen, \
+and containerd is restarted. Some containers make pods, some go on from a checkpoint. The ledger knows with which code every process ends: each must be told, each request answered, and in \
 the end nothing may be left (processes, mounts, cgroups, files, descriptors).
 
 Before that the daemon is single-stepped: the same lives again and again, and each time it dies at the next \

@@ -169,27 +169,52 @@ impl Cgroup {
             std::thread::sleep(KILL_PAUSE);
         }
     }
+
+    /// Removes what a runtime that was killed has left of a cgroup at `path`, from the root of each hierarchy. Only what is
+    /// empty, or will be within 2 s: the runtime's own process ends when it finds itself alone. Blocks.
+    pub(crate) fn remove_left(path: &Path) -> io::Result<()> {
+        let mounts = read_mountinfo()?;
+        let give_up = Instant::now() + KILL;
+        for mount in mounts
+            .iter()
+            .filter(|mount| mount.kind.starts_with("cgroup"))
+        {
+            let Some(directory) = below(mount, path).filter(|found| *found != mount.path) else {
+                continue;
+            };
+            while let Err(error) = fs::remove_dir(&directory) {
+                if is_gone(&error) {
+                    break;
+                }
+                let is_busy = error.raw_os_error() == Some(Errno::EBUSY as i32);
+                if !is_busy || Instant::now() >= give_up {
+                    return Err(error);
+                }
+                std::thread::sleep(KILL_PAUSE);
+            }
+        }
+        Ok(())
+    }
 }
 
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ENODEV as i32)
 }
 
-/// `/proc/PID/cgroup` has a line `number:controllers:path` for each hierarchy; v2's has no
-/// controllers. On hybrid machines the v1 controllers do the work and v2's hierarchy is empty.
+/// `/proc/PID/cgroup` has a line `number:controllers:path` for each hierarchy; v2's has no controllers. On hybrid machines
+/// the v1 controllers do the work and v2's hierarchy is empty.
+///
+/// A hierarchy can be mounted several times: CRIU mounts all of them in a directory of its own while it restores a container,
+/// for everyone to see. The oldest mount, which comes first, is the machine's.
 fn locate(text: &str, mounts: &[MountPoint]) -> Option<Cgroup> {
     let mut controllers = BTreeMap::new();
     let mut unified = None;
-    let v1: HashMap<&str, &MountPoint> = mounts
-        .iter()
-        .filter(|mount| mount.kind == "cgroup")
-        .flat_map(|mount| {
-            mount
-                .options
-                .iter()
-                .map(move |option| (option.as_str(), mount))
-        })
-        .collect();
+    let mut v1: HashMap<&str, Vec<&MountPoint>> = HashMap::new();
+    for mount in mounts.iter().filter(|mount| mount.kind == "cgroup") {
+        for option in &mount.options {
+            v1.entry(option).or_default().push(mount);
+        }
+    }
     for line in text.lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(names), Some(path)) = (fields.next(), fields.next()) else {
@@ -198,14 +223,15 @@ fn locate(text: &str, mounts: &[MountPoint]) -> Option<Cgroup> {
         if names.is_empty() {
             unified = mounts
                 .iter()
-                .find(|mount| mount.kind == "cgroup2")
-                .and_then(|mount| below(mount, path));
+                .filter(|mount| mount.kind == "cgroup2")
+                .find_map(|mount| below(mount, path.as_ref()));
         }
         for name in names
             .split(',')
             .filter(|name| !name.is_empty() && !name.starts_with("name="))
         {
-            if let Some(directory) = v1.get(name).and_then(|mount| below(mount, path)) {
+            let mut mounts = v1.get(name).into_iter().flatten();
+            if let Some(directory) = mounts.find_map(|mount| below(mount, path.as_ref())) {
                 controllers.insert(name.to_owned(), directory);
             }
         }
@@ -219,8 +245,8 @@ fn locate(text: &str, mounts: &[MountPoint]) -> Option<Cgroup> {
 }
 
 /// A cgroup path at this mount of its hierarchy, which may show only a part of it.
-fn below(mount: &MountPoint, path: &str) -> Option<PathBuf> {
-    let relative = Path::new(path).strip_prefix(&mount.root).ok()?;
+fn below(mount: &MountPoint, path: &Path) -> Option<PathBuf> {
+    let relative = path.strip_prefix(&mount.root).ok()?;
     // A cgroup outside our cgroup namespace has a path with "..": it can't be reached from here.
     let is_inside = relative
         .components()
@@ -338,6 +364,25 @@ pub(crate) mod tests {
             Some(Cgroup::V2("/sys/fs/cgroup/k/a".into()))
         );
         assert_eq!(locate("0::/../a\n", &pure), None);
+    }
+
+    #[test]
+    fn a_hierarchy_that_is_mounted_twice_is_used_where_it_was_mounted_first() {
+        let twice = [
+            mount("cgroup", "/", "/c/memory", "rw,memory"),
+            mount("cgroup2", "/", "/c/unified", "rw"),
+            mount("cgroup", "/", "/b/.criu.cgyard/memory", "rw,memory"),
+            mount("cgroup2", "/", "/b/.criu.cgyard/unified", "rw"),
+        ];
+        let Some(Cgroup::V1(found)) = locate("5:memory:/a\n0::/a\n", &twice) else {
+            panic!("not v1")
+        };
+        assert_eq!(found["memory"], Path::new("/c/memory/a"));
+        let pure = &twice[1..2];
+        let again = [pure[0].clone(), twice[3].clone()];
+        let expected = Some(Cgroup::V2("/c/unified/a".into()));
+        assert_eq!(locate("0::/a\n", pure), expected);
+        assert_eq!(locate("0::/a\n", &again), expected);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! containers.
 
 mod arguments;
+mod failure;
 mod inflight;
 mod log;
 mod options;
@@ -22,8 +23,10 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
+use tracing::warn;
 
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
+use failure::Failure;
 pub(crate) use inflight::{InFlightCalls, wait_for};
 pub(crate) use log::last_error;
 pub use options::RuntimeOptions;
@@ -38,6 +41,9 @@ use crate::reaper::Orphans;
 use crate::spec::Spec;
 use crate::stdio::ChildStdio;
 use crate::sys;
+
+/// How often a call that can be repeated at will is made, if its runtime is killed each time.
+const REPEATS: u32 = 4;
 
 /// The OCI runtime as one container uses it.
 #[derive(Clone, Debug)]
@@ -89,14 +95,6 @@ pub(crate) enum RuntimeStatus {
     Other,
 }
 
-/// Why an invocation did not succeed; [`Runtime`]'s methods put the operation's name before it.
-#[derive(Debug)]
-enum Failure {
-    NotRun(io::Error),
-    Late,
-    Exited { code: Option<i32>, stderr: String },
-}
-
 impl Runtime {
     /// The runtime for containers of `namespace`, by the request's options and the container's
     /// spec.
@@ -128,6 +126,11 @@ impl Runtime {
     pub(crate) fn program_name(&self) -> OsString {
         let name = Path::new(&self.binary).file_name();
         name.unwrap_or_default().to_owned()
+    }
+
+    /// The directory in which it notes what it knows of a container.
+    pub(crate) fn state_of(&self, id: &str) -> PathBuf {
+        self.root.join(id)
     }
 
     /// What it and all others that are started for the container inherit.
@@ -201,14 +204,14 @@ impl Runtime {
             .await
         {
             Ok(_) => Ok(()),
-            Err(failure) => Err(kill_error(&self.message(failure, log).await)),
+            Err(failure) => Err(failure.of_kill(&self.binary, self.deadline, log).await),
         }
     }
 
     /// `delete`. A container the runtime does not know is deleted already.
     pub(crate) async fn delete(&self, id: &str, force: bool, log: &Path) -> Result<(), Error> {
         match self
-            .run("delete", arguments::delete(id, force), Input::Null, log)
+            .run_until_it_ends("delete", arguments::delete(id, force), log)
             .await
         {
             Err(Error::Runtime { message, .. }) if message.contains("does not exist") => Ok(()),
@@ -233,7 +236,7 @@ impl Runtime {
     /// What `state` says.
     pub(crate) async fn state(&self, id: &str, log: &Path) -> Result<State, Error> {
         let stdout = self
-            .run("state", arguments::state(id), Input::Null, log)
+            .run_until_it_ends("state", arguments::state(id), log)
             .await?;
         serde_json::from_slice(&stdout).map_err(|e| Error::Runtime {
             operation: "state",
@@ -267,10 +270,39 @@ impl Runtime {
     ) -> Result<Vec<u8>, Error> {
         match self.invoke(arguments, streams, log).await {
             Ok(stdout) => Ok(stdout),
-            Err(failure) => Err(Error::Runtime {
-                operation,
-                message: self.message(failure, log).await,
-            }),
+            Err(failure) => {
+                let is_killed = failure.is_killed();
+                let message = failure.message(&self.binary, self.deadline, log).await;
+                Err(if is_killed {
+                    Error::RuntimeKilled { operation, message }
+                } else {
+                    Error::Runtime { operation, message }
+                })
+            }
+        }
+    }
+
+    /// A call that does no harm when it is made again: it is, if the runtime is killed in it.
+    async fn run_until_it_ends(
+        &self,
+        operation: &'static str,
+        arguments: Vec<OsString>,
+        log: &Path,
+    ) -> Result<Vec<u8>, Error> {
+        let begun = Instant::now();
+        let mut repeats = 0;
+        loop {
+            let result = self
+                .run(operation, arguments.clone(), Input::Null, log)
+                .await;
+            repeats += 1;
+            let is_over = repeats == REPEATS || begun.elapsed() >= self.deadline;
+            match result {
+                Err(Error::RuntimeKilled { message, .. }) if !is_over => {
+                    warn!(operation, %message, "calling the OCI runtime again");
+                }
+                result => return result,
+            }
         }
     }
 
@@ -394,40 +426,6 @@ impl Runtime {
             Ok(Ok(child)) => child.map_err(Failure::NotRun),
         }
     }
-
-    /// The runtime's own last word: log.json first, then stderr, then its status.
-    async fn message(&self, failure: Failure, log: &Path) -> String {
-        match failure {
-            Failure::NotRun(source) => {
-                let advice = match source.kind() {
-                    io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => {
-                        "; install it or correct BinaryName"
-                    }
-                    _ => "",
-                };
-                format!(
-                    "cannot run the OCI runtime {:?}: {source}{advice}",
-                    self.binary
-                )
-            }
-            Failure::Late => format!(
-                "{} did not finish within {} s and was killed",
-                self.binary,
-                self.deadline.as_secs()
-            ),
-            Failure::Exited { code, stderr } => match last_error(log).await {
-                Some(message) => message,
-                None if !stderr.is_empty() => stderr,
-                None => match code {
-                    Some(code) => format!(
-                        "{} exited with status {code} and left no message",
-                        self.binary
-                    ),
-                    None => format!("{} was killed by a signal", self.binary),
-                },
-            },
-        }
-    }
 }
 
 /// Whether systemd is the init system, as `sd_booted(3)` finds out: without it no cgroup can be
@@ -440,43 +438,5 @@ fn has_systemd() -> bool {
 fn kill_group(child: &Child) {
     if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
         let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
-    }
-}
-
-/// runc-v2's classification of what `runc kill` says (`checkKillError`; containerd b437938d2 and
-/// 0a2129222).
-fn kill_error(message: &str) -> Error {
-    const FINISHED: [&str; 3] = [
-        "os: process already finished",
-        "container not running",
-        "no such process",
-    ];
-    if FINISHED.iter().any(|text| message.contains(text)) {
-        Error::AlreadyFinished
-    } else if message.contains("does not exist") {
-        Error::NoSuchContainer
-    } else {
-        Error::Kill(message.to_owned())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kill_errors_are_classified_as_runc_v2_does() {
-        assert!(matches!(
-            kill_error("container not running"),
-            Error::AlreadyFinished
-        ));
-        assert!(matches!(
-            kill_error("container does not exist"),
-            Error::NoSuchContainer
-        ));
-        assert_eq!(
-            kill_error("eperm").to_string(),
-            "unknown error after kill: eperm"
-        );
     }
 }

@@ -17,6 +17,8 @@ pub(in crate::task) struct ExecFiles {
     pub(in crate::task) process: PathBuf,
     /// Where the runtime writes the pid.
     pub(in crate::task) pid: PathBuf,
+    /// Where runc begins to write it. It does not overwrite what one has left that was killed.
+    draft: PathBuf,
     /// Made when the runtime is called.
     pub(in crate::task) mark: PathBuf,
     pub(in crate::task) log: PathBuf,
@@ -28,6 +30,7 @@ impl ExecFiles {
         Self {
             process: file("process.json"),
             pid: file("pid"),
+            draft: bundle.join(format!("..exec-{exec}.pid")),
             mark: file("called"),
             log: file("log.json"),
         }
@@ -67,7 +70,8 @@ impl ExecFiles {
     }
 
     pub(in crate::task) async fn remove(&self) {
-        let files = [&self.process, &self.pid, &self.log, &self.mark].map(PathBuf::clone);
+        let files =
+            [&self.process, &self.pid, &self.draft, &self.log, &self.mark].map(PathBuf::clone);
         // Left-overs would go with the bundle.
         let _ = blocking(move || files.map(|file| std::fs::remove_file(file).is_ok())).await;
     }

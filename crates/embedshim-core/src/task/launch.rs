@@ -19,6 +19,8 @@ use crate::task::engine::Engine;
 use crate::task::process::TaskProcess;
 use crate::task::task::Task;
 
+/// Where CRIU writes its logs, and mounts what it needs meanwhile.
+pub(in crate::task) const CRIU_WORK: &str = "criu-work";
 /// How long a runtime that says it has started a terminal may take to hand it over.
 pub(in crate::task) const CONSOLE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -33,7 +35,9 @@ impl Engine {
         // Until the init is watched, no orphan is reaped: it might be the init.
         let _ticket = self.orphans.ticket();
         let pid_file = task.pid_file();
-        let work = task.bundle.path.join("criu-work");
+        let stale = [task.pid_draft(), pid_file.clone()];
+        blocking(move || stale.map(|file| std::fs::remove_file(file).is_ok())).await?;
+        let work = task.bundle.path.join(CRIU_WORK);
         let log = task.log();
         let call = Create {
             id: task.id(),

@@ -41,6 +41,7 @@
 mod api;
 mod config;
 mod context;
+mod cut_short;
 mod engine;
 mod exec_files;
 mod exit_order;
@@ -53,6 +54,7 @@ mod process;
 mod record;
 mod recovery;
 mod registry;
+mod restores;
 mod store;
 #[expect(
     clippy::module_inception,

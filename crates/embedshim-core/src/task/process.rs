@@ -171,8 +171,12 @@ impl TaskProcess {
     /// The runtime is about to start it: what is found of it after a restart is this request's
     /// work.
     pub(crate) fn mark_start(&self, request: Option<RequestId>) {
-        let ticks = BootTime::now().ticks();
-        self.facts().start = Some(StartMark { request, ticks });
+        let mut facts = self.facts();
+        facts.start = Some(StartMark {
+            request,
+            ticks: BootTime::now().ticks(),
+            program: facts.process.as_ref().and_then(|process| process.program()),
+        });
     }
 
     /// It was not started after all.
@@ -182,7 +186,7 @@ impl TaskProcess {
 
     /// For whom the runtime was called to start it, if it was.
     pub(crate) fn start_mark(&self) -> Option<StartMark> {
-        self.facts().start
+        self.facts().start.clone()
     }
 
     /// Whether this request is the one that started it, before a restart.
@@ -219,6 +223,14 @@ impl TaskProcess {
         match self.apply(Transition::Report(record)) {
             Ok(Effect::Settle(record)) => Some(record),
             Ok(Effect::None) | Err(_) => None,
+        }
+    }
+
+    /// The exit that waits for an operation, if it has come.
+    pub(crate) fn early_exit(&self) -> Option<ExitRecord> {
+        match self.now().lifecycle {
+            Lifecycle::Starting { early } | Lifecycle::Started { early } => early,
+            _ => None,
         }
     }
 
@@ -420,7 +432,7 @@ impl TaskProcess {
             spec: facts.spec.clone(),
             number: self.fds.number(),
             made_by: self.made_by,
-            start: facts.start,
+            start: facts.start.clone(),
             start_failed: failed.is_some(),
             may_have_run: failed.unwrap_or(false),
         }

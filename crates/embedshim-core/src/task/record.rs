@@ -51,13 +51,16 @@ pub(crate) struct TaskRecord {
 }
 
 /// The runtime was about to start the process, or has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StartMark {
     /// On whose behalf.
     pub(crate) request: Option<RequestId>,
     /// When, as start times of processes are counted; 0 in the record of an older version.
     #[serde(default)]
     pub(crate) ticks: u64,
+    /// Which program an init executed then, which is the runtime's.
+    #[serde(default)]
+    pub(crate) program: Option<PathBuf>,
 }
 
 /// What there is to remember about one process.

@@ -255,6 +255,11 @@ impl Task {
         self.bundle.path.join("init.pid")
     }
 
+    /// Where runc begins to write it. It does not overwrite what one has left that was killed.
+    pub(crate) fn pid_draft(&self) -> PathBuf {
+        self.bundle.path.join(".init.pid")
+    }
+
     /// Where the root filesystem is mounted.
     pub(crate) fn rootfs_path(&self) -> PathBuf {
         self.bundle.path.join("rootfs")

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use tracing::warn;
 
 use crate::blocking::blocking;
+use crate::cgroup::Cgroup;
 use crate::rootfs;
+use crate::spec::Spec;
 use crate::stdio;
 use crate::task::engine::Engine;
 use crate::task::process::TaskProcess;
@@ -20,6 +22,9 @@ impl Engine {
         {
             // The runtime is missing, say, which is what the client is told already.
             warn!(id = %task.id(), %error, "cannot delete a container that was not created");
+        }
+        if runtime_was_called {
+            remove_left_cgroup(task).await;
         }
         if !task.rootfs.is_empty() {
             let (target, bundle) = (task.rootfs_path(), task.bundle.path.clone());
@@ -43,5 +48,22 @@ impl Engine {
 pub(in crate::task) async fn end_logger(process: &TaskProcess) {
     if let Some(logger) = process.take_logger() {
         stdio::end_logger(logger).await;
+    }
+}
+
+/// Removes the cgroup of a container that the runtime has begun to make and does not know: it was
+/// killed before it had noted it.
+pub(in crate::task) async fn remove_left_cgroup(task: &Task) {
+    let bundle = task.bundle.path.clone();
+    let removed = blocking(move || match Spec::read(&bundle) {
+        Ok(spec) => spec.cgroups_path().map_or(Ok(()), Cgroup::remove_left),
+        // With its bundle goes what is known of it.
+        Err(_) => Ok(()),
+    });
+    if let Ok(Err(error)) = removed.await {
+        warn!(
+            id = %task.id(), %error,
+            "cannot remove the cgroup of a container that was not created"
+        );
     }
 }

@@ -10,6 +10,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -188,6 +189,29 @@ impl Process {
         let is_its = parse_stat_field(&stat, START_TIME) == Some(self.identity.start_ticks);
         let parent = is_its.then(|| parse_stat_field(&stat, PARENT)).flatten()?;
         i32::try_from(parent).ok()
+    }
+
+    /// The path of the program that it executes, as the kernel knows it: neither the file nor its
+    /// file system is asked. `None` of one that has ended.
+    pub fn program(&self) -> Option<PathBuf> {
+        let program = fs::read_link(format!("/proc/{}/exe", self.identity.pid)).ok()?;
+        // The link was read by number.
+        let is_its = self.is_reaped().is_ok_and(|is_reaped| !is_reaped);
+        is_its.then_some(program)
+    }
+
+    /// Whether one of its threads is blocked in this system call.
+    pub fn is_blocked_in(&self, call: i64) -> bool {
+        let directory = format!("/proc/{}/task", self.identity.pid);
+        let threads = fs::read_dir(directory).into_iter().flatten().flatten();
+        let is_any = threads.into_iter().any(|thread| {
+            // "running", or the call's number and its arguments.
+            let text = fs::read_to_string(thread.path().join("syscall")).unwrap_or_default();
+            let number = text.split(' ').next().and_then(|word| word.parse().ok());
+            number == Some(call)
+        });
+        // The files were read by number.
+        is_any && self.is_reaped().is_ok_and(|is_reaped| !is_reaped)
     }
 
     /// Sends a signal. `ESRCH` if it is reaped already.

@@ -9,7 +9,9 @@ use crate::id::TaskKey;
 use crate::runtime::Checkpoint;
 use crate::task::api::CheckpointTask;
 use crate::task::engine::Engine;
-use crate::task::lifecycle::{Operation, Phase};
+use crate::task::launch::CRIU_WORK;
+use crate::task::lifecycle::Operation;
+use crate::task::task::Task;
 
 /// What CRIU writes last of an image.
 const INVENTORY: &str = "inventory.img";
@@ -24,8 +26,7 @@ impl Engine {
     ) -> Result<(), Error> {
         let task = self.registry.task(&key)?;
         let _mutation = task.init.lock_mutations().await?;
-        let has_ended = task.init.now().phase() == Phase::Stopped;
-        if is_replay && request.exit && has_ended && request.image.join(INVENTORY).exists() {
+        if is_replay && request.exit && is_checkpointed(&task, &request).await? {
             // It ended because that was asked for.
             return Ok(());
         }
@@ -36,7 +37,7 @@ impl Engine {
                 "checkpoint {path} is not an absolute path"
             )));
         }
-        let own_work = task.bundle.path.join("criu-work");
+        let own_work = task.bundle.path.join(CRIU_WORK);
         let work = request.work.as_ref().unwrap_or(&own_work);
         let call = Checkpoint {
             id: task.id(),
@@ -66,4 +67,15 @@ impl Engine {
             log,
         })
     }
+}
+
+/// Whether a call that the daemon before has made has written the image and ended the container. That
+/// is known of the process before its exit is published.
+async fn is_checkpointed(task: &Task, request: &CheckpointTask) -> Result<bool, Error> {
+    let (process, inventory) = (task.init.process(), request.image.join(INVENTORY));
+    blocking(move || {
+        let has_ended = process.is_none_or(|process| process.has_ended().unwrap_or(false));
+        has_ended && inventory.exists()
+    })
+    .await
 }

@@ -161,11 +161,17 @@ impl Engine {
         if let Some(identity) = task.init.identity() {
             self.unwatch(task, identity).await;
         }
-        task.init.fail_start();
+        task.init.unmake();
+        // If this daemon dies before it has answered, the request is carried out again, and its
+        // client must not have read the end: its ends are closed last.
+        let request = task.init.made_by;
+        let fds = &task.init.fds;
+        fds.leave_to(request.map(|request| (request.connection, request.stream)));
         end_logger(&task.init).await;
         self.oom.unwatch(task.serial);
         self.remove_traces(task, runtime_was_called).await;
         self.registry.release(task);
+        task.init.fail_start();
     }
 }
 

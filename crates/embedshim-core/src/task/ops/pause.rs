@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::blocking::blocking;
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::id::TaskKey;
+use crate::task::cut_short;
 use crate::task::engine::Engine;
 use crate::task::lifecycle::{Operation, Phase, Transition};
 use crate::task::process::TaskProcess;
@@ -34,8 +35,17 @@ impl Engine {
             Ok(_) => task.runtime.pause(task.id(), &task.log()).await,
             Err(unsaved) => Err(unsaved),
         };
-        if let Err(error) = frozen {
+        if let Err(error) = frozen
+            && cut_short::phase_after(&task, &error).await != Some(Phase::Paused)
+        {
             task.init.advance(Transition::Thawed);
+            // A successor would take it for one that is being paused until it has looked.
+            if let Err(unsaved) = self.save(&task).await {
+                warn!(
+                    id = %task.id(), error = %unsaved,
+                    "that a container was not paused is not durable"
+                );
+            }
             return Err(error);
         }
         let has_ended = task.init.now().lifecycle.known_exit().is_some();
@@ -63,7 +73,11 @@ impl Engine {
             return Ok(());
         }
         now.lifecycle.admit(Operation::Resume)?;
-        task.runtime.resume(task.id(), &task.log()).await?;
+        if let Err(error) = task.runtime.resume(task.id(), &task.log()).await
+            && cut_short::phase_after(&task, &error).await != Some(Phase::Running)
+        {
+            return Err(error);
+        }
         self.change(&task, Transition::Thawed, EventKind::Resumed)
             .await
     }

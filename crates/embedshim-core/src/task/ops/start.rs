@@ -13,10 +13,11 @@ use crate::id::{ExecId, ProcessKey};
 use crate::runtime::Exec;
 use crate::stdio::Plan;
 use crate::task::context::{RequestContext, RequestId};
+use crate::task::cut_short;
 use crate::task::engine::Engine;
 use crate::task::exec_files::ExecFiles;
 use crate::task::launch::{open_reported, read_pid};
-use crate::task::lifecycle::{Operation, Transition};
+use crate::task::lifecycle::{Operation, Phase, Transition};
 use crate::task::process::TaskProcess;
 use crate::task::task::Task;
 use crate::task::teardown::end_logger;
@@ -67,7 +68,7 @@ impl Engine {
             self.restore_container(task).await
         } else {
             init.begin_input();
-            task.runtime.start(task.id(), &task.log()).await
+            start_by_runtime(task).await
         };
         match result {
             Ok(()) => {
@@ -85,25 +86,6 @@ impl Engine {
         result?;
         saved?;
         Ok(init.now().pid)
-    }
-
-    /// Brings a container back from its checkpoint. On failure the task is what it was before.
-    async fn restore_container(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
-        let plan = Plan::parse(&task.init.stdio)?;
-        let restored = self.launch(task, &plan).await;
-        if restored.is_err() {
-            if let Some(identity) = task.init.identity() {
-                // As long as it is tracked, the reaper leaves its zombie alone.
-                self.unwatch(task, identity).await;
-            }
-            task.init.unmake();
-            task.init.fds.forget_all();
-            end_logger(&task.init).await;
-            if let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await {
-                warn!(id = %task.id(), %error, "cannot delete a container that was not restored");
-            }
-        }
-        restored
     }
 
     async fn start_exec(
@@ -219,6 +201,20 @@ impl Engine {
             );
         }
         end_logger(process).await;
+    }
+}
+
+/// Calls the runtime. One that was killed may have started the init: then the start is done.
+async fn start_by_runtime(task: &Arc<Task>) -> Result<(), Error> {
+    let started = task.runtime.start(task.id(), &task.log()).await;
+    let Err(error) = started else { return Ok(()) };
+    match cut_short::phase_after(task, &error).await {
+        // It has ended, and so it ran.
+        Some(Phase::Running | Phase::Stopped) => {
+            warn!(id = %task.id(), %error, "it was started all the same");
+            Ok(())
+        }
+        _ => Err(error),
     }
 }
 

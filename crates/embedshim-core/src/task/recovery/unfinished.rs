@@ -17,14 +17,16 @@ use crate::event::EventKind;
 use crate::exit::{Evidence, ExitRecord, ExitStatus, UnknownReason};
 use crate::fdstore::FdRole;
 use crate::process::{OpenError, Process, ProcessIdentity};
-use crate::runtime::{RuntimeStatus, wait_for};
+use crate::runtime::wait_for;
 use crate::stdio;
+use crate::task::cut_short::Known;
 use crate::task::engine::Engine;
 use crate::task::exec_files::ExecFiles;
 use crate::task::launch::read_pid;
 use crate::task::lifecycle::{Phase, Transition};
 use crate::task::process::TaskProcess;
 use crate::task::recovery::streams::{connect, take_terminal};
+use crate::task::restores::undo_restore;
 use crate::task::task::Task;
 use crate::task::teardown::end_logger;
 use crate::task::unreported;
@@ -153,8 +155,8 @@ impl Engine {
         if init.identity().is_none() {
             undo_restore(task).await;
         } else if matches!(recorded, Phase::Created | Phase::Pausing | Phase::Paused) {
-            let status = match task.runtime.state(task.id(), &task.log()).await {
-                Ok(known) => Some(known.status),
+            let known = match Known::of(task).await {
+                Ok(known) => known.phase(),
                 Err(error) => {
                     warn!(
                         id = %task.id(), %error,
@@ -163,7 +165,7 @@ impl Engine {
                     None
                 }
             };
-            if let Some((change, event)) = change_by(task, recorded, status)
+            if let Some((change, event)) = change_by(task, recorded, known)
                 && init.advance(change)
             {
                 init.begin_input();
@@ -360,43 +362,26 @@ enum Begun {
     Found(Process),
 }
 
-/// What has happened to the container since its record was written, by the runtime's word.
+/// What has happened to the container since its record was written, by what is known of it now.
 fn change_by(
     task: &Task,
     recorded: Phase,
-    status: Option<RuntimeStatus>,
+    known: Option<Phase>,
 ) -> Option<(Transition, Option<EventKind>)> {
     let started = EventKind::Started {
         pid: task.init.now().pid,
     };
-    match (recorded, status?) {
-        (Phase::Created, RuntimeStatus::Running) => Some((Transition::Start, Some(started))),
+    match (recorded, known?) {
+        (Phase::Created, Phase::Running) => Some((Transition::Start, Some(started))),
         // It has ended, and so it ran, or was killed while it was being started.
-        (Phase::Created, RuntimeStatus::Stopped) if task.init.start_mark().is_some() => {
+        (Phase::Created, Phase::Stopped) if task.init.start_mark().is_some() => {
             Some((Transition::Start, Some(started)))
         }
-        (Phase::Pausing, RuntimeStatus::Paused) => {
-            Some((Transition::Frozen, Some(EventKind::Paused)))
-        }
-        (Phase::Pausing, RuntimeStatus::Running) => Some((Transition::Thawed, None)),
-        (Phase::Paused, RuntimeStatus::Running) => {
-            Some((Transition::Thawed, Some(EventKind::Resumed)))
-        }
+        (Phase::Pausing, Phase::Paused) => Some((Transition::Frozen, Some(EventKind::Paused))),
+        (Phase::Pausing, Phase::Running) => Some((Transition::Thawed, None)),
+        (Phase::Paused, Phase::Running) => Some((Transition::Thawed, Some(EventKind::Resumed))),
         _ => None,
     }
-}
-
-/// A restore that was cut short: what there is of it is not watched, and no client knows of it.
-async fn undo_restore(task: &Arc<Task>) {
-    let is_half_done = task.init.start_mark().is_some() && task.checkpoint.is_some();
-    if !is_half_done {
-        return;
-    }
-    if let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await {
-        warn!(id = %task.id(), %error, "cannot delete a container that was half restored");
-    }
-    task.init.unmark_start();
-    task.init.unmake();
 }
 
 /// The process that the pid file names; `None` if the number is another's by now, or free.
