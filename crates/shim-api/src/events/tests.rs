@@ -218,7 +218,7 @@ async fn exits_of_tasks_that_are_not_deleted_are_sent_again_after_containerds_re
     let listener = Listener::listen(&socket);
     let outboxes = Outboxes::open(state).unwrap();
     outboxes.start();
-    for (id, pid) in [("stays", 1), ("gone", 2), ("late", 3)] {
+    for (id, pid) in [("early", 1), ("gone", 2), ("late", 3)] {
         outboxes.accept(event(&socket, id, started(pid)));
         outboxes.accept(event(&socket, id, exited(pid)));
     }
