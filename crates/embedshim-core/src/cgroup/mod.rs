@@ -170,8 +170,9 @@ impl Cgroup {
         }
     }
 
-    /// Removes what a runtime that was killed has left of a cgroup at `path`, from the root of each hierarchy. Only what is
-    /// empty, or will be within 2 s: the runtime's own process ends when it finds itself alone. Blocks.
+    /// Removes what a runtime that was killed has left of a cgroup at `path`, from the root of each
+    /// hierarchy. Only what is empty, or will be within 2 s: the runtime's own process ends when it
+    /// finds itself alone. Blocks.
     pub(crate) fn remove_left(path: &Path) -> io::Result<()> {
         let mounts = read_mountinfo()?;
         let give_up = Instant::now() + KILL;
@@ -201,11 +202,12 @@ fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ENODEV as i32)
 }
 
-/// `/proc/PID/cgroup` has a line `number:controllers:path` for each hierarchy; v2's has no controllers. On hybrid machines
-/// the v1 controllers do the work and v2's hierarchy is empty.
+/// `/proc/PID/cgroup` has a line `number:controllers:path` for each hierarchy; v2's has no
+/// controllers. On hybrid machines the v1 controllers do the work and v2's hierarchy is empty.
 ///
-/// A hierarchy can be mounted several times: CRIU mounts all of them in a directory of its own while it restores a container,
-/// for everyone to see. The oldest mount, which comes first, is the machine's.
+/// A hierarchy can be mounted several times: CRIU mounts all of them in a directory of its own
+/// while it restores a container, for everyone to see. The oldest mount, which comes first, is the
+/// machine's.
 fn locate(text: &str, mounts: &[MountPoint]) -> Option<Cgroup> {
     let mut controllers = BTreeMap::new();
     let mut unified = None;

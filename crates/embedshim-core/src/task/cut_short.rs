@@ -1,5 +1,6 @@
 //! What a call of the OCI runtime has done that was killed, as by the OOM killer, or by us because
-//! it was too slow. Owns how that is found out; changes nothing.
+//! it was too slow. Owns how that is found out (invariant 22); changes
+//! nothing.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -39,8 +40,8 @@ impl Known {
     pub(in crate::task) async fn of(task: &Arc<Task>) -> Result<Self, Error> {
         let state = task.runtime.state(task.id(), &task.log()).await?;
         let phase = match state.status {
-            // runc says so for as long as the container lives if its start was cut short right after
-            // it had taken effect.
+            // runc says so for as long as the container lives if its start was cut short right
+            // after it had taken effect.
             RuntimeStatus::Created => match look(task).await? {
                 Init::Waits => Phase::Created,
                 Init::Runs => Phase::Running,
@@ -70,8 +71,8 @@ async fn look(task: &Task) -> Result<Init, Error> {
     blocking(move || watch(init, &program)).await
 }
 
-/// Watches an init until it executes another program than this, waits for its start, which it does in
-/// opening a fifo (runc, crun), or ends. Blocks.
+/// Watches an init until it executes another program than this, waits for its start, which it does
+/// in opening a fifo (runc, crun), or ends. Blocks.
 fn watch(init: ProcessIdentity, program: &Path) -> Init {
     let Ok(init) = Process::reopen(init) else {
         return Init::Ended;
@@ -90,9 +91,9 @@ fn watch(init: ProcessIdentity, program: &Path) -> Init {
     }
 }
 
-/// The phase in which an init has ended that was to be started: stopped if its program has run. A runtime
-/// that is killed between opening the fifo and reading from it, which it removes after that, makes
-/// its init end by an error of its own.
+/// The phase in which an init has ended that was to be started: stopped if its program has run. A
+/// runtime that is killed between opening the fifo and reading from it, which it removes after
+/// that, makes its init end by an error of its own.
 async fn phase_of_ended(task: &Task) -> Result<Phase, Error> {
     let fifo = task.runtime.state_of(task.id()).join(START_FIFO);
     if !blocking(move || fifo.exists()).await? {

@@ -97,8 +97,8 @@ impl Engine {
         blocking(move || store.remove(&key)).await?
     }
 
-    /// Emits an event of a task, unless the task is given up. Operations call it before they save the
-    /// change that the event reports, and an exit is emitted after it was saved (invariant 15).
+    /// Emits an event of a task, unless the task is given up. Operations call it before they save
+    /// the change that the event reports, and an exit is emitted after it was saved (invariant 15).
     pub(crate) fn emit(&self, task: &Task, kind: EventKind) {
         if task.is_given_up() {
             return;

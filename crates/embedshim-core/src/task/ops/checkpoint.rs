@@ -69,8 +69,8 @@ impl Engine {
     }
 }
 
-/// Whether a call that the daemon before has made has written the image and ended the container. That
-/// is known of the process before its exit is published.
+/// Whether a call that the daemon before has made has written the image and ended the container.
+/// That is known of the process before its exit is published.
 async fn is_checkpointed(task: &Task, request: &CheckpointTask) -> Result<bool, Error> {
     let (process, inventory) = (task.init.process(), request.image.join(INVENTORY));
     blocking(move || {
