@@ -1,26 +1,19 @@
 //! The backends under test, each opened as a daemon would, in a place of its own.
 
-use std::fmt;
-use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::error::Error;
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use async_trait::async_trait;
-use embedshim_core::exit::{
+use exit_conformance::{CAPACITY, Subject};
+use exit_monitor::process::{Process, ProcessIdentity};
+use exit_monitor::{
     Adopted, Availability, Backend, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus,
     Guarantees, Known, Survives, UnknownReason, WatchError, Watched,
 };
-use embedshim_core::process::{Process, ProcessIdentity};
 use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
-
-/// More than any check takes on an emulated machine.
-pub(crate) const LIMIT: Duration = Duration::from_mins(2);
-/// Enough for every check but those about a full table.
-pub(crate) const CAPACITY: u32 = 8192;
 
 /// A way to learn of exits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,23 +33,8 @@ pub(crate) enum Kind {
     Ptrace,
 }
 
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Pidfd => "pidfd",
-            Self::Bpf => "bpf",
-            Self::BpfAlone => "bpf-alone",
-            Self::BpfUnpinned => "bpf-unpinned",
-            Self::BpfOldClock => "bpf-old-clock",
-            #[cfg(feature = "libbpf")]
-            Self::LibbpfAlone => "libbpf-alone",
-            Self::Ptrace => "ptrace",
-        })
-    }
-}
-
 impl Kind {
-    pub(crate) const ALL: &[Self] = &[
+    const ALL: &[Self] = &[
         Self::Pidfd,
         Self::Bpf,
         Self::BpfAlone,
@@ -67,8 +45,23 @@ impl Kind {
         Self::Ptrace,
     ];
 
+    /// All of them, for the suite.
+    pub(crate) fn subjects() -> Vec<Arc<dyn Subject>> {
+        let all = Self::ALL.iter();
+        all.map(|kind| Arc::new(*kind) as Arc<dyn Subject>)
+            .collect()
+    }
+
+    /// The backends of which this is true.
+    pub(crate) fn all_that(is_wanted: fn(Self) -> bool) -> impl Iterator<Item = Self> {
+        Self::ALL
+            .iter()
+            .copied()
+            .filter(move |&kind| is_wanted(kind))
+    }
+
     /// Why this backend cannot run here, if it cannot.
-    pub(crate) fn why_not(self) -> Option<String> {
+    fn why_not(self) -> Option<String> {
         let pinned = |found: Availability| match found.verdict {
             Ok(_) => found
                 .features
@@ -112,88 +105,82 @@ impl Kind {
         self.is_bpf() && self != Self::BpfUnpinned
     }
 
-    pub(crate) fn is_bpf(self) -> bool {
+    fn is_bpf(self) -> bool {
         !matches!(self, Self::Pidfd | Self::Ptrace)
-    }
-}
-
-/// Where one test's daemons pin; gone with the test.
-pub(crate) struct Place(PathBuf);
-
-impl Place {
-    pub(crate) fn new() -> Self {
-        static LAST: AtomicU32 = AtomicU32::new(0);
-        let number = LAST.fetch_add(1, Ordering::Relaxed);
-        let name = format!("/test/{}/{number}", std::process::id());
-        Self(monitor_bpf::pin_dir_for(Path::new(&name)))
-    }
-
-    pub(crate) fn pin_dir(&self) -> &Path {
-        &self.0
-    }
-
-    pub(crate) fn open(&self, kind: Kind) -> Arc<dyn ExitMonitor> {
-        self.open_with(kind, CAPACITY)
-    }
-
-    /// A monitor with what its predecessor in this place has left.
-    pub(crate) fn open_with(&self, kind: Kind, capacity: u32) -> Arc<dyn ExitMonitor> {
-        let pidfd = || Arc::new(PidfdMonitor::new().expect("a pidfd monitor"));
-        let ignorant = || Arc::new(Ignorant(PidfdMonitor::new().expect("a pidfd monitor")));
-        match kind {
-            Kind::Pidfd => pidfd(),
-            Kind::Bpf => self.bpf(kind, capacity, pidfd()),
-            Kind::BpfUnpinned => {
-                let loading = kind.loading();
-                Arc::new(BpfMonitor::open_unpinned(capacity, &loading, ignorant()).unwrap())
-            }
-            Kind::Ptrace => Arc::new(PtraceMonitor::open(pidfd()).unwrap()),
-            _ => self.bpf(kind, capacity, ignorant()),
-        }
     }
 
     fn bpf(
-        &self,
-        kind: Kind,
+        self,
+        state: &Path,
         capacity: u32,
         readiness: Arc<dyn ExitMonitor>,
-    ) -> Arc<dyn ExitMonitor> {
+    ) -> Result<Arc<dyn ExitMonitor>, Box<dyn Error + Send + Sync>> {
         let config = BpfConfig {
-            pin_dir: self.0.clone(),
+            pin_dir: monitor_bpf::pin_dir_for(state),
             capacity,
-            loading: kind.loading(),
+            loading: self.loading(),
         };
-        Arc::new(BpfMonitor::open(&config, readiness).unwrap_or_else(|error| panic!("{error:?}")))
+        Ok(Arc::new(BpfMonitor::open(&config, readiness)?))
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = monitor_bpf::remove_pins(&self.0);
+impl Subject for Kind {
+    fn name(&self) -> &str {
+        match self {
+            Self::Pidfd => "pidfd",
+            Self::Bpf => "bpf",
+            Self::BpfAlone => "bpf-alone",
+            Self::BpfUnpinned => "bpf-unpinned",
+            Self::BpfOldClock => "bpf-old-clock",
+            #[cfg(feature = "libbpf")]
+            Self::LibbpfAlone => "libbpf-alone",
+            Self::Ptrace => "ptrace",
+        }
+    }
+
+    fn open(
+        &self,
+        state: &Path,
+        capacity: u32,
+    ) -> Result<Arc<dyn ExitMonitor>, Box<dyn Error + Send + Sync>> {
+        let pidfd = PidfdMonitor::new()?;
+        match self {
+            Self::Pidfd => Ok(Arc::new(pidfd)),
+            Self::Bpf => self.bpf(state, capacity, Arc::new(pidfd)),
+            Self::BpfUnpinned => {
+                let readiness = Arc::new(Ignorant(pidfd));
+                let loading = self.loading();
+                let monitor = BpfMonitor::open_unpinned(capacity, &loading, readiness)?;
+                Ok(Arc::new(monitor))
+            }
+            Self::Ptrace => Ok(Arc::new(PtraceMonitor::open(Arc::new(pidfd))?)),
+            _ => self.bpf(state, capacity, Arc::new(Ignorant(pidfd))),
+        }
+    }
+
+    fn missing(&self) -> Option<String> {
+        self.why_not()
+    }
+
+    fn is_bounded(&self) -> bool {
+        self.is_bpf()
+    }
+
+    fn keeps_records(&self) -> bool {
+        self.is_pinned()
+    }
+
+    fn refuses_shared(&self) -> Option<&str> {
+        (*self == Self::Ptrace).then_some("already traced by")
+    }
+
+    fn clean_up(&self, state: &Path) {
+        let _ = monitor_bpf::remove_pins(&monitor_bpf::pin_dir_for(state));
     }
 }
 
-/// Runs a check to its end.
-pub(crate) fn block_on(check: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(check);
-}
-
-/// The next `count` exits.
-pub(crate) async fn next(monitor: &Arc<dyn ExitMonitor>, count: usize) -> Vec<ExitRecord> {
-    let mut records = Vec::new();
-    while records.len() < count {
-        let got = tokio::time::timeout(LIMIT, monitor.next_exits(&mut records)).await;
-        got.unwrap_or_else(|_| panic!("{} of {count} exits were told", records.len()))
-            .unwrap();
-    }
-    records
-}
-
-/// Tells that a process is dead, but never how: whatever is known then is known by the backend around it.
+/// Reports that a process is dead, but never how it ended: what a test learns then is the word of the
+/// backend around this monitor.
 #[derive(Debug)]
 struct Ignorant(PidfdMonitor);
 

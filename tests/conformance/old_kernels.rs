@@ -1,17 +1,20 @@
-//! Old kernels, and containers that forbid things, on this machine: a seccomp filter answers system calls as they would, and the suite
-//! runs behind it. So each fallback runs wherever the tests do. And a pid and a time
-//! namespace of our own, where the kernel's numbers and times are not ours.
+//! Old kernels, and containers that forbid things, on this machine: a seccomp filter answers system
+//! calls as they would, and the suite runs behind it, so each fallback runs wherever the tests do.
+//! Also a pid namespace and a time namespace, in which the kernel's pids and times differ from those
+//! of the tests.
 
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use libtest_mimic::{Failed, Trial};
+use exit_conformance::libtest_mimic::{Failed, Trial};
 use seccompiler::{
     SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
 /// Names the emulation that a process is to run behind.
 const VARIABLE: &str = "EMBEDSHIM_TEST_KERNEL";
+/// Tells the suite that no tracer can be started.
+const NO_PTRACE: (&str, &str) = ("EXIT_CONFORMANCE_NO_PTRACE", "1");
 const PIDFD_GET_INFO: u64 = 0xC040_FF0B;
 
 /// A kernel, or a container, that lacks something.
@@ -26,6 +29,11 @@ struct Emulation {
 }
 
 impl Emulation {
+    fn forbids_ptrace(&self) -> bool {
+        let mut refused = self.refused.iter();
+        refused.any(|refused| refused.call == libc::SYS_ptrace)
+    }
+
     /// What starts the program that runs behind it.
     fn starter(&self) -> &'static [&'static str] {
         match self.name {
@@ -147,7 +155,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         return Vec::new();
     }
     // In a guest the kernel is a real one.
-    let is_guest = std::env::var_os("EMBEDSHIM_TEST_SLOW").is_some();
+    let is_guest = std::env::var_os("EXIT_CONFORMANCE_SLOW").is_some();
     let of_namespaces = [NESTED, OTHER_TIME, OLD_OTHER_TIME];
     let elsewhere = if has_start_times_of_the_namespace() {
         OLD_OTHER_TIME
@@ -201,6 +209,7 @@ impl Emulation {
                 // Its heaviest checks are the same behind a filter.
                 .args(["--skip", "thousands", "--skip", "all_threads"])
                 .env(VARIABLE, self.name)
+                .envs(self.forbids_ptrace().then_some(NO_PTRACE))
                 .output()?;
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
             let count = |what: &str| {

@@ -105,7 +105,7 @@ fn fill(rootfs: &Path) -> anyhow::Result<()> {
 
 /// Compiles the program whose processes end in every way there is, for the conformance suite.
 pub fn compile_shapes(program: &Path) -> anyhow::Result<()> {
-    compile("tests/conformance/shapes.c", program)
+    compile("crates/exit-conformance/src/shapes.c", program)
 }
 
 /// Compiles the OCI runtime whose containers are one small process each, for tests that need

@@ -26,8 +26,8 @@ exec /bin/busybox switch_root /new /sbin/begin
 /// The second one. What it prints is read by `report`.
 const BEGIN: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/ RUST_BACKTRACE=0 EMBEDSHIM_TEST_SLOW=1
-export EMBEDSHIM_TEST_SHAPES=/tests/shapes EMBEDSHIM_TEST_BINARIES=/tests
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/ RUST_BACKTRACE=0 EXIT_CONFORMANCE_SLOW=1
+export EXIT_CONFORMANCE_PROGRAM=/tests/shapes EMBEDSHIM_TEST_BINARIES=/tests
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

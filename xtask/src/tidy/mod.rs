@@ -11,8 +11,9 @@ use serde_json::Value;
 use testbed::products::{cargo, workspace};
 
 /// Which crates of ours each may depend on (ARCHITECTURE.md, "The crates").
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("exit-monitor", &[]),
+    ("exit-conformance", &["exit-monitor"]),
     ("embedshim-core", &["exit-monitor"]),
     ("monitor-bpf", &["exit-monitor"]),
     ("monitor-pidfd", &["exit-monitor"]),
@@ -34,6 +35,8 @@ const ARROWS: [(&str, &[&str]); 10] = [
         "embedshim-tests",
         &[
             "embedshim-core",
+            "exit-conformance",
+            "exit-monitor",
             "monitor-bpf",
             "monitor-pidfd",
             "monitor-ptrace",

@@ -1,5 +1,5 @@
 //! [`Family`]: processes that end as they are told, and their parent, whose verdict counts. The
-//! parent is not us: what a backend knows of our own children proves nothing.
+//! parent is not the test program: what a monitor knows of its own children proves nothing.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -7,10 +7,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use embedshim_core::clock::BootTime;
-use embedshim_core::exit::{Evidence, Exactness, ExitRecord, ExitStatus, Guarantees};
-use embedshim_core::process::{Process, ProcessIdentity};
-use embedshim_tests::Answers;
+use exit_monitor::process::{Process, ProcessIdentity};
+use exit_monitor::{BootTime, Evidence, Exactness, ExitRecord, ExitStatus, Guarantees};
+
+use crate::answers::Answers;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// How long a parent may take to answer: a process that does not end, since a monitor holds it up,
@@ -25,37 +25,36 @@ pub(crate) fn raise_descriptor_limit() {
     }
 }
 
-/// The helper program: compiled once, or brought along into a guest.
-pub(crate) fn program() -> &'static Path {
+/// The C program whose processes end as they are told; `src/shapes.c` lists what it can do.
+pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
-        if let Some(given) = std::env::var_os("EMBEDSHIM_TEST_SHAPES") {
-            return given.into();
-        }
-        let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let program = directory.join(format!("shapes-{}", std::process::id()));
-        testbed::image::compile_shapes(&program).unwrap();
-        program
+        let given = std::env::var_os("EXIT_CONFORMANCE_PROGRAM");
+        given.map_or_else(|| concat!(env!("OUT_DIR"), "/shapes").into(), PathBuf::from)
     })
 }
 
-/// Processes and their parent.
-pub(crate) struct Family {
+/// Processes that end as they are told, and their parent, which is not this program. Dropped, it
+/// kills all of them.
+pub struct Family {
     parent: Child,
     orders: ChildStdin,
     answers: Answers<ChildStdout>,
-    pub(crate) members: Vec<Arc<Process>>,
+    /// The processes, in the order in which the parent started them.
+    pub members: Vec<Arc<Process>>,
     pub(crate) shape: String,
 }
 
 impl Family {
-    /// One process.
-    pub(crate) fn of_one(shape: &[&str]) -> Self {
+    /// One process, which ends in this shape: a name of `src/shapes.c`, and its argument.
+    pub fn of_one(shape: &[&str]) -> Self {
         Self::new("parent", 1, shape)
     }
 
-    /// Several, each in the same shape; `"#"` as its code is the number of the process.
-    pub(crate) fn new(role: &str, size: usize, shape: &[&str]) -> Self {
+    /// Several processes of one shape; `"#"` as its argument is the number of the process.
+    ///
+    /// `role` is `"parent"`, or `"nested"` for processes in a pid namespace of their own each.
+    pub fn new(role: &str, size: usize, shape: &[&str]) -> Self {
         let mut parent = Command::new(program())
             .args([role, &size.to_string()])
             .args(shape)
@@ -79,11 +78,13 @@ impl Family {
         family
     }
 
-    pub(crate) fn first(&self) -> &Arc<Process> {
+    /// The first process.
+    pub fn first(&self) -> &Arc<Process> {
         &self.members[0]
     }
 
-    pub(crate) fn identity(&self) -> ProcessIdentity {
+    /// The first process's identity.
+    pub fn identity(&self) -> ProcessIdentity {
         self.first().identity()
     }
 
@@ -97,26 +98,26 @@ impl Family {
         line.trim().parse().expect("the parent's answer")
     }
 
-    /// Lets them end.
-    pub(crate) fn let_go(&mut self) {
+    /// Lets all of them end.
+    pub fn let_go(&mut self) {
         self.order("g");
     }
 
-    /// Sends all of them a signal.
-    pub(crate) fn signal(&mut self, signal: i32) {
+    /// Lets the parent send all of them a signal.
+    pub fn signal(&mut self, signal: i32) {
         self.order(&format!("k {signal}"));
     }
 
-    /// The parent waits for them: how each ended.
-    pub(crate) fn verdicts(&mut self) -> Vec<ExitStatus> {
+    /// Lets the parent wait for all of them: how each ended.
+    pub fn verdicts(&mut self) -> Vec<ExitStatus> {
         self.order("w");
         (0..self.members.len())
             .map(|_| ExitStatus::from_wait_status(self.answer()))
             .collect()
     }
 
-    /// Lets the only one end, and tells how and when it did.
-    pub(crate) fn end(&mut self, signal: Option<i32>) -> Verdict {
+    /// Lets the only process end, waits for that, and tells how and when it ended.
+    pub fn end(&mut self, signal: Option<i32>) -> Verdict {
         let earliest = BootTime::now();
         self.let_go();
         if let Some(signal) = signal {
@@ -132,8 +133,9 @@ impl Family {
         }
     }
 
-    /// Another process with the number of the first, which has ended. None where nobody may choose numbers (Linux 5.5).
-    pub(crate) fn reuse(&mut self, code: u8) -> Option<Arc<Process>> {
+    /// Another process with the pid of the first, which has ended and is reaped. None where pids
+    /// cannot be chosen (before Linux 5.5, or without the right to).
+    pub fn reuse(&mut self, code: u8) -> Option<Arc<Process>> {
         self.order(&format!("r {code}"));
         let pid = self.answer();
         (pid > 0).then(|| Arc::new(Process::open(pid).unwrap()))
@@ -150,19 +152,22 @@ impl Drop for Family {
     }
 }
 
-/// What the parent says.
+/// How and when a process ended, by its own parent.
 #[derive(Clone, Debug)]
-pub(crate) struct Verdict {
+pub struct Verdict {
     shape: String,
-    pub(crate) process: ProcessIdentity,
-    pub(crate) status: ExitStatus,
+    /// Which process.
+    pub process: ProcessIdentity,
+    /// The status that the parent's `waitpid` returned.
+    pub status: ExitStatus,
     earliest: BootTime,
     latest: BootTime,
 }
 
 impl Verdict {
-    /// A record is right if it agrees with the parent, or says that it does not know where the backend never promised to.
-    pub(crate) fn check(&self, record: &ExitRecord, promised: Guarantees, what: &str) {
+    /// Panics, naming `what`, if the record is wrong: it has to agree with the parent, except where
+    /// the monitor never promised to know.
+    pub fn check(&self, record: &ExitRecord, promised: Guarantees, what: &str) {
         assert_eq!(record.process, self.process, "{what}");
         check_status(record, self.status, promised, &self.shape);
         assert!(record.at >= self.earliest, "{what}: before its end");
@@ -172,19 +177,15 @@ impl Verdict {
     }
 }
 
-/// A status is the parent's, or unknown or the main thread's where the backend has said so.
-pub(crate) fn check_status(
-    record: &ExitRecord,
-    verdict: ExitStatus,
-    promised: Guarantees,
-    shape: &str,
-) {
+/// Panics if the record's status is neither the parent's nor one that `promised` excuses: unknown,
+/// or the main thread's own.
+pub fn check_status(record: &ExitRecord, verdict: ExitStatus, promised: Guarantees, shape: &str) {
     let is_excused = match promised.others {
         Exactness::Always => false,
         Exactness::UnlessThreadsRace => {
             record.evidence == Evidence::PidfdInfo && Some(record.status) == main_threads_own(shape)
         }
-        // Zombies that show the main thread's code are those of kernels before 5.17, which have no better.
+        // Before 5.17 a zombie shows the main thread's code, and the kernel has no better one.
         Exactness::UntilReaped => {
             !record.status.is_known()
                 || record.evidence == Evidence::Zombie

@@ -1,21 +1,19 @@
-//! Several monitors in one process, of one backend and of all: each tells its own, and the end of one is not the end of another.
+//! Several monitors in one process, of one kind and of all kinds: each reports its own processes,
+//! and the end of one monitor is not the end of another.
 
 use std::sync::Arc;
 
-use embedshim_core::exit::{ExitMonitor, WatchError, Watched};
+use exit_monitor::{ExitMonitor, WatchError, Watched};
 
-use crate::backends::{Kind, Place, next};
-use crate::subject::Family;
+use crate::family::Family;
+use crate::subject::{Place, Subject, next};
 use crate::{Check, checks};
 
-pub(crate) fn checks() -> Vec<Check> {
-    let each = checks!(|_| true;
+pub(crate) fn checks() -> [Check; 2] {
+    checks!(|_| true;
         monitors_in_one_process_tell_their_own_each,
         a_process_of_two_monitors_is_told_to_both_or_refused,
-    );
-    // It is about all of them already.
-    let once = checks!(|kind| kind == Kind::Pidfd; all_backends_in_one_process_agree);
-    each.into_iter().chain(once).collect()
+    )
 }
 
 /// Watches one process; the rest of a family of one is nobody's.
@@ -23,9 +21,9 @@ async fn watch(monitor: &Arc<dyn ExitMonitor>, family: &Family) -> Result<Watche
     monitor.watch(Arc::clone(family.first())).await
 }
 
-async fn monitors_in_one_process_tell_their_own_each(kind: Kind) {
-    let places = [(); 3].map(|()| Place::new());
-    let mut monitors: Vec<_> = places.iter().map(|place| place.open(kind)).collect();
+async fn monitors_in_one_process_tell_their_own_each(subject: &Arc<dyn Subject>) {
+    let places = [(); 3].map(|()| Place::new(subject));
+    let mut monitors: Vec<_> = places.iter().map(Place::open).collect();
     let mut families: Vec<_> = ["3", "4", "5"]
         .map(|code| Family::of_one(&["exit", code]))
         .into();
@@ -43,25 +41,25 @@ async fn monitors_in_one_process_tell_their_own_each(kind: Kind) {
         monitor.confirm(records[0].process).await.unwrap();
     }
     // One that comes later finds nothing changed by the others.
-    let late = places[0].open(kind);
+    let late = places[0].open();
     let mut family = Family::of_one(&["exit", "6"]);
     watch(&late, &family).await.unwrap();
     let verdict = family.end(None);
     verdict.check(&next(&late, 1).await[0], late.guarantees(), "late");
 }
 
-async fn a_process_of_two_monitors_is_told_to_both_or_refused(kind: Kind) {
-    let places = [Place::new(), Place::new()];
-    let [first, second] = places.each_ref().map(|place| place.open(kind));
+async fn a_process_of_two_monitors_is_told_to_both_or_refused(subject: &Arc<dyn Subject>) {
+    let places = [Place::new(subject), Place::new(subject)];
+    let [first, second] = places.each_ref().map(Place::open);
     let mut family = Family::of_one(&["leader-first"]);
     watch(&first, &family).await.unwrap();
     let refused = watch(&second, &family).await;
     let verdict = family.end(None);
     let record = next(&first, 1).await.remove(0);
     verdict.check(&record, first.guarantees(), "the first");
-    if kind == Kind::Ptrace {
+    if let Some(words) = subject.refuses_shared() {
         let text = refused.unwrap_err().to_string();
-        assert!(text.contains("already traced by"), "{text}");
+        assert!(text.contains(words), "{text}");
         return;
     }
     assert_eq!(refused.unwrap(), Watched::Armed);
@@ -71,25 +69,27 @@ async fn a_process_of_two_monitors_is_told_to_both_or_refused(kind: Kind) {
     verdict.check(&record, second.guarantees(), "the second");
 }
 
-async fn all_backends_in_one_process_agree(_: Kind) {
-    let kinds = Kind::ALL.iter().filter(|kind| kind.why_not().is_none());
-    let all: Vec<_> = kinds
-        .map(|&kind| {
-            let place = Place::new();
-            let monitor = place.open(kind);
-            (kind, place, monitor)
+/// Every monitor that can run here watches the same process.
+pub(crate) async fn all_backends_in_one_process_agree(subjects: &[Arc<dyn Subject>]) {
+    let all: Vec<_> = subjects
+        .iter()
+        .filter(|subject| subject.missing().is_none())
+        .map(|subject| {
+            let place = Place::new(subject);
+            let monitor = place.open();
+            (subject.name(), place, monitor)
         })
         .collect();
     for shape in [["exit", "7"], ["raise", "15"], ["leader-first", "0"]] {
         let mut family = Family::of_one(&shape);
-        for (kind, _, monitor) in &all {
+        for (name, _, monitor) in &all {
             let armed = watch(monitor, &family).await.unwrap();
-            assert_eq!(armed, Watched::Armed, "{kind}");
+            assert_eq!(armed, Watched::Armed, "{name}");
         }
         let verdict = family.end(None);
-        for (kind, _, monitor) in &all {
+        for (name, _, monitor) in &all {
             let record = next(monitor, 1).await.remove(0);
-            verdict.check(&record, monitor.guarantees(), &kind.to_string());
+            verdict.check(&record, monitor.guarantees(), name);
             monitor.confirm(record.process).await.unwrap();
         }
     }

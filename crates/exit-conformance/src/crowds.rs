@@ -1,15 +1,16 @@
-//! Many at once: nobody is forgotten, nobody is told twice, and strangers cost nothing.
+//! Many processes at once: each end is reported once, and processes that are not watched cost
+//! nothing.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use embedshim_core::exit::{ExitMonitor, ExitStatus, WatchError, Watched};
+use exit_monitor::{ExitMonitor, ExitStatus, WatchError, Watched};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::backends::{Kind, Place, next};
-use crate::subject::{Family, check_status, program};
+use crate::family::{Family, check_status, program};
+use crate::subject::{Place, Subject, next};
 use crate::{Check, checks};
 
 pub(crate) fn checks() -> Vec<Check> {
@@ -19,13 +20,14 @@ pub(crate) fn checks() -> Vec<Check> {
         strangers_do_not_disturb,
         descriptors_of_others_are_not_kept_open,
     );
-    let full = checks!(Kind::is_bpf; a_full_table_refuses_in_words_and_keeps_working);
+    let full =
+        checks!(|subject| subject.is_bounded(); a_full_table_refuses_in_words_and_keeps_working);
     all.into_iter().chain(full).collect()
 }
 
 /// On an emulated machine a tenth is enough.
 fn scaled(count: usize) -> usize {
-    if std::env::var_os("EMBEDSHIM_TEST_SLOW").is_some() {
+    if std::env::var_os("EXIT_CONFORMANCE_SLOW").is_some() {
         count / 10
     } else {
         count
@@ -56,18 +58,19 @@ async fn end_all(monitor: &Arc<dyn ExitMonitor>, family: &mut Family) {
     }
 }
 
-async fn thousands_of_ends_at_once_are_each_told_once(kind: Kind) {
-    let place = Place::new();
-    let monitor = place.open(kind);
+async fn thousands_of_ends_at_once_are_each_told_once(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
+    let monitor = place.open();
     let mut family = Family::new("parent", scaled(5000), &["exit", "#"]);
     watch_all(&monitor, &family).await;
     end_all(&monitor, &mut family).await;
 }
 
-/// Two of the last threads can be at the tracepoint at the same time (below Linux 6.16); the status must be the last one's.
-async fn all_threads_that_end_at_once_are_one_end(kind: Kind) {
-    let place = Place::new();
-    let monitor = place.open(kind);
+/// Two of the last threads can be at the tracepoint at the same time (below Linux 6.16); the status
+/// must be that of the last one.
+async fn all_threads_that_end_at_once_are_one_end(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
+    let monitor = place.open();
     for _ in 0..scaled(40) {
         let mut family = Family::new("parent", 50, &["all-at-once"]);
         watch_all(&monitor, &family).await;
@@ -76,9 +79,9 @@ async fn all_threads_that_end_at_once_are_one_end(kind: Kind) {
 }
 
 /// Thousands of processes a second that nobody watches come and go meanwhile.
-async fn strangers_do_not_disturb(kind: Kind) {
-    let place = Place::new();
-    let monitor = place.open(kind);
+async fn strangers_do_not_disturb(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
+    let monitor = place.open();
     let mut storm = Command::new(program())
         .args(["storm", "600"])
         .stdout(Stdio::null())
@@ -94,9 +97,9 @@ async fn strangers_do_not_disturb(kind: Kind) {
     assert!(rounds > 0, "the storm was over at once");
 }
 
-async fn a_full_table_refuses_in_words_and_keeps_working(kind: Kind) {
-    let place = Place::new();
-    let monitor = place.open_with(kind, 2);
+async fn a_full_table_refuses_in_words_and_keeps_working(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
+    let monitor = place.open_with(2);
     let mut family = Family::new("parent", 3, &["exit", "1"]);
     for member in &family.members[..2] {
         monitor.watch(Arc::clone(member)).await.unwrap();
@@ -124,11 +127,12 @@ async fn a_full_table_refuses_in_words_and_keeps_working(kind: Kind) {
     family.verdicts();
 }
 
-/// A monitor may start processes for itself; none of them may hold the pipe that another part of this program has just closed.
-async fn descriptors_of_others_are_not_kept_open(kind: Kind) {
+/// A monitor may start processes for itself; none of them may hold the pipe that another part of
+/// this program has just closed.
+async fn descriptors_of_others_are_not_kept_open(subject: &Arc<dyn Subject>) {
     let (reader, writer) = std::io::pipe().unwrap();
-    let place = Place::new();
-    let monitor = place.open(kind);
+    let place = Place::new(subject);
+    let monitor = place.open();
     drop(writer);
     let mut state = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
     // Others of these tests may be between fork and exec just now, for a moment.

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use embedshim_core::exit::{Adopted, Exactness, ExitStatus, Watched};
+use exit_monitor::{Adopted, Exactness, ExitStatus, Watched};
 
-use crate::backends::{Kind, Place, next};
-use crate::subject::Family;
+use crate::family::Family;
+use crate::subject::{Place, Subject, next};
 use crate::{Check, checks};
 
 pub(crate) fn checks() -> [Check; 4] {
@@ -18,10 +18,11 @@ pub(crate) fn checks() -> [Check; 4] {
     )
 }
 
-/// The kernel gives the same number out again at once (`clone3` with `set_tid`); both ends are told, each with its own status.
-async fn a_number_that_is_used_again_is_another_process(kind: Kind) {
-    let place = Place::new();
-    let monitor = place.open(kind);
+/// The kernel gives the same pid out again at once (`clone3` with `set_tid`); both ends are reported,
+/// each with its own status.
+async fn a_number_that_is_used_again_is_another_process(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
+    let monitor = place.open();
     let mut family = Family::of_one(&["exit", "3"]);
     let first = Arc::clone(family.first());
     monitor.watch(Arc::clone(&first)).await.unwrap();
@@ -48,9 +49,9 @@ async fn a_number_that_is_used_again_is_another_process(kind: Kind) {
     monitor.confirm(second.identity()).await.unwrap();
 }
 
-async fn a_number_with_another_start_time_is_another_process(kind: Kind) {
-    let place = Place::new();
-    let monitor = place.open(kind);
+async fn a_number_with_another_start_time_is_another_process(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
+    let monitor = place.open();
     let mut family = Family::of_one(&["exit", "5"]);
     // What would be left of a process whose number was free again.
     let mut imposter = family.identity();
@@ -69,12 +70,12 @@ async fn a_number_with_another_start_time_is_another_process(kind: Kind) {
 }
 
 /// A successor finds two processes of one number in its records; in which order is not said.
-async fn of_two_processes_with_one_number_the_living_one_is_taken_over(kind: Kind) {
+async fn of_two_processes_with_one_number_the_living_one_is_taken_over(subject: &Arc<dyn Subject>) {
     for is_dead_first in [true, false] {
-        let place = Place::new();
+        let place = Place::new(subject);
         let mut family = Family::of_one(&["leader-first"]);
         let living = family.identity();
-        let monitor = place.open(kind);
+        let monitor = place.open();
         monitor.watch(Arc::clone(family.first())).await.unwrap();
         drop(monitor);
         let mut dead = living;
@@ -83,7 +84,7 @@ async fn of_two_processes_with_one_number_the_living_one_is_taken_over(kind: Kin
         if is_dead_first {
             known.reverse();
         }
-        let monitor = place.open(kind);
+        let monitor = place.open();
         let adopted = monitor.adopt(known).await.unwrap();
         let is_armed = |found: &Adopted| matches!(found, Adopted::Armed(_));
         let armed: Vec<bool> = adopted.iter().map(is_armed).collect();
@@ -100,9 +101,9 @@ async fn of_two_processes_with_one_number_the_living_one_is_taken_over(kind: Kin
     }
 }
 
-async fn an_unwatched_process_is_never_told(kind: Kind) {
-    let place = Place::new();
-    let monitor = place.open(kind);
+async fn an_unwatched_process_is_never_told(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
+    let monitor = place.open();
     let mut family = Family::new("parent", 2, &["exit", "2"]);
     let [watched, unwatched] = [0, 1].map(|number: usize| family.members[number].identity());
     for member in &family.members {

@@ -1,11 +1,11 @@
-//! Whoever watches is killed and another one takes over: what each backend promises of that, it keeps.
+//! The monitor is dropped and a successor takes over: what a monitor promises of that, it keeps.
 
 use std::sync::Arc;
 
-use embedshim_core::exit::{Adopted, ExitStatus, Known, Survives};
+use exit_monitor::{Adopted, ExitStatus, Known, Survives};
 
-use crate::backends::{Kind, Place, next};
-use crate::subject::Family;
+use crate::family::Family;
+use crate::subject::{Place, Subject, next};
 use crate::{Check, checks};
 
 pub(crate) fn checks() -> Vec<Check> {
@@ -13,17 +13,17 @@ pub(crate) fn checks() -> Vec<Check> {
         an_exit_while_nobody_runs_is_known_if_that_is_promised,
         a_watch_is_taken_over_before_the_exit,
     );
-    let pinned = checks!(Kind::is_pinned;
+    let pinned = checks!(|subject| subject.keeps_records();
         an_exit_that_is_not_confirmed_is_told_again,
         two_daemons_do_not_see_each_others_processes,
     );
     all.into_iter().chain(pinned).collect()
 }
 
-async fn an_exit_while_nobody_runs_is_known_if_that_is_promised(kind: Kind) {
+async fn an_exit_while_nobody_runs_is_known_if_that_is_promised(subject: &Arc<dyn Subject>) {
     for keep_pidfd in [true, false] {
-        let place = Place::new();
-        let monitor = place.open(kind);
+        let place = Place::new(subject);
+        let monitor = place.open();
         let mut dead = Family::of_one(&["leader-first"]);
         let mut living = Family::of_one(&["exit", "3"]);
         for family in [&dead, &living] {
@@ -31,7 +31,7 @@ async fn an_exit_while_nobody_runs_is_known_if_that_is_promised(kind: Kind) {
         }
         drop(monitor);
         let verdict = dead.end(None);
-        let monitor = place.open(kind);
+        let monitor = place.open();
         let pidfd = dead
             .first()
             .pidfd()
@@ -64,14 +64,14 @@ async fn an_exit_while_nobody_runs_is_known_if_that_is_promised(kind: Kind) {
     }
 }
 
-async fn a_watch_is_taken_over_before_the_exit(kind: Kind) {
-    let place = Place::new();
+async fn a_watch_is_taken_over_before_the_exit(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
     let mut family = Family::of_one(&["thread-exec"]);
-    let mut monitor = place.open(kind);
+    let mut monitor = place.open();
     monitor.watch(Arc::clone(family.first())).await.unwrap();
     for _ in 0..5 {
         drop(monitor);
-        monitor = place.open(kind);
+        monitor = place.open();
         let adopted = monitor.adopt(vec![family.identity().into()]).await.unwrap();
         assert!(matches!(&adopted[0], Adopted::Armed(_)), "{adopted:?}");
     }
@@ -80,25 +80,25 @@ async fn a_watch_is_taken_over_before_the_exit(kind: Kind) {
     verdict.check(&record, monitor.guarantees(), "taken over");
 }
 
-async fn an_exit_that_is_not_confirmed_is_told_again(kind: Kind) {
-    let place = Place::new();
+async fn an_exit_that_is_not_confirmed_is_told_again(subject: &Arc<dyn Subject>) {
+    let place = Place::new(subject);
     let mut family = Family::of_one(&["exit", "9"]);
-    let monitor = place.open(kind);
+    let monitor = place.open();
     monitor.watch(Arc::clone(family.first())).await.unwrap();
     let verdict = family.end(None);
     for _ in 0..3 {
-        let monitor = place.open(kind);
+        let monitor = place.open();
         let adopted = monitor.adopt(vec![family.identity().into()]).await.unwrap();
         let Adopted::Ended(record) = &adopted[0] else {
             panic!("{adopted:?}")
         };
         verdict.check(record, monitor.guarantees(), "not confirmed");
     }
-    let monitor = place.open(kind);
+    let monitor = place.open();
     monitor.adopt(vec![family.identity().into()]).await.unwrap();
     monitor.confirm(family.identity()).await.unwrap();
     drop(monitor);
-    let monitor = place.open(kind);
+    let monitor = place.open();
     let forgotten = monitor.adopt(vec![family.identity().into()]).await.unwrap();
     assert!(
         matches!(&forgotten[0], Adopted::Ended(record) if !record.status.is_known()),
@@ -106,9 +106,9 @@ async fn an_exit_that_is_not_confirmed_is_told_again(kind: Kind) {
     );
 }
 
-async fn two_daemons_do_not_see_each_others_processes(kind: Kind) {
-    let (one, other) = (Place::new(), Place::new());
-    let (first, second) = (one.open(kind), other.open(kind));
+async fn two_daemons_do_not_see_each_others_processes(subject: &Arc<dyn Subject>) {
+    let (one, other) = (Place::new(subject), Place::new(subject));
+    let (first, second) = (one.open(), other.open());
     let mut family = Family::of_one(&["exit", "8"]);
     first.watch(Arc::clone(family.first())).await.unwrap();
     second.adopt(Vec::new()).await.unwrap();

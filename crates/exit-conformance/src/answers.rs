@@ -10,20 +10,20 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Lines that come by a pipe.
 #[derive(Debug)]
-pub struct Answers<R> {
+pub(crate) struct Answers<R> {
     pipe: R,
     read: Vec<u8>,
 }
 
 impl<R: Read + AsFd> Answers<R> {
     /// Of this pipe.
-    pub fn new(pipe: R) -> Self {
+    pub(crate) fn new(pipe: R) -> Self {
         let read = Vec::new();
         Self { pipe, read }
     }
 
     /// The next line, without its end, if it comes within this time.
-    pub fn next_within(&mut self, limit: Duration) -> io::Result<String> {
+    pub(crate) fn next_within(&mut self, limit: Duration) -> io::Result<String> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(end) = self.read.iter().position(|&byte| byte == b'\n') {
