@@ -113,7 +113,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         // Which "all targets" are not.
         let mut cargo = command(&["--workspace", "--doc"]);
         let documentation = count(cargo.arg("--").args(&options.filter))?;
-        return verdict(targets.plus(documentation));
+        let outside = count(outside().arg("--").args(&options.filter))?;
+        return verdict(targets.plus(documentation).plus(outside));
     }
     let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);
     let default = if options.clients {
@@ -170,6 +171,16 @@ fn with_newer_runc() -> anyhow::Result<OsString> {
     Ok(std::env::join_paths(
         newer.chain(std::env::split_paths(&usual)),
     )?)
+}
+
+/// The tests of the monitor that is written outside of the workspace, as a crate of others would be.
+fn outside() -> Command {
+    let mut cargo = products::cargo();
+    cargo.args(["test", "--no-fail-fast", "--locked"]);
+    cargo.args(["--manifest-path", "tests/outside/Cargo.toml"]);
+    cargo.args(["--target-dir", "target/outside"]);
+    cargo.stdout(Stdio::piped());
+    cargo
 }
 
 /// Runs one `cargo test`, shows what it prints, and counts.

@@ -16,6 +16,14 @@ use crate::{ExitRecord, Guarantees};
 ///
 /// A watch is keyed by the process's [`ProcessIdentity`], which is the same in every daemon that
 /// ever looks at that process; so a successor needs no translation table to take over.
+///
+/// Any crate can implement this trait; `tests/outside` in embedshim's repository is an example. The
+/// crate `exit-conformance` tests an implementation. Beside what each function says, it has to:
+///
+/// - report the end of each watched process once, and report no other process;
+/// - never report a status that it does not know: [`ExitRecord::unknown`] says so;
+/// - reap children of its own process, and only those: not before [`confirm`](Self::confirm) or
+///   [`unwatch`](Self::unwatch), so that the zombie still has the status if this process dies first.
 #[async_trait]
 pub trait ExitMonitor: fmt::Debug + Send + Sync + 'static {
     /// Which backend this is.
@@ -103,6 +111,8 @@ pub enum Backend {
     Pidfd,
     /// A tracer thread.
     Ptrace,
+    /// A monitor that is none of embedshim's; its `Debug` says which.
+    Other,
 }
 
 impl fmt::Display for Backend {
@@ -111,7 +121,22 @@ impl fmt::Display for Backend {
             Self::Bpf => "bpf",
             Self::Pidfd => "pidfd",
             Self::Ptrace => "ptrace",
+            Self::Other => "other",
         })
+    }
+}
+
+/// A process that is gone counts as refused by the kernel, with `ESRCH`.
+impl From<OpenError> for WatchError {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Gone { pid } => Self::Kernel {
+                call: "pidfd_open",
+                pid,
+                source: nix::errno::Errno::ESRCH.into(),
+            },
+            OpenError::Kernel { call, pid, source } => Self::Kernel { call, pid, source },
+        }
     }
 }
 

@@ -2,9 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::BootTime;
-use crate::ExitStatus;
 use crate::process::ProcessIdentity;
+use crate::{BootTime, ExitStatus, UnknownReason};
 
 /// One observed end of one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,6 +16,18 @@ pub struct ExitRecord {
     pub at: BootTime,
     /// Who knows.
     pub evidence: Evidence,
+}
+
+impl ExitRecord {
+    /// The record of a process that has ended, seen now, when it cannot be known how.
+    pub fn unknown(process: ProcessIdentity, reason: UnknownReason) -> Self {
+        Self {
+            process,
+            status: ExitStatus::Unknown { reason },
+            at: BootTime::now(),
+            evidence: Evidence::None,
+        }
+    }
 }
 
 /// Where an exit status was learned, in falling order of authority.

@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use exit_monitor::BootTime;
 use exit_monitor::process::{OpenError, Process, ProcessIdentity};
 use exit_monitor::{
-    Adopted, Backend, Evidence, ExitMonitor, ExitRecord, ExitStatus, Guarantees, Known,
-    UnknownReason, WatchError, Watched,
+    Adopted, Backend, ExitMonitor, ExitRecord, Guarantees, Known, UnknownReason, WatchError,
+    Watched,
 };
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -212,24 +212,10 @@ impl ExitMonitor for PidfdMonitor {
                     Watched::Armed => Adopted::Armed(process),
                     Watched::Ended(record) => Adopted::Ended(record),
                 },
-                Err(OpenError::Gone { .. }) => Adopted::Ended(ExitRecord {
-                    process: identity,
-                    status: ExitStatus::Unknown {
-                        reason: UnknownReason::Unwatched,
-                    },
-                    at: BootTime::now(),
-                    evidence: Evidence::None,
-                }),
-                Err(OpenError::Kernel { call, pid, source }) => {
-                    return Err(WatchError::Kernel { call, pid, source });
+                Err(OpenError::Gone { .. }) => {
+                    Adopted::Ended(ExitRecord::unknown(identity, UnknownReason::Unwatched))
                 }
-                Err(other) => {
-                    return Err(WatchError::Kernel {
-                        call: "pidfd_open",
-                        pid: identity.pid,
-                        source: io::Error::other(other),
-                    });
-                }
+                Err(error) => return Err(error.into()),
             });
         }
         Ok(adopted)
