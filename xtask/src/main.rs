@@ -1,11 +1,13 @@
 //! `cargo xtask`: everything that is done with this repository goes through here.
 
+mod api;
 mod bench;
 mod deb;
 mod demo;
 mod exit_cost;
 mod fuzz;
 mod matrix;
+mod package;
 mod suite;
 mod systemd;
 mod tidy;
@@ -42,11 +44,15 @@ enum Command {
     TestSystemd(systemd::Options),
     /// Build the Debian package
     Deb,
+    /// Package the library crates as for a registry; nothing is published
+    Package(package::Options),
     /// Compare with io.containerd.runc.v2: latency of `ctr run`, memory
     Bench(bench::Options),
     /// Fuzz everything that reads from outside: frames, requests, options, files
     Fuzz(fuzz::Options),
-    /// Check what lints can't: dependencies between crates, module headers, where unsafe is
+    /// Print what the library crates make public, or accept a change of it
+    Api(api::Options),
+    /// Check what lints can't: dependencies between crates, module headers, where unsafe is, the public API
     Tidy,
 }
 
@@ -60,8 +66,10 @@ fn main() -> ExitCode {
         Command::TestMatrix(options) => matrix::run(options),
         Command::TestSystemd(options) => systemd::run(options),
         Command::Deb => deb::run(),
+        Command::Package(options) => package::run(*options),
         Command::Bench(options) => bench::run(options),
         Command::Fuzz(options) => fuzz::run(options),
+        Command::Api(options) => api::run(options),
         Command::Tidy => tidy::run(),
     });
     testbed::sandbox::clean_up_all();

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: builds the products, runs every test of the workspace, and counts. What is skipped says why, and in CI
+//! `cargo xtask test`: builds the products, runs every test of the workspace and of `tests/outside`, and counts. What is skipped says why, and in CI
 //! (environment variable `CI`) counts as failed.
 
 use std::ffi::OsString;
@@ -13,6 +13,8 @@ use testbed::machine;
 use testbed::products::{self, Profile};
 use testbed::releases::{self, Release};
 use testbed::sandbox::EMBEDSHIM;
+
+use crate::package;
 
 /// What `--clients` runs.
 const CLIENTS: &str = "docker::";
@@ -114,7 +116,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         let mut cargo = command(&["--workspace", "--doc"]);
         let documentation = count(cargo.arg("--").args(&options.filter))?;
         let outside = count(outside().arg("--").args(&options.filter))?;
-        return verdict(targets.plus(documentation).plus(outside));
+        let sum = targets.plus(documentation).plus(outside);
+        return verdict(sum.plus(packages(options.filter.as_deref())));
     }
     let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);
     let default = if options.clients {
@@ -181,6 +184,25 @@ fn outside() -> Command {
     cargo.args(["--target-dir", "target/outside"]);
     cargo.stdout(Stdio::piped());
     cargo
+}
+
+/// That the libraries can be packaged counts as one test.
+fn packages(filter: Option<&str>) -> Counts {
+    const NAME: &str = "the_libraries_can_be_packaged";
+    if filter.is_some_and(|filter| !NAME.contains(filter)) {
+        return Counts::default();
+    }
+    let packaged = package::run(package::Options::default());
+    let counts = Counts {
+        passed: packaged.is_ok().into(),
+        failed: packaged.is_err().into(),
+        skipped: 0,
+    };
+    match packaged {
+        Ok(()) => println!("test {NAME} ... ok"),
+        Err(error) => println!("test {NAME} ... FAILED: {error:#}"),
+    }
+    counts
 }
 
 /// Runs one `cargo test`, shows what it prints, and counts.

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use exit_monitor::{ExitMonitor, ExitStatus, WatchError, Watched};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::check::{Check, checks};
 use crate::family::{Family, check_status, program};
 use crate::subject::{Place, Subject, next};
-use crate::{Check, checks};
 
 pub(crate) fn checks() -> Vec<Check> {
     let all = checks!(|_| true;

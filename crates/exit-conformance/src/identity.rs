@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use exit_monitor::{Adopted, Exactness, ExitStatus, Watched};
 
+use crate::check::{Check, checks};
 use crate::family::Family;
 use crate::subject::{Place, Subject, next};
-use crate::{Check, checks};
 
 pub(crate) fn checks() -> [Check; 4] {
     checks!(|_| true;

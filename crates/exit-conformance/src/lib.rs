@@ -1,47 +1,13 @@
 //! One test suite for every [`ExitMonitor`](exit_monitor::ExitMonitor).
 //!
-//! A test program without the usual harness (`harness = false`) says how its monitor is opened and
-//! hands it over; the suite does the rest:
+#![doc = include_str!("../README.md")]
 //!
-//! ```no_run
-//! use std::error::Error;
-//! use std::path::Path;
-//! use std::process::ExitCode;
-//! use std::sync::Arc;
+//! # Arguments and environment
 //!
-//! use exit_conformance::Subject;
-//! use exit_monitor::ExitMonitor;
-//! use monitor_pidfd::PidfdMonitor;
+//! [`run`] takes the arguments of `cargo test` (a filter, `--skip`, `--list`). A check that fails
+//! panics. Three environment variables describe a machine:
 //!
-//! struct Mine;
-//!
-//! impl Subject for Mine {
-//!     fn name(&self) -> &str {
-//!         "mine"
-//!     }
-//!     fn open(
-//!         &self,
-//!         _state: &Path,
-//!         _capacity: u32,
-//!     ) -> Result<Arc<dyn ExitMonitor>, Box<dyn Error + Send + Sync>> {
-//!         Ok(Arc::new(PidfdMonitor::new()?))
-//!     }
-//! }
-//!
-//! fn main() -> ExitCode {
-//!     exit_conformance::run(&[Arc::new(Mine)])
-//! }
-//! ```
-//!
-//! The verdict on how a process ended is that of its own parent, a C program that waits with
-//! `waitpid`; on when it ended, the clock around that. A status that the monitor's
-//! [`Guarantees`](exit_monitor::Guarantees) do not cover may be unknown, and nothing else: a wrong
-//! status is never right. A check that fails panics.
-//!
-//! The suite needs root: it makes pid namespaces and chooses pids. It takes the arguments of
-//! `cargo test` (a filter, `--skip`, `--list`), and these environment variables:
-//!
-//! - `EXIT_CONFORMANCE_PROGRAM`: the C program (`src/shapes.c`), compiled already; for a machine
+//! - `EXIT_CONFORMANCE_PROGRAM`: the C program (`src/shapes.c`), compiled already, for a machine
 //!   that has no copy of the build directory.
 //! - `EXIT_CONFORMANCE_SLOW`: the machine is emulated; the crowds are a tenth.
 //! - `EXIT_CONFORMANCE_NO_PTRACE`: ptrace(2) is forbidden here; the check that needs a foreign
@@ -56,6 +22,7 @@
 )]
 
 mod answers;
+mod check;
 mod crowds;
 mod family;
 mod identity;
@@ -72,26 +39,6 @@ use libtest_mimic::{Arguments, Trial};
 
 pub use family::{Family, Verdict, check_status, program};
 pub use subject::{CAPACITY, Place, Subject, block_on, next};
-
-/// One requirement, for every subject that it is about.
-#[derive(Clone, Copy)]
-struct Check {
-    name: &'static str,
-    applies: fn(&dyn Subject) -> bool,
-    run: fn(&Arc<dyn Subject>),
-}
-
-/// Lists checks by their functions, which have a name that says what must hold.
-macro_rules! checks {
-    ($applies:expr; $($name:ident),+ $(,)?) => {
-        [$($crate::Check {
-            name: stringify!($name),
-            applies: $applies,
-            run: |subject| $crate::block_on($name(subject)),
-        }),+]
-    };
-}
-use checks;
 
 /// Runs the suite on these subjects, as the arguments of this program say: the whole of a test
 /// program's `main`.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use exit_monitor::{ExitMonitor, WatchError, Watched};
 
+use crate::check::{Check, checks};
 use crate::family::Family;
 use crate::subject::{Place, Subject, next};
-use crate::{Check, checks};
 
 pub(crate) fn checks() -> [Check; 2] {
     checks!(|_| true;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use exit_monitor::{Adopted, ExitStatus, Known, Survives};
 
+use crate::check::{Check, checks};
 use crate::family::Family;
 use crate::subject::{Place, Subject, next};
-use crate::{Check, checks};
 
 pub(crate) fn checks() -> Vec<Check> {
     let all = checks!(|_| true;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use exit_monitor::process::Process;
 use exit_monitor::{ExitStatus, Watched};
 
+use crate::check::{Check, checks};
 use crate::family::{Family, check_status, program};
 use crate::subject::{Place, Subject, next};
-use crate::{Check, checks};
 
 /// Every shape of `shapes.c`, with the signal its parent sends once it has begun to end, if any.
 const SHAPES: [(&[&str], Option<i32>); 25] = [

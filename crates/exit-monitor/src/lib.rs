@@ -1,37 +1,13 @@
-//! How a process ends, told to a program that is not its parent and that may be restarted
-//! meanwhile.
+//! How processes end, told to a program that is not their parent and may be restarted meanwhile.
 //!
-//! This crate has the contract ([`ExitMonitor`]), the identity of a process ([`process::Process`]:
-//! a pidfd, and what distinguishes it from a later process with the same number), what is known of
-//! an end ([`ExitRecord`], with its [`Evidence`]) and the choice between backends by what they
-//! [guarantee](Guarantees) on a kernel ([`Report`]). It never learns of an exit itself: the crates
-//! `monitor-pidfd`, `monitor-bpf` and `monitor-ptrace` do, and any other type that implements the
-//! trait.
+#![doc = include_str!("../README.md")]
 //!
-//! ```
-//! use std::process::{Command, Stdio};
-//! use std::sync::Arc;
+//! # What is here
 //!
-//! use exit_monitor::process::Process;
-//! use exit_monitor::{ExitMonitor, ExitStatus, Watched};
-//! use monitor_pidfd::PidfdMonitor;
-//!
-//! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let monitor = PidfdMonitor::new()?;
-//! // Any process; this one is a child, so that the example has one.
-//! let child = Command::new("sh").args(["-c", "read line; exit 7"]).stdin(Stdio::piped()).spawn()?;
-//! let process = Arc::new(Process::open(i32::try_from(child.id())?)?);
-//! assert_eq!(monitor.watch(Arc::clone(&process)).await?, Watched::Armed);
-//!
-//! drop(child.stdin); // and so it ends
-//! let mut exits = Vec::new();
-//! monitor.next_exits(&mut exits).await?;
-//! assert_eq!(exits[0].process, process.identity());
-//! assert_eq!(exits[0].status, ExitStatus::Exited(7));
-//! # Ok(())
-//! # }
-//! ```
+//! - [`ExitMonitor`]: the contract. A monitor learns of exits; this crate never does.
+//! - [`process::Process`]: a pidfd and what distinguishes the process from a later one of its pid.
+//! - [`ExitRecord`]: what is known of an end, with its [`Evidence`].
+//! - [`Guarantees`] and [`Report`]: what backends promise on a kernel, and the choice between them.
 
 pub mod process;
 

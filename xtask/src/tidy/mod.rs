@@ -10,6 +10,9 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 use testbed::products::{cargo, workspace};
 
+use crate::api;
+use crate::package::is_published;
+
 /// Which crates of ours each may depend on (ARCHITECTURE.md, "The crates").
 const ARROWS: [(&str, &[&str]); 11] = [
     ("exit-monitor", &[]),
@@ -44,6 +47,15 @@ const ARROWS: [(&str, &[&str]); 11] = [
             "testbed",
         ],
     ),
+];
+/// What the manifest of each crate that is published must have.
+const PACKAGE_FIELDS: [&str; 6] = [
+    "description",
+    "license",
+    "repository",
+    "readme",
+    "keywords",
+    "categories",
 ];
 /// What every checkout must have.
 const DOCUMENTS: [&str; 15] = [
@@ -98,6 +110,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
             violations.push(format!("{CONTRACT}: there is no test {test}"));
         }
     }
+    api::check(&mut violations)?;
     if violations.is_empty() {
         println!("tidy");
         return Ok(());
@@ -108,7 +121,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     bail!("{} violations", violations.len())
 }
 
-/// The arrows between the crates point where ARCHITECTURE.md says.
+/// The arrows between the crates point where ARCHITECTURE.md says; what is published says what it is.
 fn dependencies(violations: &mut Vec<String>) -> anyhow::Result<()> {
     let output = cargo()
         .args(["metadata", "--format-version=1", "--no-deps"])
@@ -123,6 +136,13 @@ fn dependencies(violations: &mut Vec<String>) -> anyhow::Result<()> {
             ));
             continue;
         };
+        let is_library = is_published(package);
+        for field in PACKAGE_FIELDS.iter().filter(|_| is_library) {
+            let value = package.get(*field).unwrap_or(&Value::Null);
+            if value.is_null() || value.as_array().is_some_and(Vec::is_empty) {
+                violations.push(format!("{name}: it is published, and has no {field}"));
+            }
+        }
         for dependency in list(package, "dependencies") {
             // Tests may use what the product must not.
             if dependency.get("kind").and_then(Value::as_str) == Some("dev") {
