@@ -15,7 +15,7 @@ use testbed::sandbox::{Sandbox, until};
 use crate::half_done::fifo;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 13] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 12] = tests!(EmbedshimOnly:
     a_start_that_was_done_when_its_runtime_was_killed_is_done,
     a_start_that_was_not_done_when_its_runtime_was_killed_can_be_asked_again,
     a_start_is_known_though_its_runtime_was_killed_before_it_noted_that,
@@ -27,7 +27,6 @@ pub(crate) const TESTS: [Test; 13] = tests!(EmbedshimOnly:
     a_delete_whose_runtime_is_killed_is_done,
     of_a_create_whose_runtime_was_killed_nothing_is_left,
     a_client_of_a_create_that_is_undone_by_a_killed_daemon_reads_on,
-    an_exec_whose_runtime_was_killed_does_not_hinder_the_next_of_its_name,
     a_daemon_whose_question_for_the_state_is_killed_asks_again,
 );
 
@@ -91,12 +90,13 @@ impl CutShort {
     }
 }
 
-struct Scene {
-    sandbox: Sandbox,
-    shim: Shim,
-    runtime: CutShort,
+/// A container whose runtime will be killed.
+pub(crate) struct Scene {
+    pub(crate) sandbox: Sandbox,
+    pub(crate) shim: Shim,
+    pub(crate) runtime: CutShort,
     before: Footprint,
-    bundle: Bundle,
+    pub(crate) bundle: Bundle,
 }
 
 impl Scene {
@@ -104,7 +104,7 @@ impl Scene {
         Self::set_with(stage, call, when, |_| String::new())
     }
 
-    fn set_with(
+    pub(crate) fn set_with(
         stage: &Stage,
         call: &str,
         when: When,
@@ -129,7 +129,7 @@ impl Scene {
         })
     }
 
-    fn create(&self) -> ttrpc::Result<u32> {
+    pub(crate) fn create(&self) -> ttrpc::Result<u32> {
         self.shim.create_with("c", self.bundle.path(), |request| {
             request.options = binary_name(&self.runtime.program);
         })
@@ -159,7 +159,7 @@ impl Scene {
         shim.tasks.resume(shim.metadata(), &request).map(drop)
     }
 
-    fn end(&self) -> anyhow::Result<()> {
+    pub(crate) fn end(&self) -> anyhow::Result<()> {
         self.shim.kill("c", Signal::SIGKILL)?;
         ensure!(self.shim.wait("c")? == 137, "not 137");
         ensure!(self.shim.delete("c")? == 137, "not 137");
@@ -167,7 +167,7 @@ impl Scene {
     }
 }
 
-fn refusal<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> anyhow::Result<String> {
+pub(crate) fn refusal<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> anyhow::Result<String> {
     match answer {
         Ok(told) => anyhow::bail!("not refused: {told:?}"),
         Err(error) => Ok(error.to_string()),
@@ -370,30 +370,6 @@ fn a_client_of_a_create_that_is_undone_by_a_killed_daemon_reads_on(
     output.wait_for("it runs")?;
     ensure!(shim.wait("c")? == 7 && shim.delete("c")? == 7, "not 7");
     Ok(())
-}
-
-/// runc does not overwrite what it has begun to write of the pid.
-fn an_exec_whose_runtime_was_killed_does_not_hinder_the_next_of_its_name(
-    stage: &Stage,
-) -> anyhow::Result<()> {
-    let scene = Scene::set_with(stage, "exec", When::Before, |sandbox| {
-        let bundle = sandbox.directory().join("bundles/c");
-        format!("touch {}/..exec-e.pid", bundle.display())
-    })?;
-    scene.create()?;
-    scene.shim.start("c")?;
-    let command = ["sh", "-c", "exit 7"];
-    scene.shim.exec_with("c", "e", &command, |_| {})?;
-    scene.runtime.arm()?;
-    let told = refusal(scene.shim.start_exec("c", "e"))?;
-    ensure!(told.contains("OCI runtime exec failed"), "{told}");
-    scene.runtime.check_killed()?;
-    scene.shim.delete_exec("c", "e")?;
-    scene.shim.exec_with("c", "e", &command, |_| {})?;
-    scene.shim.start_exec("c", "e")?;
-    ensure!(scene.shim.wait_exec("c", "e")? == 7, "not 7");
-    scene.shim.delete_exec("c", "e")?;
-    scene.end()
 }
 
 /// A runtime that has opened the fifo at which the init waits, and is killed before it reads: mostly

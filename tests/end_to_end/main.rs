@@ -15,6 +15,7 @@ mod containers;
 mod control;
 mod creations;
 mod cut_short;
+mod cut_short_execs;
 mod docker;
 mod embedding;
 mod events;
@@ -85,6 +86,7 @@ fn main() -> ExitCode {
         &guardians::TESTS,
         &creations::TESTS,
         &cut_short::TESTS,
+        &cut_short_execs::TESTS,
         &hung::TESTS,
         &inheritance::TESTS,
         &inheritance::OURS,

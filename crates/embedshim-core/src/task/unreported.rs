@@ -25,20 +25,31 @@ pub(in crate::task) async fn find(task: &Arc<Task>, process: &Arc<TaskProcess>) 
     loop {
         // Each time: other execs are started meanwhile.
         let search = Search::of(task, process)?;
-        let found = blocking(move || search.look()).await.ok()??;
-        // A runtime's own process ends when it finds that the one that began it is gone, or goes on
-        // to become the exec.
-        if !found.is_runtime || tokio::time::Instant::now() > deadline {
-            return Some(found.process);
+        let is_late = tokio::time::Instant::now() > deadline;
+        match blocking(move || search.look()).await.ok()? {
+            Sight::Nothing => return None,
+            Sight::One(process, Executes::Exec) => return Some(process),
+            Sight::One(process, Executes::Runtime) if is_late => return Some(process),
+            Sight::Several if is_late => return None,
+            // A runtime's own process ends when it finds that the one that began it is gone, or goes
+            // on to become the exec.
+            Sight::One(..) | Sight::Several => tokio::time::sleep(PAUSE).await,
         }
-        tokio::time::sleep(PAUSE).await;
     }
 }
 
-struct Found {
-    process: Process,
-    /// It still executes the runtime's code.
-    is_runtime: bool,
+/// Which processes there are that could be it.
+enum Sight {
+    Nothing,
+    One(Process, Executes),
+    /// Some of them execute the runtime's code: it has several on its way.
+    Several,
+}
+
+/// Whose code a process executes.
+enum Executes {
+    Runtime,
+    Exec,
 }
 
 /// What is known of the process.
@@ -59,20 +70,29 @@ struct Search {
 impl Search {
     fn of(task: &Task, process: &TaskProcess) -> Option<Self> {
         let (known, starting) = task.known_pids();
+        // Those of a start that has failed are closed already.
+        let kept = stdio::pipe_inodes(&process.fds);
+        let pipes = if kept.is_empty() {
+            process.pipes().0
+        } else {
+            kept
+        };
         Some(Self {
             cgroup: task.cgroup()?,
             known,
             is_only: starting <= 1,
             has_own_pid_namespace: task.has_own_pid_namespace,
             not_before: process.start_mark()?.ticks,
-            pipes: stdio::pipe_inodes(&process.fds),
+            pipes,
             runtime: task.runtime.program_name(),
         })
     }
 
     /// Blocks on the cgroup file system and procfs.
-    fn look(&self) -> Option<Found> {
-        let members = self.cgroup.pids().ok()?;
+    fn look(&self) -> Sight {
+        let Ok(members) = self.cgroup.pids() else {
+            return Sight::Nothing;
+        };
         let is_new = |pid: &&i32| !self.known.contains(pid);
         let began_outside = |process: &Process| {
             let parent = process.parent();
@@ -90,15 +110,18 @@ impl Search {
         let with_pipes = |process: &Process| self.pipes.are_open_in(process.identity().pid);
         let (mut its, mut others): (Vec<_>, Vec<_>) = candidates.into_iter().partition(with_pipes);
         let process = match (its.len(), others.len()) {
-            (1, _) if self.has_own_pid_namespace || self.is_only => its.pop()?,
+            (1, _) if self.has_own_pid_namespace || self.is_only => its.pop(),
             // It has no pipes, or has closed them.
-            (0, 1) if self.has_own_pid_namespace && self.is_only => others.pop()?,
-            _ => return None,
+            (0, 1) if self.has_own_pid_namespace && self.is_only => others.pop(),
+            _ => None,
         };
-        Some(Found {
-            is_runtime: self.is_runtime(process.identity().pid),
-            process,
-        })
+        let is_runtime = |process: &Process| self.is_runtime(process.identity().pid);
+        match process {
+            Some(process) if is_runtime(&process) => Sight::One(process, Executes::Runtime),
+            Some(process) => Sight::One(process, Executes::Exec),
+            None if its.iter().chain(&others).any(is_runtime) => Sight::Several,
+            None => Sight::Nothing,
+        }
     }
 
     /// Whether this process executes the runtime, or its copy in memory (runc makes one against
