@@ -1,5 +1,5 @@
-//! Request messages of every method, to a node without tasks: no panic, and nothing but an error with words, where there is
-//! nothing to answer.
+//! Request messages of every method, to a node without tasks: no panic, and nothing but an error
+//! with words, where there is nothing to answer.
 #![no_main]
 
 use std::collections::HashMap;

@@ -1,4 +1,5 @@
-//! What a daemon finds of its predecessor's: a record that was read is written again, and means the same.
+//! What a daemon finds of its predecessor's: a record that was read is written again, and means the
+//! same.
 #![no_main]
 
 use embedshim_core::fuzzing::task_record;

@@ -96,8 +96,8 @@ impl Container<'_> {
         Ok(())
     }
 
-    /// Starts it. After a refusal it is as it was: its program does not run. Or it has ended without
-    /// having run, by the runtime's own code, which then nobody lets go on: None.
+    /// Starts it. After a refusal it is as it was: its program does not run. Or it has ended
+    /// without having run, by the runtime's own code, which then nobody lets go on: None.
     pub(crate) fn start(&self, words: &str) -> anyhow::Result<Option<u32>> {
         for _ in 0..MANY {
             let ask = || self.client.start("");

@@ -1,6 +1,6 @@
 //! Lives over ttrpc: carries a [`Life`] out as containerd would, on a connection of its own, and
-//! compares every answer with the one that is due (`docs/shim-contract.md`, "Task states"), and what
-//! its streams bring with what was written. Nothing may show that a daemon died meanwhile.
+//! compares every answer with the one that is due (`docs/shim-contract.md`, "Task states"), and
+//! what its streams bring with what was written. Nothing may show that a daemon died meanwhile.
 
 use std::thread::sleep;
 use std::time::Duration;

@@ -179,8 +179,8 @@ impl Subject for Kind {
     }
 }
 
-/// Reports that a process is dead, but never how it ended: what a test learns then is the word of the
-/// backend around this monitor.
+/// Reports that a process is dead, but never how it ended: what a test learns then is the word of
+/// the backend around this monitor.
 #[derive(Debug)]
 struct Ignorant(PidfdMonitor);
 

@@ -1,7 +1,7 @@
 //! Old kernels, and containers that forbid things, on this machine: a seccomp filter answers system
 //! calls as they would, and the suite runs behind it, so each fallback runs wherever the tests do.
-//! Also a pid namespace and a time namespace, in which the kernel's pids and times differ from those
-//! of the tests.
+//! Also a pid namespace and a time namespace, in which the kernel's pids and times differ from
+//! those of the tests.
 
 use std::collections::BTreeMap;
 use std::process::Command;

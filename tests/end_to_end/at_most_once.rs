@@ -58,8 +58,8 @@ impl CutShort {
         Ok(Self { program, pid })
     }
 
-    /// Starts the exec `e` of `c`, kills the daemon and then this runtime when the process runs, and
-    /// returns the answer.
+    /// Starts the exec `e` of `c`, kills the daemon and then this runtime when the process runs,
+    /// and returns the answer.
     fn start(&self, sandbox: &Sandbox, shim: &Shim) -> anyhow::Result<ttrpc::Result<u32>> {
         scope(|scope| {
             let request = scope.spawn(|| shim.start_exec("c", "e"));

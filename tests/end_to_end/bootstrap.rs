@@ -1,4 +1,5 @@
-//! The launcher as containerd executes it: what it prints, what it leaves, and that `delete` works with a daemon and without.
+//! The launcher as containerd executes it: what it prints, what it leaves, and that `delete` works
+//! with a daemon and without.
 
 use std::fs;
 use std::path::Path;

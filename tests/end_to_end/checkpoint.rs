@@ -68,7 +68,8 @@ fn counting(sandbox: &Sandbox, id: &str) -> anyhow::Result<Bundle> {
     restorable(bundle)
 }
 
-/// CRIU makes a directory in the root, and locks a network namespace by iptables, which is not part of what we test.
+/// CRIU makes a directory in the root, and locks a network namespace by iptables, which is not part
+/// of what we test.
 fn restorable(bundle: Bundle) -> anyhow::Result<Bundle> {
     bundle.edit(|spec| {
         if let Some(read_only) = spec.pointer_mut("/root/readonly") {
@@ -244,8 +245,8 @@ fn a_container_with_streams_goes_on_from_its_checkpoint(stage: &Stage) -> anyhow
     before.wait_for_return(&sandbox)
 }
 
-/// Its client does not read, so the exit is published half a second after the process has ended: the
-/// request that comes again must not be refused meanwhile.
+/// Its client does not read, so the exit is published half a second after the process has ended:
+/// the request that comes again must not be refused meanwhile.
 fn a_checkpoint_to_the_end_that_outlives_its_daemon_is_answered_once_it_is_done(
     stage: &Stage,
 ) -> anyhow::Result<()> {

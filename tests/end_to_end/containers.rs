@@ -72,8 +72,9 @@ fn large_output_right_before_the_exit_is_whole(stage: &Stage) -> anyhow::Result<
 
 fn input_reaches_the_container_and_ends(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
-    // ctr 1.6 closes the input of its task only if its own ends after NewTask has returned; runc-v2's container then
-    // waits for ever. So the input comes when the container runs, and ours alone is tested with the early one.
+    // ctr 1.6 closes the input of its task only if its own ends after NewTask has returned;
+    // runc-v2's container then waits for ever. So the input comes when the container runs, and ours
+    // alone is tested with the early one.
     let mut running =
         Running::capture(sandbox.run(&["--rm"], "c", &["cat"]).stdin(Stdio::piped()))?;
     sandbox.wait_for_status("c", "RUNNING")?;
@@ -114,7 +115,8 @@ fn large_terminal_output_is_not_truncated(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
     let command = sandbox.run(&["--rm", "--tty"], "c", &["guest", "flood", "20000"]);
     let finished = finish(&mut on_a_terminal(&command))?;
-    // `script` sends a byte at the end of its own input, which the terminal echoes before the first line.
+    // `script` sends a byte at the end of its own input, which the terminal echoes before the first
+    // line.
     let whole = |line: &&str| line.trim().trim_start_matches("^@").len() == 63;
     let lines = finished.stdout.lines().filter(whole).count();
     ensure!(

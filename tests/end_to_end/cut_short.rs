@@ -372,8 +372,8 @@ fn a_client_of_a_create_that_is_undone_by_a_killed_daemon_reads_on(
     Ok(())
 }
 
-/// A runtime that has opened the fifo at which the init waits, and is killed before it reads: mostly
-/// the init ends then by itself, without having run the program.
+/// A runtime that has opened the fifo at which the init waits, and is killed before it reads:
+/// mostly the init ends then by itself, without having run the program.
 fn a_start_is_done_if_and_only_if_the_program_has_run(stage: &Stage) -> anyhow::Result<()> {
     const ROUNDS: u32 = 10;
     let scene = Scene::set_with(stage, "start", When::Before, |sandbox| {

@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::ensure;
 use containerd_shim_protos::api;
 use embedshim_tests::{Reader, Stage, Test};
-use xtask::sandbox::until;
+use testbed::sandbox::until;
 
 use crate::cut_short::{Scene, When, refusal};
 use crate::half_done::fifo;

@@ -1,5 +1,5 @@
-//! The library without the daemon and without containerd: the examples do what they say, and nodes and monitors of one program leave
-//! each other, and the program's own children, alone.
+//! The library without the daemon and without containerd: the examples do what they say, and nodes
+//! and monitors of one program leave each other, and the program's own children, alone.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -224,7 +224,8 @@ async fn two_nodes(sandbox: &Sandbox) -> anyhow::Result<()> {
     tokio::time::sleep(Duration::from_millis(300)).await;
     ensure!(child.wait()?.code() == Some(9), "somebody else reaped it");
 
-    // The first is done with for now; the second goes on, and a successor of the first finds what it left.
+    // The first is done with for now; the second goes on, and a successor of the first finds what
+    // it left.
     first.delete(&four).await?;
     drop(first);
     for id in ["five", "six"] {

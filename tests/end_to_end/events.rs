@@ -177,7 +177,8 @@ fn running_out_of_memory_is_told_before_the_exit(stage: &Stage) -> anyhow::Resul
     Ok(())
 }
 
-/// containerd's listener is away for all of a life and a part of another, and the daemon dies meanwhile.
+/// containerd's listener is away for all of a life and a part of another, and the daemon dies
+/// meanwhile.
 fn events_outlive_a_daemon_that_could_not_tell_them(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;

@@ -54,7 +54,8 @@ fn death_by_a_signal_is_128_and_its_number(stage: &Stage) -> anyhow::Result<()> 
     let sandbox = stage.sandbox()?;
     let fault = run(&sandbox, "fault", &["guest", "fault"])?;
     ensure!(fault.code == Some(128 + 11), "SIGSEGV: {fault:?}");
-    // The init of a pid namespace feels from outside only what it handles, and SIGKILL; so others are for its children.
+    // The init of a pid namespace feels from outside only what it handles, and SIGKILL; so others
+    // are for its children.
     for (name, number) in [("TERM", 15), ("KILL", 9), ("HUP", 1), ("USR1", 10)] {
         let script = format!("sh -c 'kill -{name} $$'");
         let finished = run(

@@ -1,5 +1,6 @@
-//! What a daemon was about when it was killed, and what its successor makes of it: requests, calls of the runtime, terminals, inputs.
-//! All of it is asked for on one connection, as containerd would, which never notices.
+//! What a daemon was about when it was killed, and what its successor makes of it: requests, calls
+//! of the runtime, terminals, inputs. All of it is asked for on one connection, as containerd
+//! would, which never notices.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -64,7 +65,8 @@ impl<'a> SlowRuntime<'a> {
         request.options = binary_name(&self.program);
     }
 
-    /// Kills the daemon while the runtime is in the call, lets the call go on under the next one, and returns what the request gets.
+    /// Kills the daemon while the runtime is in the call, lets the call go on under the next one,
+    /// and returns what the request gets.
     pub(crate) fn kill_within<T>(
         &self,
         request: ScopedJoinHandle<'_, ttrpc::Result<T>>,
@@ -176,7 +178,8 @@ fn a_start_that_was_done_is_answered_and_not_done_again(stage: &Stage) -> anyhow
     end(&sandbox, &shim, &before)
 }
 
-/// Before: it has to be started. After: it runs, or has ended while no daemon of ours knew of it, and must not be started again.
+/// Before: it has to be started. After: it runs, or has ended while no daemon of ours knew of it,
+/// and must not be started again.
 fn an_exec_under_way_is_started_once_and_its_code_is_known(stage: &Stage) -> anyhow::Result<()> {
     for is_after in [false, true] {
         let (sandbox, shim) = start(stage)?;
@@ -327,7 +330,8 @@ fn input_does_not_end_with_a_daemon(stage: &Stage) -> anyhow::Result<()> {
     before.wait_for_return(&sandbox)
 }
 
-/// `echo hi | ctr run ... cat`: the client has written and left before the start, and sends no `CloseIO`.
+/// `echo hi | ctr run ... cat`: the client has written and left before the start, and sends no
+/// `CloseIO`.
 fn input_that_ended_before_the_start_ends_under_the_next_daemon_too(
     stage: &Stage,
 ) -> anyhow::Result<()> {

@@ -1,4 +1,5 @@
-//! Bytes, names and paths that containerd would never send: refused as Go's server does, and the daemon unharmed.
+//! Bytes, names and paths that containerd would never send: refused as Go's server does, and the
+//! daemon unharmed.
 
 use std::fs;
 use std::io::{Read, Write};

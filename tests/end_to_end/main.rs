@@ -1,5 +1,6 @@
-//! The end-to-end tests: a real containerd, a real runc, real cgroups, signals and BPF; each test in a sandbox of its own, so that
-//! they run side by side. `cargo xtask test` runs them; the same suite runs against another shim with `--runtime`.
+//! The end-to-end tests: a real containerd, a real runc, real cgroups, signals and BPF; each test
+//! in a sandbox of its own, so that they run side by side. `cargo xtask test` runs them; the same
+//! suite runs against another shim with `--runtime`.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

@@ -24,7 +24,8 @@ pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     a_mount_helper_inherits_from_the_containerd_that_creates,
 );
 
-/// A bundle whose files were moved away to be mounted by the request, and the directory where they are.
+/// A bundle whose files were moved away to be mounted by the request, and the directory where they
+/// are.
 fn without_files(sandbox: &Sandbox, id: &str, script: &str) -> anyhow::Result<(Bundle, PathBuf)> {
     let bundle = Bundle::new(sandbox, id, &["sh", "-c", script])?;
     let files = sandbox.directory().join(format!("{id}-files"));
@@ -185,7 +186,8 @@ fn a_file_behind_a_loop_device_is_the_root(stage: &Stage) -> anyhow::Result<()> 
     })?;
     let code = run(&shim, "c", &bundle, &[mount("ext4", &image, "", &["loop"])])?;
     ensure!(code == 0, "{code}");
-    // A mount namespace that was made meanwhile, by another test, may still hold the file system: then its journal is not clean.
+    // A mount namespace that was made meanwhile, by another test, may still hold the file system:
+    // then its journal is not clean.
     until("its device is gone", || {
         Ok(!is_behind_a_loop_device(&image))
     })?;
@@ -195,7 +197,8 @@ fn a_file_behind_a_loop_device_is_the_root(stage: &Stage) -> anyhow::Result<()> 
     before.wait_for_return(&sandbox)
 }
 
-/// What containerd 2.x does for pods with a user namespace: one snapshot on disk, other owners in each pod.
+/// What containerd 2.x does for pods with a user namespace: one snapshot on disk, other owners in
+/// each pod.
 fn a_root_with_mapped_owners_belongs_to_the_containers_users(stage: &Stage) -> anyhow::Result<()> {
     let (sandbox, shim) = with_daemon(stage)?;
     let before = Footprint::of(&sandbox);

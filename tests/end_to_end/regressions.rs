@@ -55,7 +55,8 @@ fn heard_bundle(
     Ok(bundle)
 }
 
-/// Makes the runtime run a shell script between the making of the container and the return of `create`.
+/// Makes the runtime run a shell script between the making of the container and the return of
+/// `create`.
 fn hook(sandbox: &Sandbox, bundle: &Bundle, script: &str) -> anyhow::Result<()> {
     let path = sandbox.directory().join("hook");
     fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
@@ -347,7 +348,8 @@ fn the_streams_belong_to_io_gid(stage: &Stage) -> anyhow::Result<()> {
         ..api::CreateTaskRequest::default()
     };
     let pid = shim.tasks.create(shim.metadata(), &request)?.pid;
-    // runc's init gives its streams to the container's user afterwards, which is root here; the group stays.
+    // runc's init gives its streams to the container's user afterwards, which is root here; the
+    // group stays.
     let group = fs::metadata(format!("/proc/{pid}/fd/1"))?.gid();
     ensure!(group == 2345, "group {group}");
     Ok(())

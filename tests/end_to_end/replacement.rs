@@ -1,4 +1,5 @@
-//! The daemon is replaced under a living containerd: killed, asked to leave, upgraded. Neither containerd nor a container notices.
+//! The daemon is replaced under a living containerd: killed, asked to leave, upgraded. Neither
+//! containerd nor a container notices.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

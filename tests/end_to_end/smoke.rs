@@ -1,5 +1,5 @@
-//! One container's whole life without containerd, by each OCI runtime, on whichever cgroup version is here: small enough for a guest
-//! with an old kernel (`cargo xtask test-matrix`).
+//! One container's whole life without containerd, by each OCI runtime, on whichever cgroup version
+//! is here: small enough for a guest with an old kernel (`cargo xtask test-matrix`).
 
 use anyhow::{bail, ensure};
 use containerd_shim_protos::api;

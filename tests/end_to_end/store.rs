@@ -224,8 +224,8 @@ fn a_connection_without_a_task_costs_little_and_nothing_when_its_containerd_has_
     })?;
     let memory = with.memory.saturating_sub(before.memory);
     println!("{MANY} connections without a task: {memory} kB of memory; {before:?}, {with:?}");
-    // In the daemon a socket, its duplicate for a keeper that dies, and its journal; in the keeper the
-    // socket.
+    // In the daemon a socket, its duplicate for a keeper that dies, and its journal; in the keeper
+    // the socket.
     ensure!(
         with.daemons_descriptors <= before.daemons_descriptors + 3 * MANY
             && with.keepers_descriptors == before.keepers_descriptors + MANY

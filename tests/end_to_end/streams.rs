@@ -202,7 +202,8 @@ fn a_logger_that_does_not_end_is_killed(stage: &Stage) -> anyhow::Result<()> {
     until("it is killed", || Ok(!testbed::sandbox::is_alive(pid)))
 }
 
-/// 300 kB, four times what a pipe holds, read by many that come and go: as containerd does when it is restarted.
+/// 300 kB, four times what a pipe holds, read by many that come and go: as containerd does when it
+/// is restarted.
 fn a_reader_that_goes_and_comes_back_under_load_loses_nothing(stage: &Stage) -> anyhow::Result<()> {
     const LINES: usize = 60_000;
     let sandbox = stage.bare_sandbox()?;
@@ -247,7 +248,8 @@ fn a_reader_that_goes_and_comes_back_under_load_loses_nothing(stage: &Stage) -> 
     before.wait_for_return(&sandbox)
 }
 
-/// Opening waits for no reader (containerd's issue 4068); who writes more than a pipe holds waits, and can be killed.
+/// Opening waits for no reader (containerd's issue 4068); who writes more than a pipe holds waits,
+/// and can be killed.
 fn a_fifo_that_nobody_reads_holds_up_only_the_container(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;

@@ -228,8 +228,8 @@ fn closed_input_stays_closed_for_the_next_daemon(stage: &Stage) -> anyhow::Resul
     Ok(())
 }
 
-/// From the oldest by way of the middle to the one under test; each finds what the one before it has started, and an exit that
-/// happened in between.
+/// From the oldest by way of the middle to the one under test; each finds what the one before it
+/// has started, and an exit that happened in between.
 fn containers_outlive_the_upgrade_of_containerd(stage: &Stage) -> anyhow::Result<()> {
     let mut sandbox = stage.bare_sandbox()?;
     sandbox.use_programs(None);

@@ -83,7 +83,8 @@ fn life(stage: &Stage, handler: &str, by: By) -> anyhow::Result<()> {
         Ok(cri.log("c", 0).contains("stdout F ready"))
     })
     .with_context(|| cri.log("c", 0))?;
-    // From 2.0 on containerd says whose the outputs are, so that the pod's root can open them again.
+    // From 2.0 on containerd says whose the outputs are, so that the pod's root can open them
+    // again.
     let is_opened = cri.log("c", 0).contains("stdout F again");
     ensure!(is_opened == is_asking(&mut cri)?, "{}", cri.log("c", 0));
     let seen = cri.exec(

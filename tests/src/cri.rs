@@ -33,8 +33,9 @@ pub struct Executed {
 }
 
 impl Cri {
-    /// Connects to the containerd of a sandbox that was configured with [`Sandbox::enable_cri`] and has the image. Returns when the
-    /// CRI has noticed that: it learns of images by events, and after its start by looking through them in the background.
+    /// Connects to the containerd of a sandbox that was configured with [`Sandbox::enable_cri`] and
+    /// has the image. Returns when the CRI has noticed that: it learns of images by events, and
+    /// after its start by looking through them in the background.
     pub fn connect(sandbox: &Sandbox) -> anyhow::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let address = format!("unix:{}", sandbox.directory().join("c.sock").display());
@@ -176,8 +177,8 @@ impl Cri {
         Ok(id)
     }
 
-    /// What containerd offers kubelet of a runtime handler; of a containerd that does not tell (before
-    /// 2.0) nothing.
+    /// What containerd offers kubelet of a runtime handler; nothing before 2.0, which does not
+    /// tell.
     pub fn features(
         &mut self,
         handler: &str,
@@ -376,7 +377,8 @@ pub struct Namespaces {
     pub network: api::NamespaceMode,
     /// One for each container, or one for all.
     pub pid: api::NamespaceMode,
-    /// The host's first of the 65536 users and groups that a pod has in a user namespace of its own.
+    /// The host's first of the 65536 users and groups that a pod has in a user namespace of its
+    /// own.
     pub users: Option<u32>,
 }
 

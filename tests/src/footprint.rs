@@ -1,5 +1,5 @@
-//! [`Footprint`]: everything that containers of a sandbox have on the machine at one moment. What is there afterwards and was not
-//! before has been left behind.
+//! [`Footprint`]: everything that containers of a sandbox have on the machine at one moment. What
+//! is there afterwards and was not before has been left behind.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use testbed::sandbox::{Sandbox, until};
 
-/// Mounts, cgroups, runtime state, bundles, records, the daemon's descriptors, and its and its keeper's children.
+/// Mounts, cgroups, runtime state, bundles, records, the daemon's descriptors, and its and its
+/// keeper's children.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint {
     traces: BTreeSet<String>,
@@ -68,7 +69,8 @@ impl Footprint {
         }
     }
 
-    /// Waits until nothing is left that was not there before. The daemon's descriptors may be fewer, not more.
+    /// Waits until nothing is left that was not there before. The daemon's descriptors may be
+    /// fewer, not more.
     pub fn wait_for_return(&self, sandbox: &Sandbox) -> anyhow::Result<()> {
         self.wait_for_return_except(sandbox, &[])
     }
@@ -106,7 +108,8 @@ impl Footprint {
     }
 }
 
-/// What the daemon's descriptors point to. Connections of our own probing come and go, with their journals, and are not counted.
+/// What the daemon's descriptors point to. Connections of our own probing come and go, with their
+/// journals, and are not counted.
 fn descriptors(pid: i32) -> Vec<String> {
     let links = entries(Path::new(&format!("/proc/{pid}/fd")));
     let targets = links.iter().filter_map(|link| fs::read_link(link).ok());

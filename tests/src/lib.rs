@@ -1,5 +1,5 @@
-//! What the end-to-end tests share: the stage they play on, and the trace a container may leave. The tests themselves are in
-//! `end_to_end/`.
+//! What the end-to-end tests share: the stage they play on, and the trace a container may leave.
+//! The tests themselves are in `end_to_end/`.
 
 mod cri;
 mod crowd;

@@ -1,4 +1,5 @@
-//! [`Shim`]: the daemon as containerd speaks to it, without containerd: for requests that containerd would never send.
+//! [`Shim`]: the daemon as containerd speaks to it, without containerd: for requests that
+//! containerd would never send.
 
 use std::collections::HashMap;
 use std::fs;

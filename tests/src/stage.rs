@@ -1,4 +1,5 @@
-//! [`Stage`]: what a test gets, and [`Test`]: what it is. Owns the built binaries and the image, made once for all.
+//! [`Stage`]: what a test gets, and [`Test`]: what it is. Owns the built binaries and the image,
+//! made once for all.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

@@ -1,4 +1,5 @@
-//! [`Streaming`]: the streams of a CRI exec or attach, as kubectl has them: one WebSocket, a channel number before each piece.
+//! [`Streaming`]: the streams of a CRI exec or attach, as kubectl has them: one WebSocket, a
+//! channel number before each piece.
 
 use std::net::TcpStream;
 

@@ -1,5 +1,6 @@
-//! `takeover`: how long a killed daemon is missed, and what that costs. For `cargo xtask bench`, which builds the binaries it measures.
-//! One connection for each container, as containerd has them, and three streams.
+//! `takeover`: how long a killed daemon is missed, and what that costs. For `cargo xtask bench`,
+//! which builds the binaries it measures. One connection for each container, as containerd has
+//! them, and three streams.
 
 use std::fs::{self, File};
 use std::path::PathBuf;

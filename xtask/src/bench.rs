@@ -1,5 +1,5 @@
-//! `cargo xtask bench`: ours and containerd's own shim side by side, in the same run, alternating. Ratios count; the absolute
-//! numbers are the machine's.
+//! `cargo xtask bench`: ours and containerd's own shim side by side, in the same run, alternating.
+//! Ratios count; the absolute numbers are the machine's.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -43,7 +43,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     measure_with("throughput", &[], &binaries)
 }
 
-/// By a program that speaks the shim API itself, since containerd and ctr would blur what is measured.
+/// By a program that speaks the shim API itself, since containerd and ctr would blur what is
+/// measured.
 fn measure_with(program: &str, command: &[&str], binaries: &Path) -> anyhow::Result<()> {
     let status = products::cargo()
         .args(["run", "--quiet", "--package", "embedshim-tests"])

@@ -1,5 +1,5 @@
-//! `cargo xtask deb`: the Debian package, by plain dpkg-deb. Owns what goes where and what the binaries depend on; what the package's
-//! scripts do is theirs (`packaging/debian`).
+//! `cargo xtask deb`: the Debian package, by plain dpkg-deb. Owns what goes where and what the
+//! binaries depend on; what the package's scripts do is theirs (`packaging/debian`).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +15,8 @@ use testbed::products::{self, Profile, strip, workspace};
 const NAME: &str = "embedshim";
 const BINARIES: [&str; 2] = ["embedshimd", "containerd-shim-embed-v1"];
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
-/// Where each file is here, and in the package. containerd finds the launcher in /usr/bin by its `PATH`.
+/// Where each file is here, and in the package. containerd finds the launcher in /usr/bin by its
+/// `PATH`.
 const FILES: [(&str, &str); 8] = [
     ("packaging/embedshimd.service", "lib/systemd/system"),
     ("packaging/embedshimd.socket", "lib/systemd/system"),
@@ -73,7 +74,7 @@ pub(crate) fn build(
     packing: Packing,
     directory: &Path,
 ) -> anyhow::Result<PathBuf> {
-    // Whoever builds it may keep his files to himself; the package does not.
+    // The files of the builder may be private; those of the package are not.
     umask(Mode::from_bits_truncate(0o022));
     let root = directory.join("root");
     let _ = fs::remove_dir_all(&root);
@@ -118,7 +119,8 @@ pub(crate) fn build(
     Ok(package)
 }
 
-/// Copies a file of the workspace into a directory. The mode does not depend on who has checked it out.
+/// Copies a file of the workspace into a directory. The mode does not depend on who has checked it
+/// out.
 fn install(file: &str, directory: &Path, mode: u32) -> anyhow::Result<()> {
     let source = workspace().join(file);
     let name = source.file_name().context("no file name")?;
@@ -170,7 +172,8 @@ fn size(root: &Path) -> anyhow::Result<String> {
     Ok(size.to_owned())
 }
 
-/// The packages of the libraries that the programs are linked to, and how new the C library must be.
+/// The packages of the libraries that the programs are linked to, and how new the C library must
+/// be.
 fn dependencies(programs: &[PathBuf]) -> anyhow::Result<String> {
     let mut packages = BTreeSet::new();
     let mut newest = (0, 0);

@@ -1,5 +1,5 @@
-//! `cargo xtask demo`: the promises, one after the other, on this very machine, each with what was run and what came out.
-//! A step that shows something else ends the demo with an error.
+//! `cargo xtask demo`: the promises, one after the other, on this very machine, each with what was
+//! run and what came out. A step that shows something else ends the demo with an error.
 
 use std::path::Path;
 use std::process::Command;
@@ -165,7 +165,8 @@ impl Demo {
         Ok(())
     }
 
-    /// How often containerd has told of a shim whose connection has ended, as it does after each deletion, too.
+    /// How often containerd has told of a shim whose connection has ended, as it does after each
+    /// deletion, too.
     fn disconnections(&self) -> anyhow::Result<usize> {
         let log = std::fs::read_to_string(self.sandbox.containerd_log())?;
         Ok(log.matches("shim disconnected").count())

@@ -1,5 +1,5 @@
-//! What the exit of a process costs that nobody watches: the kernel's own count of the time spent in our BPF programs. A part of
-//! `cargo xtask bench`; never loads a program itself.
+//! What the exit of a process costs that is not watched: the kernel's own count of the time spent
+//! in our BPF programs. A part of `cargo xtask bench`; never loads a program itself.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Command, Stdio};
@@ -13,7 +13,7 @@ use aya::sys::{Stats, enable_stats};
 const PROGRAMS: &str = "record_exit";
 const EXITS: u64 = 3000;
 
-/// What the kernel has counted (Linux 5.1), while somebody asks it to (Linux 5.8).
+/// What the kernel has counted (Linux 5.1), while it is asked to (Linux 5.8).
 #[derive(Clone, Copy, Debug, Default)]
 struct Count {
     programs: u64,
@@ -38,7 +38,7 @@ pub(crate) fn print() -> anyhow::Result<()> {
     let runs = after.runs.saturating_sub(before.runs);
     ensure!(runs >= EXITS, "the programs were not run");
     let each = after.nanoseconds.saturating_sub(before.nanoseconds) / runs;
-    println!("exit of a process that nobody watches");
+    println!("exit of a process that is not watched");
     println!("  BPF       {each:7} ns in each of three copies of the program, {runs} runs counted");
     println!("  /bin/true {life:7} us from its fork to its end");
     Ok(())

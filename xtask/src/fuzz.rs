@@ -1,5 +1,5 @@
-//! `cargo xtask fuzz`: feeds the readers of everything that comes from outside what nobody would send. Owns cargo-fuzz's options;
-//! the targets are in `fuzz/`.
+//! `cargo xtask fuzz`: feeds the readers of everything that comes from outside what no client
+//! sends. Owns cargo-fuzz's options; the targets are in `fuzz/`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -76,7 +76,8 @@ fn go(
         // Instrumentation is for nightly compilers only, in name.
         .env("RUSTC_BOOTSTRAP", "1")
         .current_dir(workspace())
-        // The code is safe Rust: what a sanitizer would find is not what we look for, and it costs half the speed.
+        // The code is safe Rust: what a sanitizer would find is not what we look for, and it costs
+        // half the speed.
         .args(["run", "--sanitizer", "none", target])
         .args(corpora)
         .arg("--")

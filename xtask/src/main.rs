@@ -19,7 +19,8 @@ use testbed::chaos;
 
 /// Builds, tests and demonstrates embedshim
 ///
-/// Run as root: containers, BPF and mounts need it. What is missing on Debian is installed by apt, after saying what.
+/// Run as root: containers, BPF and mounts need it. What is missing on Debian is installed by apt,
+/// after saying what.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
 struct Cli {
@@ -35,7 +36,7 @@ enum Command {
     Demo,
     /// Run every test
     Test(suite::Options),
-    /// Kill whoever serves containers while they live, and check a ledger of what is due
+    /// Kill what serves containers while they live, and check a ledger of what is due
     #[command(long_about = chaos::ABOUT)]
     Chaos(chaos::Options),
     /// Boot other kernels in QEMU and run the exit monitors' suite and whole containers there
@@ -52,7 +53,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Print what the library crates make public, or accept a change of it
     Api(api::Options),
-    /// Check what lints can't: dependencies between crates, module headers, where unsafe is, the public API
+    /// Check what lints can't: dependencies between crates, module headers, where unsafe is, the
+    /// public API
     Tidy,
 }
 

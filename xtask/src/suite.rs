@@ -1,5 +1,6 @@
-//! `cargo xtask test`: builds the products, runs every test of the workspace and of `tests/outside`, and counts. What is skipped says why, and in CI
-//! (environment variable `CI`) counts as failed.
+//! `cargo xtask test`: builds the products, runs every test of the workspace and of
+//! `tests/outside`, and counts. What is skipped says why, and in CI (environment variable `CI`)
+//! counts as failed.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
@@ -108,7 +109,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let is_whole = options.runtime.is_none() && options.containerd.is_none();
     if is_whole && !options.clients && !options.newer_runc {
         fetch_docker(Release::Installed);
-        // The same features as the binaries were built with, or they would be built anew without.
+        // The same features as the binaries were built with, or they would be built again without.
         let features = format!("{BOTH_LOADERS},{}", products::FAILPOINTS);
         let mut cargo = command(&["--workspace", "--all-targets", "--features", &features]);
         let targets = count(cargo.arg("--").args(&options.filter))?;
@@ -176,7 +177,8 @@ fn with_newer_runc() -> anyhow::Result<OsString> {
     )?)
 }
 
-/// The tests of the monitor that is written outside of the workspace, as a crate of others would be.
+/// The tests of the monitor that is written outside of the workspace, as a crate of others would
+/// be.
 fn outside() -> Command {
     let mut cargo = products::cargo();
     cargo.args(["test", "--no-fail-fast", "--locked"]);
@@ -240,7 +242,8 @@ fn verdict(counts: Counts) -> anyhow::Result<()> {
 }
 
 impl Counts {
-    /// Adds a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out`.
+    /// Adds a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered
+    /// out`.
     fn add(&mut self, line: &str) {
         let Some((_, numbers)) = line
             .strip_prefix("test result: ")

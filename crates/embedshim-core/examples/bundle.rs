@@ -4,9 +4,9 @@
 //!
 //! ```console
 //! # cargo build --package embedshim-core --example bundle && cd target/debug/examples
-//! # ./bundle make /tmp/b 'echo hello; sleep 3; exit 7'    # or bring a bundle of your own, without a terminal
-//! # ./bundle start /tmp/b                                 # returns at once: the container has no parent of ours
-//! # sleep 4                                               # it ends, and nobody looks
+//! # ./bundle make /tmp/b 'echo hello; sleep 3; exit 7'    # or a bundle of your own
+//! # ./bundle start /tmp/b                                 # returns at once
+//! # sleep 4                                               # it ends while no node runs
 //! # ./bundle wait /tmp/b                                  # exit 7
 //! # cat /tmp/b/output                                     # hello
 //! ```

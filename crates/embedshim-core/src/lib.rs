@@ -4,16 +4,17 @@
 //!
 //! # What is here
 //!
-//! - [`Node`](task::Node) creates, starts, execs, signals and deletes containers. What has to survive
-//!   this process is in its state directory.
+//! - [`Node`](task::Node) creates, starts, execs, signals and deletes containers. What has to
+//!   survive this process is in its state directory.
 //! - An [`ExitMonitor`](exit::ExitMonitor), from one of the `monitor-*` crates, tells the node how
 //!   processes end. It is useful alone, for any [`Process`](process::Process). A status is never
 //!   lost if it promises [`Survives::Everything`](exit::Survives::Everything).
 //!
-//! Nothing is global: a process may have any number of monitors and nodes, and an environment, signal
-//! handlers and children of its own. What concerns the whole process (being a child subreaper, a
-//! limit of descriptors, a lock on the state directory) is left to the program. The rest of the
-//! program must leave `SIGCHLD` at its default or handle it, and must not call `waitpid(-1)`.
+//! Nothing is global: a process may have any number of monitors and nodes, and an environment,
+//! signal handlers and children of its own. What concerns the whole process (being a child
+//! subreaper, a limit of descriptors, a lock on the state directory) is left to the program. The
+//! rest of the program must leave `SIGCHLD` at its default or handle it, and must not call
+//! `waitpid(-1)`.
 
 pub mod cgroup;
 pub mod clock;

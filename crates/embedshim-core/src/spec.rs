@@ -67,15 +67,16 @@ impl Spec {
         serde_json::from_slice(&text).map_err(|e| failed("cannot parse the OCI spec")(e.into()))
     }
 
-    /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that can't
-    /// send runc's options (CRI and nerdctl with a runtime type of ours) still write this form
-    /// (`docs/shim-contract.md`, "Options").
+    /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that
+    /// can't send runc's options (CRI and nerdctl with a runtime type of ours) still write this
+    /// form (`docs/shim-contract.md`, "Options").
     pub(crate) fn wants_systemd_cgroup(&self) -> bool {
         let path = &self.linux.cgroups_path;
         !path.starts_with('/') && path.split(':').count() == 3
     }
 
-    /// Where the runtime makes its cgroup, if that is said as a path from the root of each hierarchy.
+    /// Where the runtime makes its cgroup, if that is said as a path from the root of each
+    /// hierarchy.
     pub(crate) fn cgroups_path(&self) -> Option<&Path> {
         let path = Path::new(&self.linux.cgroups_path);
         path.is_absolute().then_some(path)

@@ -78,7 +78,7 @@ async fn all_threads_that_end_at_once_are_one_end(subject: &Arc<dyn Subject>) {
     }
 }
 
-/// Thousands of processes a second that nobody watches come and go meanwhile.
+/// Thousands of processes a second that are not watched come and go meanwhile.
 async fn strangers_do_not_disturb(subject: &Arc<dyn Subject>) {
     let place = Place::new(subject);
     let monitor = place.open();
@@ -138,6 +138,6 @@ async fn descriptors_of_others_are_not_kept_open(subject: &Arc<dyn Subject>) {
     // Others of these tests may be between fork and exec just now, for a moment.
     let moment = PollTimeout::from(2000_u16);
     let ended = poll(&mut state, moment).unwrap();
-    assert_eq!(ended, 1, "somebody holds the pipe's other end");
+    assert_eq!(ended, 1, "another process holds the pipe's other end");
     drop(monitor);
 }

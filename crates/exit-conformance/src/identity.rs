@@ -18,8 +18,8 @@ pub(crate) fn checks() -> [Check; 4] {
     )
 }
 
-/// The kernel gives the same pid out again at once (`clone3` with `set_tid`); both ends are reported,
-/// each with its own status.
+/// The kernel gives the same pid out again at once (`clone3` with `set_tid`); both ends are
+/// reported, each with its own status.
 async fn a_number_that_is_used_again_is_another_process(subject: &Arc<dyn Subject>) {
     let place = Place::new(subject);
     let monitor = place.open();

@@ -16,7 +16,7 @@ pub(crate) fn checks() -> [Check; 2] {
     )
 }
 
-/// Watches one process; the rest of a family of one is nobody's.
+/// Watches one process; the rest of a family of one is watched by no monitor.
 async fn watch(monitor: &Arc<dyn ExitMonitor>, family: &Family) -> Result<Watched, WatchError> {
     monitor.watch(Arc::clone(family.first())).await
 }
@@ -30,7 +30,7 @@ async fn monitors_in_one_process_tell_their_own_each(subject: &Arc<dyn Subject>)
     for (monitor, family) in monitors.iter().zip(&families) {
         assert_eq!(watch(monitor, family).await.unwrap(), Watched::Armed);
     }
-    // The one that goes takes its own watch with it, and nobody else's.
+    // The one that goes takes its own watch with it, and no other.
     drop(monitors.remove(0));
     families.remove(0);
     let verdicts: Vec<_> = families.iter_mut().map(|family| family.end(None)).collect();

@@ -55,7 +55,7 @@ async fn an_exit_while_nobody_runs_is_known_if_that_is_promised(subject: &Arc<dy
             Survives::Nothing => false,
         };
         if is_promised || record.status.is_known() {
-            verdict.check(record, monitor.guarantees(), "while nobody ran");
+            verdict.check(record, monitor.guarantees(), "while no monitor ran");
         }
         assert!(!is_promised || record.status.is_known(), "{record:?}");
         let verdict = living.end(None);

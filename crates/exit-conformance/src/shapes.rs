@@ -140,7 +140,7 @@ async fn an_exit_before_or_during_the_watch_is_told_once(subject: &Arc<dyn Subje
             Watched::Armed => next(&monitor, 1).await.remove(0),
         };
         assert_eq!(record.process, process.identity());
-        // It may have ended before anybody looked; what is known must be right.
+        // It may have ended before it was looked at; what is known must be right.
         if record.status.is_known() {
             assert_eq!(record.status, ExitStatus::Exited(6));
         }
@@ -160,7 +160,7 @@ async fn told_nothing_more(monitor: &Arc<dyn exit_monitor::ExitMonitor>) -> bool
     more.is_err() && records.is_empty()
 }
 
-/// Whatever the kernel: a child's status is exact, and nobody else has to reap it.
+/// Whatever the kernel: a child's status is exact, and nothing else has to reap it.
 async fn our_own_children_are_exact_and_reaped(subject: &Arc<dyn Subject>) {
     let place = Place::new(subject);
     let monitor = place.open();

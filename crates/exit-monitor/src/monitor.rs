@@ -23,7 +23,7 @@ use crate::{ExitRecord, Guarantees};
 /// - report the end of each watched process once, and report no other process;
 /// - never report a status that it does not know: [`ExitRecord::unknown`] says so;
 /// - reap children of its own process, and only those: not before [`confirm`](Self::confirm) or
-///   [`unwatch`](Self::unwatch), so that the zombie still has the status if this process dies first.
+///   [`unwatch`](Self::unwatch), so that the zombie still has the status if this process dies.
 #[async_trait]
 pub trait ExitMonitor: fmt::Debug + Send + Sync + 'static {
     /// Which backend this is.

@@ -1,5 +1,5 @@
-//! Exits that an eBPF program records in the kernel. Owns [`BpfMonitor`], its pins and its [`probe`];
-//! never says *that* a process is dead.
+//! Exits that an eBPF program records in the kernel. Owns [`BpfMonitor`], its pins and its
+//! [`probe`]; never says *that* a process is dead.
 //!
 #![doc = include_str!("../README.md")]
 #![allow(clippy::doc_markdown, reason = "capability names are words here")]

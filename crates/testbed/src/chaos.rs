@@ -16,7 +16,7 @@ pub const BINARIES: &str = "EMBEDSHIM_TEST_BINARIES";
 
 /// What the help says.
 pub const ABOUT: &str = "\
-Kill whoever serves containers while they live, and check a ledger of what is due.
+Kill what serves containers while they live, and check a ledger of what is due.
 
 Workers start, exec, pause, kill and delete containers, directly over ttrpc and through containerd, while \
 embedshimd is killed, frozen and ended at random instants, in bursts too, calls of runc are killed and frozen, \
@@ -41,7 +41,7 @@ pub struct Options {
     /// How long the storm takes; the single steps and the blackout come on top
     #[arg(long, default_value_t = 0.7, value_name = "N")]
     pub minutes: f64,
-    /// Determines the plan; without it, one that nobody had before
+    /// Determines the plan; without it, a new one
     #[arg(long, value_name = "S", default_value_t = fresh_seed())]
     seed: u64,
     /// Workers that speak ttrpc
@@ -66,7 +66,7 @@ pub struct Options {
     /// Take the single steps after one that fails, too
     #[arg(long)]
     pub go_on: bool,
-    /// Kill nobody: what fails then is the suite, or a defect that needs no chaos
+    /// Kill nothing: what fails then is the suite, or a defect that needs no chaos
     #[arg(long)]
     pub no_kills: bool,
     /// Leave the sandbox of a run that has failed, with everything that runs in it

@@ -1,5 +1,5 @@
-//! The state machine of a task as runc-v2 has it (`docs/shim-contract.md`, "Task states"): what each
-//! step answers in each state, and what it changes. Pure.
+//! The state machine of a task as runc-v2 has it (`docs/shim-contract.md`, "Task states"): what
+//! each step answers in each state, and what it changes. Pure.
 
 use std::collections::BTreeMap;
 

@@ -190,7 +190,8 @@ impl<'a> Subject<'a> {
     /// Ends what is left, whatever state it is in.
     fn remove(&self) -> anyhow::Result<()> {
         let _ = self.perform(Step::Resume);
-        // Who is told that it has finished may be told so before its end is settled: containerd's clients wait then, too.
+        // Who is told that it has finished may be told so before its end is settled: containerd's
+        // clients wait then, too.
         let finished = |error: &ttrpc::Error| error.to_string().contains("already finished");
         match self.kill("") {
             Err(error) if !finished(&error) => {}

@@ -1,4 +1,5 @@
-//! [`LookingMonitor`]: an exit monitor whose thread looks at every watched process, again and again.
+//! [`LookingMonitor`]: an exit monitor whose thread looks at every watched process, again and
+//! again.
 //!
 //! Owns the watches and the thread. It knows the status of children, and of other processes while
 //! they are zombies; of one that its parent has reaped before the thread looked, it knows that the

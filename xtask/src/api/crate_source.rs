@@ -1,5 +1,5 @@
-//! The modules of a crate, as parsed. Owns the way from `mod` to its file, and from a path in a `use`
-//! to a module; decides nothing about what is public.
+//! The modules of a crate, as parsed. Owns the way from `mod` to its file, and from a path in a
+//! `use` to a module; decides nothing about what is public.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,10 +1,10 @@
 //! `cargo xtask api`: what the library crates make public, as Rust without bodies. Owns the
-//! snapshots, `crates/*/public-api.txt`; a change to them is a change of the API, to be seen as such
-//! in a commit. `cargo xtask tidy` compares.
+//! snapshots, `crates/*/public-api.txt`; a change to them is a change of the API, to be seen as
+//! such in a commit. `cargo xtask tidy` compares.
 //!
-//! Read from the sources, since the compiler's own list (rustdoc's JSON) needs an unstable option and
-//! a build of all dependencies. So names in signatures are those of the source file, and what a macro
-//! or a derive generates is not listed.
+//! Read from the sources, since the compiler's own list (rustdoc's JSON) needs an unstable option
+//! and a build of all dependencies. So names in signatures are those of the source file, and what a
+//! macro or a derive generates is not listed.
 
 mod crate_source;
 mod strip;

@@ -106,8 +106,8 @@ impl Surface<'_> {
         }]
     }
 
-    /// The public part of every `impl` for the type that is declared at `origin`: its own first, then
-    /// traits.
+    /// The public part of every `impl` for the type that is declared at `origin`: its own first,
+    /// then traits.
     fn implementations(&self, origin: &Names) -> Vec<Item> {
         let mut found = Vec::new();
         for (module, items) in &self.source.modules {

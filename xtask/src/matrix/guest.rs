@@ -32,8 +32,9 @@ pub(crate) fn run(
 }
 
 fn boot(kernel: &Path, initramfs: &Path, arguments: &str) -> anyhow::Result<Child> {
-    // Emulated: /dev/kvm exists on machines where it does not work, and a hanging guest is worse than a slow one. By one thread:
-    // with one for each processor the kernel dies when it patches its code (a tracepoint's call) under another's feet.
+    // Emulated: /dev/kvm exists on machines where it does not work, and a hanging guest is worse
+    // than a slow one. By one thread: with one for each processor the kernel dies when it patches
+    // its code (a tracepoint's call) under another's feet.
     let command_line = format!("console=ttyS0 quiet loglevel=1 panic=-1 rdinit=/init {arguments}");
     Command::new("qemu-system-x86_64")
         .args([

@@ -1,4 +1,5 @@
-//! Which kernels there are, and where from: Debian's cloud kernels, fetched and verified by apt, or any other by its path.
+//! Which kernels there are, and where from: Debian's cloud kernels, fetched and verified by apt, or
+//! any other by its path.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -83,7 +84,8 @@ fn in_cache(directory: &Path) -> Option<Kernel> {
     Some(Kernel { name, image })
 }
 
-/// `6.12.117+deb13` of `linux-image-6.12.117+deb13-cloud-amd64`. Newer ones have the image in `linux-binary-*`.
+/// `6.12.117+deb13` of `linux-image-6.12.117+deb13-cloud-amd64`. Newer ones have the image in
+/// `linux-binary-*`.
 fn version_of(package: &str) -> Option<&str> {
     let rest = package
         .strip_prefix("linux-binary-")

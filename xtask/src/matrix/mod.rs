@@ -1,5 +1,6 @@
-//! `cargo xtask test-matrix`: the conformance suite and a smoke test of whole containers, on other kernels, in QEMU guests. Owns
-//! the order of things and the report; kernels, guests and results have modules of their own.
+//! `cargo xtask test-matrix`: the conformance suite and a smoke test of whole containers, on other
+//! kernels, in QEMU guests. Owns the order of things and the report; kernels, guests and results
+//! have modules of their own.
 
 pub(crate) mod guest;
 pub(crate) mod initramfs;
@@ -25,8 +26,8 @@ const AT_ONCE: usize = 2;
 /// Options of `cargo xtask test-matrix`
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// A kernel series of Debian's, such as 6.12, or the path of a bzImage; may be given several times
-    /// [default: 5.10, 6.1, 6.12, 6.16 and the newest]
+    /// A kernel series of Debian's, such as 6.12, or the path of a bzImage; may be given several
+    /// times [default: 5.10, 6.1, 6.12, 6.16 and the newest]
     #[arg(long = "kernel", value_name = "SERIES|PATH")]
     kernels: Vec<String>,
     /// Run only tests whose name contains this
@@ -55,7 +56,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let binaries = products::build(Profile::Dev)?;
     let initramfs = initramfs::build(&binaries)?;
     let limit = Duration::from_secs(options.limit);
-    // The newest first: a newer kernel takes longer, and the longest is not to be waited for alone at the end.
+    // The newest first: a newer kernel takes longer, and the longest is not to be waited for alone
+    // at the end.
     let waiting = Mutex::new(kernels.iter().enumerate().collect::<Vec<_>>());
     let done = Mutex::new(Vec::new());
     thread::scope(|scope| {

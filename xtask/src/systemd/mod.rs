@@ -1,5 +1,6 @@
-//! `cargo xtask test-systemd`: our package in a Debian guest with systemd as pid 1, upgraded, killed and restarted under running
-//! containers. Owns the order of things and the verdict; what is checked is in `tests/systemd`.
+//! `cargo xtask test-systemd`: our package in a Debian guest with systemd as pid 1, upgraded,
+//! killed and restarted under running containers. Owns the order of things and the verdict; what is
+//! checked is in `tests/systemd`.
 
 mod root;
 
@@ -21,7 +22,8 @@ pub(crate) struct Options {
     /// The guest's release of Debian
     #[arg(long, value_enum, default_value_t = Release::Bookworm)]
     suite: Release,
-    /// Test the binaries that are shipped, instead of those that the other tests use and have built already
+    /// Test the binaries that are shipped, instead of those that the other tests use and have built
+    /// already
     #[arg(long)]
     release: bool,
     /// Test the binaries in this directory instead of building any
@@ -115,7 +117,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     counts.verdict()
 }
 
-/// What only this run has: the package in two versions, the image, the checks, and the first program.
+/// What only this run has: the package in two versions, the image, the checks, and the first
+/// program.
 fn add_ours(directory: &Path, binaries: &Path) -> anyhow::Result<PathBuf> {
     let ours = directory.join("ours");
     let _ = fs::remove_dir_all(&ours);

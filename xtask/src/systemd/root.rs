@@ -1,5 +1,6 @@
-//! The guest's root file system: a minimal Debian with systemd, containerd and runc by mmdebstrap, packed as the kernel unpacks it. Kept
-//! until what it is made of changes; has nothing of ours in it.
+//! The guest's root file system: a minimal Debian with systemd, containerd and runc by mmdebstrap,
+//! packed as the kernel unpacks it. Kept until what it is made of changes; has nothing of ours in
+//! it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,14 +11,16 @@ use anyhow::{Context, ensure};
 use crate::matrix::initramfs;
 
 const PACKAGES: &str = "containerd,dbus,procps,runc,systemd,systemd-sysv";
-/// Half of the packages' files, which no check reads. Our own package's are installed later, and whole.
+/// Half of the packages' files, which no check reads. Our own package's are installed later, and
+/// whole.
 const LEFT_OUT: [&str; 4] = [
     "/usr/share/doc/*",
     "/usr/share/locale/*",
     "/usr/share/man/*",
     "/usr/share/zoneinfo/*",
 ];
-/// What is done with the file system before it is packed: the exclusions end, nobody logs in, the clock is not asked for.
+/// What is done with the file system before it is packed: the exclusions end, no user logs in, the
+/// clock is not asked for.
 const FINISH: &str = "rm -f \"$1\"/etc/dpkg/dpkg.cfg.d/99mmdebstrap && \
                       rm -f \"$1\"/usr/bin/containerd-stress \"$1\"/usr/bin/containerd-shim-runc-v1 && \
                       ln -sf /dev/null \"$1\"/etc/systemd/system/getty.target && \

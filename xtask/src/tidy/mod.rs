@@ -81,6 +81,8 @@ const ARCHITECTURE: &str = "ARCHITECTURE.md";
 const CONTRACT: &str = "docs/contract.md";
 /// Names that say nothing.
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "common", "helpers", "misc", "manager"];
+/// How wide a comment may be; tables may be wider.
+const MAX_COLUMNS: usize = 100;
 /// Beyond this, a file has more than one subject.
 const MAX_LINES: usize = 500;
 
@@ -121,7 +123,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
     bail!("{} violations", violations.len())
 }
 
-/// The arrows between the crates point where ARCHITECTURE.md says; what is published says what it is.
+/// The arrows between the crates point where ARCHITECTURE.md says; what is published says what it
+/// is.
 fn dependencies(violations: &mut Vec<String>) -> anyhow::Result<()> {
     let output = cargo()
         .args(["metadata", "--format-version=1", "--no-deps"])
@@ -179,8 +182,15 @@ fn justified_dependencies(violations: &mut Vec<String>) -> anyhow::Result<()> {
         .split("[workspace.dependencies]")
         .nth(1)
         .unwrap_or_default();
+    let members = members_manifests()?;
     let mut before = "";
     for line in section.lines().take_while(|line| !line.starts_with('[')) {
+        if let Some((name, _)) = line.split_once(" = ")
+            && !line.starts_with('#')
+            && !members.lines().any(|used| is_use_of(used, name))
+        {
+            violations.push(format!("Cargo.toml: no member uses {name}"));
+        }
         let is_foreign = line.contains('=') && !line.contains("path = ");
         if is_foreign && !before.starts_with('#') {
             violations.push(format!("Cargo.toml: no reason above: {line}"));
@@ -231,6 +241,25 @@ fn leading_numbers(text: &str) -> Vec<u32> {
     numbers
 }
 
+/// What all members depend on.
+fn members_manifests() -> anyhow::Result<String> {
+    let mut all = String::new();
+    for directory in ["crates", "."] {
+        for entry in fs::read_dir(workspace().join(directory))? {
+            // What is not there is no member.
+            all += &fs::read_to_string(entry?.path().join("Cargo.toml")).unwrap_or_default();
+        }
+    }
+    Ok(all)
+}
+
+/// Whether a line of a member's manifest takes this dependency from the workspace, or by its path.
+fn is_use_of(line: &str, name: &str) -> bool {
+    line.strip_prefix(name).is_some_and(|rest| {
+        rest.starts_with(".workspace") || rest.trim_start().starts_with("= {")
+    })
+}
+
 /// The tests that the regression list names, in backquotes in the last column.
 fn promised_tests(contract: &str) -> impl Iterator<Item = &str> {
     let list = contract.split("## The regression list").nth(1);
@@ -266,6 +295,12 @@ fn source(file: &Path, text: &str, violations: &mut Vec<String>) {
     if !text.starts_with("//! ") {
         complain("no module header: say in a few lines what it owns");
     }
+    if let Some(line) = text.lines().find(|line| is_wide_comment(line)) {
+        complain(&format!(
+            "a comment of more than {MAX_COLUMNS} columns: {}",
+            line.trim()
+        ));
+    }
     let lines = text.lines().count();
     if lines > MAX_LINES {
         complain(&format!("{lines} lines, more than {MAX_LINES}"));
@@ -281,6 +316,15 @@ fn source(file: &Path, text: &str, violations: &mut Vec<String>) {
         // The reason of each block is clippy's to demand (invariant 19).
         complain("unsafe code outside of a `sys` module");
     }
+}
+
+/// Whether a line is a comment that is too wide, and neither a row of a table nor a link.
+fn is_wide_comment(line: &str) -> bool {
+    let text = line.trim_start();
+    let is_comment = text.starts_with("//");
+    let text = text.trim_start_matches(['/', '!']).trim_start();
+    let may_be_wide = text.starts_with('|') || text.contains("://");
+    is_comment && !may_be_wide && line.chars().count() > MAX_COLUMNS
 }
 
 /// Whether a line has unsafe code, not just the word in a comment, a string or a lint's name.
@@ -331,6 +375,9 @@ mod tests {
         assert_eq!(complaints("src/file_utils.rs", "//! A module.\n"), 1);
         assert_eq!(complaints("src/work.rs", code), 1);
         assert_eq!(complaints("src/sys.rs", code), 0);
+        let wide = format!("//! A module.\n    // {}\n", "word ".repeat(20));
+        assert_eq!(complaints("src/work.rs", &wide), 1);
+        assert_eq!(complaints("src/work.rs", &wide.replace("// ", "//! | ")), 0);
         assert_eq!(
             complaints("src/work.rs", &"//! Long.\n".repeat(MAX_LINES + 1)),
             1

@@ -57,7 +57,8 @@ impl Failure {
     }
 }
 
-/// runc-v2's classification of what `runc kill` says (`checkKillError`; containerd b437938d2, 0a2129222).
+/// runc-v2's classification of what `runc kill` says (`checkKillError`; containerd b437938d2,
+/// 0a2129222).
 fn kill_error(message: &str) -> Error {
     const FINISHED: [&str; 3] = [
         "os: process already finished",

@@ -133,8 +133,8 @@ impl Run {
         self.path.patience.filter(|_| self.shared.is_last())
     }
 
-    /// Lets it rest where that costs least. It comes back if there is something to be moved already,
-    /// or if the kernel has no room for it.
+    /// Lets it rest where that costs least. It comes back if there is something to be moved
+    /// already, or if the kernel has no room for it.
     fn rest(self: Box<Self>) -> Result<(), Box<Self>> {
         let source = self.fds.first(self.path.way.source);
         let Some((_, source)) = source.filter(|_| !self.has_more_on_its_way()) else {

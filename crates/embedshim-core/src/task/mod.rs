@@ -18,8 +18,8 @@
 //!   Created, Starting, Started, Running, Pausing, Paused -- End --> Ended -- Publish --> Stopped
 //! ```
 //!
-//! - `Starting` and `Started` belong to the operation that began: an exit that is reported
-//!   meanwhile waits in them for `Release`, so that it comes after the operation's event and record.
+//! - `Starting` and `Started` belong to the operation that began. An exit that is reported
+//!   meanwhile waits in them for `Release`: it comes after the operation's event and record.
 //! - `Ended` knows the exit, and clients do not: it is visible as `Stopped` when it is durable.
 //! - Clients see `Starting` and `StartFailed` as created, `Started` as running, `Ended` as what it
 //!   was before.

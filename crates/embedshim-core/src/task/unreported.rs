@@ -31,8 +31,8 @@ pub(in crate::task) async fn find(task: &Arc<Task>, process: &Arc<TaskProcess>) 
             Sight::One(process, Executes::Exec) => return Some(process),
             Sight::One(process, Executes::Runtime) if is_late => return Some(process),
             Sight::Several if is_late => return None,
-            // A runtime's own process ends when it finds that the one that began it is gone, or goes
-            // on to become the exec.
+            // A runtime's own process ends when it finds that the one that began it is gone, or
+            // goes on to become the exec.
             Sight::One(..) | Sight::Several => tokio::time::sleep(PAUSE).await,
         }
     }

@@ -24,7 +24,7 @@ pub(super) fn register(directory: &Path) {
         .push(directory.into());
 }
 
-/// Leaves a sandbox to whoever wants to look at it.
+/// Leaves a sandbox to be looked at.
 pub(super) fn forget(directory: &Path) {
     LIVE.lock()
         .unwrap_or_else(PoisonError::into_inner)

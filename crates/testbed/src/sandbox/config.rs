@@ -12,7 +12,7 @@ use crate::machine::CNI_PLUGINS;
 /// Plugins that need what is not there, or write where they must not.
 const NEVER: &str = r#""io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs""#;
-/// Of the range for documentation: nobody's.
+/// Of the range for documentation: no machine has it.
 const SUBNET: &str = "192.0.2.0/24";
 const CRI: &str = r#""io.containerd.grpc.v1.cri", "#;
 

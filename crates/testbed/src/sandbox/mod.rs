@@ -245,7 +245,7 @@ impl Sandbox {
 }
 
 impl Sandbox {
-    /// Leaves everything as it is, for whoever wants to look at it; he cleans up.
+    /// Leaves everything as it is, to be looked at and cleaned up by hand.
     pub fn keep(mut self) -> PathBuf {
         if let Some(containerd) = self.containerd.take() {
             containerd.leave();

@@ -1,5 +1,5 @@
 //! [`Running`]: a child process whose output is read while it runs and whose end is waited for with
-//! a limit. It is killed when nobody wants it any more.
+//! a limit. It is killed when it is dropped.
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
