@@ -97,7 +97,7 @@ impl Container<'_> {
     }
 
     /// Starts it. After a refusal it is as it was: its program does not run. Or it has ended
-    /// without having run, by the runtime's own code, which then nobody lets go on: None.
+    /// without having run, by the runtime's own code, which then is never let go on: None.
     pub(crate) fn start(&self, words: &str) -> anyhow::Result<Option<u32>> {
         for _ in 0..MANY {
             let ask = || self.client.start("");

@@ -1,5 +1,5 @@
-//! The blackout: containerd is stopped, keeper and daemon are killed, and containers end while
-//! nobody is there. Afterwards the code of each is known, who lived lives, and what loggers and log
+//! The blackout: containerd is stopped, keeper and daemon are killed, and containers end while none
+//! of them runs. Afterwards the code of each is known, who lived lives, and what loggers and log
 //! files got is whole.
 
 use anyhow::{Context, ensure};
@@ -114,7 +114,7 @@ fn begin(
     })
 }
 
-/// Waits for the end of whoever ends in the dark, after helping.
+/// Waits for the end of each life that ends in the dark, after helping.
 fn end(member: &Member<'_>) -> anyhow::Result<()> {
     let pid = i32::try_from(member.pid)?;
     if let Some(signal) = member.signal {

@@ -111,7 +111,7 @@ impl Client {
         let (sender, answer) = sync_channel(1);
         let shim = Arc::clone(&self.shim);
         std::thread::spawn(move || {
-            // Nobody waits any more for what comes after the deadline.
+            // What comes after the deadline is not waited for.
             let _ = sender.send(call(&shim.tasks, shim.metadata(), &request));
         });
         let what = format!("{} {what}", self.id);

@@ -275,7 +275,7 @@ impl Container<'_> {
         Ok(())
     }
 
-    /// Resumes until it runs: of a request that was interrupted nobody knows whether it arrived.
+    /// Resumes until it runs: of a request that was interrupted it is unknown whether it arrived.
     fn thaw(&self) -> anyhow::Result<()> {
         until("it is resumed", || {
             let task = self.task()?.context("the container is lost")?;
@@ -301,7 +301,7 @@ impl Container<'_> {
     fn end(&self, signal: &str, code: u32) -> anyhow::Result<()> {
         match self.ctr(["task", "kill", "--signal", signal, self.id])? {
             Outcome::Done(finished) => ensure!(finished.code == Some(0), "{}", finished.stderr),
-            // Perhaps it was sent: then a second one may find nobody.
+            // Perhaps it was sent: then a second one may find no process.
             Outcome::Interrupted => {
                 let _ = self.ctr(["task", "kill", "--signal", signal, self.id])?;
             }
@@ -309,7 +309,7 @@ impl Container<'_> {
         self.settle(&[code], true)
     }
 
-    /// Brings a container to its end that ends by itself, was killed, or of which nobody knows how
+    /// Brings a container to its end that ends by itself, was killed, or of which it is unknown how
     /// far its start had come.
     fn settle(&self, due: &[u32], is_known: bool) -> anyhow::Result<()> {
         let mut looks = 0;

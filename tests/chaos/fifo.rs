@@ -109,7 +109,7 @@ fn read_all(path: &Path, is_slow: bool, read: &Mutex<Progress>) -> std::io::Resu
 pub(crate) struct Writer(JoinHandle<std::io::Result<File>>);
 
 impl Writer {
-    /// Opens the input, which somebody must hold open for reading, and begins to write.
+    /// Opens the input, which another process must hold open for reading, and begins to write.
     pub(crate) fn start(path: &Path, bytes: Vec<u8>) -> anyhow::Result<Self> {
         let mut fifo = open_writer(path).context("no reader has the input open")?;
         let write = move || {

@@ -79,7 +79,7 @@ impl Ground {
         })
     }
 
-    /// The sandbox, as soon as nobody starts or stops its containerd.
+    /// The sandbox, as soon as no worker starts or stops its containerd.
     pub(crate) fn sandbox(&self) -> RwLockReadGuard<'_, Sandbox> {
         self.sandbox.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -112,7 +112,7 @@ impl Ground {
         Ok(())
     }
 
-    /// Does something with the sandbox that nobody else may see half done.
+    /// Does something with the sandbox that no other worker may see half done.
     pub(crate) fn with_sandbox(
         &self,
         then: impl FnOnce(&mut Sandbox) -> anyhow::Result<()>,
@@ -171,7 +171,7 @@ impl Ground {
         copy_files(&sandbox.state_dir(), &to.join("state"))
     }
 
-    /// Leaves the sandbox as it is, for whoever wants to look at it.
+    /// Leaves the sandbox as it is, to be looked at.
     pub(crate) fn keep(self) -> PathBuf {
         self.sandbox
             .into_inner()

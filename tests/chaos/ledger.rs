@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Whoever waits longer for an answer does not get one.
+/// A client that waits longer for an answer does not get one.
 pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 
 /// What has happened so far, in numbers.
@@ -186,7 +186,7 @@ impl Ledger {
         change(&mut self.pages().counts);
     }
 
-    /// A signal was sent to whoever serves.
+    /// A signal was sent to what serves.
     pub(crate) fn kill(&self, kind: &'static str) {
         let mut pages = self.pages();
         self.line(&mut pages, kind);

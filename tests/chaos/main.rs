@@ -1,4 +1,4 @@
-//! The chaos suite: containers live by the dozen while whoever serves them is killed, and a ledger
+//! The chaos suite: containers live by the dozen while what serves them is killed, and a ledger
 //! knows what is due. `cargo xtask chaos` builds and runs it. Owns the order of the phases, and
 //! what is kept of a run that has failed.
 

@@ -192,7 +192,7 @@ fn take_one(
     if has_died {
         ground.ledger.count(|counts| counts.steps += 1);
     }
-    // Nobody may be armed any more.
+    // No daemon may be armed any more.
     let _ = fs::remove_file(ground.state_dir.join("failpoint"));
     let daemon = ground.daemons.successor(None)?;
     daemon.signal(Signal::SIGKILL);

@@ -35,7 +35,7 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
     println!(
         "  {}",
         if kills.is_empty() {
-            "nobody was killed".into()
+            "nothing was killed".into()
         } else {
             kills.join(", ")
         }

@@ -227,7 +227,7 @@ fn boot(sandbox: &Sandbox, stranger: i32) -> anyhow::Result<()> {
     let shim = Shim::connect(sandbox)?;
     ensure!(shim.wait("c")? == 255, "its end is known");
     ensure!(shim.delete("c")? == 255, "its end is known");
-    ensure!(is_alive(stranger), "somebody else's process was killed");
+    ensure!(is_alive(stranger), "another's process was killed");
     ensure!(
         sandbox.daemon_log().contains("of an earlier boot"),
         "unsaid"
@@ -235,8 +235,8 @@ fn boot(sandbox: &Sandbox, stranger: i32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A clean-up of `/run` that meant somebody else: what only the daemon knows is written down again,
-/// and outlives it then.
+/// A clean-up of `/run` that meant something else: what only the daemon knows is written down
+/// again, and outlives it then.
 fn a_removed_state_directory_is_put_back(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;

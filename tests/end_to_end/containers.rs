@@ -73,8 +73,8 @@ fn large_output_right_before_the_exit_is_whole(stage: &Stage) -> anyhow::Result<
 fn input_reaches_the_container_and_ends(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
     // ctr 1.6 closes the input of its task only if its own ends after NewTask has returned;
-    // runc-v2's container then waits for ever. So the input comes when the container runs, and ours
-    // alone is tested with the early one.
+    // runc-v2's container then waits without end. So the input comes when the container runs, and
+    // ours alone is tested with the early one.
     let mut running =
         Running::capture(sandbox.run(&["--rm"], "c", &["cat"]).stdin(Stdio::piped()))?;
     sandbox.wait_for_status("c", "RUNNING")?;

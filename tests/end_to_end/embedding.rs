@@ -219,10 +219,10 @@ async fn two_nodes(sandbox: &Sandbox) -> anyhow::Result<()> {
     ensure!(second.state(&four).is_err(), "the other one's task");
     ensure!(first.state(&five).is_err(), "the other one's task");
 
-    // A child of this program, which has ended long before anybody waits for it.
+    // A child of this program, which has ended long before it is waited for.
     let mut child = Command::new("sh").args(["-c", "exit 9"]).spawn()?;
     tokio::time::sleep(Duration::from_millis(300)).await;
-    ensure!(child.wait()?.code() == Some(9), "somebody else reaped it");
+    ensure!(child.wait()?.code() == Some(9), "something else reaped it");
 
     // The first is done with for now; the second goes on, and a successor of the first finds what
     // it left.

@@ -92,7 +92,7 @@ pub(crate) fn reboots_when_told(sandbox: &Sandbox, command: &str) -> anyhow::Res
     Ok(pid)
 }
 
-/// As init systems do in containers. The status is the kernel's, for whoever is the parent.
+/// As init systems do in containers. The status is the kernel's, whatever the parent is.
 fn an_init_that_reboots_ends_by_the_signal_that_stands_for_it(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
     for (command, code) in REBOOTS {
@@ -194,7 +194,7 @@ fn a_stopped_task_keeps_its_pid_and_status_until_deleted(stage: &Stage) -> anyho
     Ok(())
 }
 
-/// A cgroup's file, replaced by a fifo that is open on no side: whoever opens it waits.
+/// A cgroup's file, replaced by a fifo that is open on no side: a process that opens it waits.
 struct Deaf {
     file: PathBuf,
     fifo: PathBuf,

@@ -249,7 +249,7 @@ fn a_full_table_is_named_and_the_first_container_unharmed(stage: &Stage) -> anyh
 }
 
 fn an_unwritable_state_directory_is_named(stage: &Stage) -> anyhow::Result<()> {
-    // Nobody, root included, can make a directory there.
+    // No user, root included, can make a directory there.
     let sandbox = stage.sandbox_with(&[("EMBEDSHIM_STATE_DIR", "/sys/kernel/embedshim")])?;
     refused(
         &sandbox,

@@ -135,7 +135,7 @@ fn a_start_under_way_is_answered(stage: &Stage) -> anyhow::Result<()> {
     for is_after in [false, true] {
         let (sandbox, shim) = start(stage)?;
         let runtime = SlowRuntime::new(&sandbox, "start", is_after)?;
-        // It may have ended before anybody looks.
+        // It may have ended before it is looked at.
         let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "exit 7"])?;
         let before = Footprint::of(&sandbox);
         let created = runtime.create(&shim, &bundle)?;

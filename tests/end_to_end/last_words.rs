@@ -138,7 +138,7 @@ fn a_client_that_closes_its_ends_at_the_exit_has_everything(stage: &Stage) -> an
     before.wait_for_return(&sandbox)
 }
 
-/// A client that has not come at all, and one that reads what others write for ever.
+/// A client that has not come at all, and one that reads without end what others write.
 fn an_exit_does_not_wait_for_a_client_that_does_not_read(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;

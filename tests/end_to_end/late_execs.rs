@@ -1,4 +1,4 @@
-//! An exec whose start was cut short and whose process ends before anybody of ours looks at it: its
+//! An exec whose start was cut short and whose process ends before our processes look at it: its
 //! code is not lost.
 
 use std::fs;

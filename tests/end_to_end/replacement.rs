@@ -346,7 +346,7 @@ fn a_status_waits_for_the_next_daemon_without_bpf_too(stage: &Stage) -> anyhow::
     kill(Pid::from_raw(pid), Signal::SIGTERM)?;
     until("it ends", || Ok(!is_alive(pid)))?;
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    ensure!(stat.contains(" Z "), "nobody reads its status: {stat}");
+    ensure!(stat.contains(" Z "), "nothing reads its status: {stat}");
     fs::write(&config, good)?;
     kill(Pid::from_raw(keeper), Signal::SIGHUP)?;
     sandbox.wait_for_status("c", "STOPPED")?;

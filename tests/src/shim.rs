@@ -39,7 +39,7 @@ impl Shim {
         Self::at(&sandbox.state_dir(), sandbox.namespace())
     }
 
-    /// Connects to whoever serves a state directory.
+    /// Connects to the daemon of a state directory.
     pub fn at(state_dir: &Path, namespace: &str) -> anyhow::Result<Self> {
         let address = format!("unix://{}/shim.sock", state_dir.display());
         Self::at_address(&address, namespace)

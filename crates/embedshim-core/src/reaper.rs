@@ -8,7 +8,7 @@
 //! under way when it was first seen has claimed its processes.
 //!
 //! What the daemon starts and waits for by itself (mount helpers, loggers) is started by
-//! [`Orphans::spawn`], so that the reaper knows it. Without that, `std` panics if a program cannot
+//! [`Reaper::spawn`], so that the reaper knows it. Without that, `std` panics if a program cannot
 //! be executed and the reaper is quicker.
 
 use std::collections::BTreeSet;
@@ -29,18 +29,18 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Which runtime calls are under way.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Orphans {
+pub(crate) struct Reaper {
     shared: Arc<Shared>,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
-    tickets: Mutex<Tickets>,
+    guards: Mutex<Guards>,
     returned: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Tickets {
+struct Guards {
     next: u64,
     active: BTreeSet<u64>,
     /// Children that we started and wait for.
@@ -49,12 +49,12 @@ struct Tickets {
 
 /// While it lives, no orphan that appears is reaped.
 #[derive(Debug)]
-pub(crate) struct Ticket {
+pub(crate) struct ReapGuard {
     number: u64,
     shared: Arc<Shared>,
 }
 
-impl Drop for Ticket {
+impl Drop for ReapGuard {
     fn drop(&mut self) {
         self.shared.lock().active.remove(&self.number);
         self.shared.returned.notify_one();
@@ -99,8 +99,8 @@ impl Drop for Awaited {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Tickets> {
-        self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Guards> {
+        self.guards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -118,15 +118,15 @@ enum Next {
     LookAgain,
 }
 
-impl Orphans {
+impl Reaper {
     /// Takes part: a caller that runs something whose children we inherit holds a guard until their
     /// pids are known.
-    pub(crate) fn ticket(&self) -> Ticket {
-        let mut tickets = self.shared.lock();
-        let number = tickets.next;
-        tickets.next += 1;
-        tickets.active.insert(number);
-        Ticket {
+    pub(crate) fn guard(&self) -> ReapGuard {
+        let mut guards = self.shared.lock();
+        let number = guards.next;
+        guards.next += 1;
+        guards.active.insert(number);
+        ReapGuard {
             number,
             shared: Arc::clone(&self.shared),
         }
@@ -136,7 +136,7 @@ impl Orphans {
     /// reaped. Blocks.
     pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<Awaited> {
         // Until its number is known.
-        let _ticket = self.ticket();
+        let _guard = self.guard();
         let child = command.spawn()?;
         let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
         self.shared.lock().awaited.insert(pid);
@@ -179,20 +179,20 @@ impl Orphans {
             if watched(pid) {
                 return Next::LookAgain;
             }
-            let tickets = self.shared.lock();
+            let guards = self.shared.lock();
             let seen = match *head {
                 Some(seen) if seen.pid == pid => seen,
                 _ => *head.insert(Head {
                     pid,
-                    seen_at: tickets.next,
+                    seen_at: guards.next,
                 }),
             };
-            let claimable = tickets
+            let claimable = guards
                 .active
                 .first()
                 .is_some_and(|&oldest| oldest < seen.seen_at);
-            let awaited = tickets.awaited.contains(&pid);
-            drop(tickets);
+            let awaited = guards.awaited.contains(&pid);
+            drop(guards);
             if claimable || awaited {
                 return Next::LookAgain;
             }

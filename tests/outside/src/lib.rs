@@ -85,7 +85,7 @@ impl Watches {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reports all that have ended. Whoever takes a process out of the map reports its end.
+    /// Reports all that have ended. The caller that takes a process out of the map reports its end.
     fn look(&self) {
         let mut processes = self.processes();
         let has_ended = |process: &Arc<Process>| process.has_ended().unwrap_or(false);

@@ -255,9 +255,8 @@ fn members_manifests() -> anyhow::Result<String> {
 
 /// Whether a line of a member's manifest takes this dependency from the workspace, or by its path.
 fn is_use_of(line: &str, name: &str) -> bool {
-    line.strip_prefix(name).is_some_and(|rest| {
-        rest.starts_with(".workspace") || rest.trim_start().starts_with("= {")
-    })
+    line.strip_prefix(name)
+        .is_some_and(|rest| rest.starts_with(".workspace") || rest.trim_start().starts_with("= {"))
 }
 
 /// The tests that the regression list names, in backquotes in the last column.

@@ -21,7 +21,7 @@ use super::Mount;
 use crate::child_context::ChildContext;
 use crate::process::{HostRoot, Process, parse_stat_field};
 use crate::program::touch;
-use crate::reaper::{Awaited, Orphans};
+use crate::reaper::{Awaited, Reaper};
 use crate::sys;
 
 /// How long a helper may take; containerd's own has no limit, and a Create lasts no longer than its
@@ -50,7 +50,7 @@ pub(super) fn of(kind: &str) -> Option<(&'static str, &str)> {
 /// What a helper inherits, and who has to leave its status to us.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HelperContext {
-    pub(crate) orphans: Orphans,
+    pub(crate) reaper: Reaper,
     pub(crate) context: ChildContext,
     /// Where it works: the bundle.
     pub(crate) directory: PathBuf,
@@ -84,7 +84,7 @@ pub(super) fn mount(
     let noted = CString::new(note.as_os_str().as_bytes()).map_err(io::Error::other)?;
     sys::note_self(&mut command, noted);
     let mut child = context
-        .orphans
+        .reaper
         .spawn(&mut command)
         .map_err(|error| io::Error::new(error.kind(), format!("cannot run {helper}: {error}")))?;
     let ended = finish(&mut child, helper, complaint);

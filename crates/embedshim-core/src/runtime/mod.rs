@@ -37,7 +37,7 @@ use crate::error::Error;
 use crate::failpoint;
 use crate::id::Namespace;
 use crate::program::touch;
-use crate::reaper::Orphans;
+use crate::reaper::Reaper;
 use crate::spec::Spec;
 use crate::stdio::ChildStdio;
 use crate::sys;
@@ -55,7 +55,7 @@ pub(crate) struct Runtime {
     no_new_keyring: bool,
     context: ChildContext,
     deadline: Duration,
-    orphans: Orphans,
+    reaper: Reaper,
     /// Made when the program is called; see [`Exec::mark`].
     mark: Option<PathBuf>,
 }
@@ -105,7 +105,7 @@ impl Runtime {
         namespace: &Namespace,
         spec: &Spec,
         deadline: Duration,
-        orphans: Orphans,
+        reaper: Reaper,
     ) -> Self {
         Self {
             binary: options.binary_or_default().to_owned(),
@@ -117,7 +117,7 @@ impl Runtime {
             no_new_keyring: options.no_new_keyring,
             context: options.context.clone(),
             deadline,
-            orphans,
+            reaper,
             mark: None,
         }
     }
@@ -306,15 +306,15 @@ impl Runtime {
         }
     }
 
-    /// One invocation. The ticket keeps its orphans unreaped until the caller knows their pids, so
-    /// callers that read a pid file hold their own ticket around the whole.
+    /// One invocation. The guard keeps its orphans unreaped until the caller knows their pids, so
+    /// callers that read a pid file hold their own guard around the whole.
     async fn invoke(
         &self,
         arguments: Vec<OsString>,
         streams: Input,
         log: &Path,
     ) -> Result<Vec<u8>, Failure> {
-        let _ticket = self.orphans.ticket();
+        let _guard = self.reaper.guard();
         log::discard(log).await;
         let mut command = Command::new(&self.binary);
         command

@@ -23,7 +23,7 @@ use super::StdioError;
 use super::non_blocking::set_non_blocking;
 use crate::child_context::ChildContext;
 use crate::process::{Process, ProcessIdentity};
-use crate::reaper::Orphans;
+use crate::reaper::Reaper;
 use crate::sys;
 
 /// How long a logger may take until it is ready. runc-v2 waits without end.
@@ -105,7 +105,7 @@ impl Logger {
     pub(crate) fn spawn(
         &self,
         process: &LoggedProcess,
-        orphans: &Orphans,
+        reaper: &Reaper,
     ) -> Result<Starting, StdioError> {
         let failed = |why| move |source| self.failed(why, source);
         let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(|errno| self.failed("no pipe", errno.into()));
@@ -134,7 +134,7 @@ impl Logger {
                 self.failed("cannot be given its pipes", io::Error::other(collision))
             })?;
         crate::program::touch(self.program.as_os_str(), None);
-        let child = orphans
+        let child = reaper
             .spawn(&mut command)
             .map_err(failed("cannot be started"))?;
         // Our copies of its ends: with them it would never see that it is alone, nor we that it is
@@ -270,7 +270,7 @@ mod tests {
             context: ChildContext::default(),
             bundle: "/".into(),
         };
-        let error = logger.spawn(&process, &Orphans::default()).unwrap_err();
+        let error = logger.spawn(&process, &Reaper::default()).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/logger"), "{error}");
     }
 }

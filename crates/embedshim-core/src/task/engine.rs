@@ -17,7 +17,7 @@ use crate::event::{Event, EventKind};
 use crate::exit::{ExitMonitor, Survives, Watched};
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::process::{Process, ProcessIdentity};
-use crate::reaper::Orphans;
+use crate::reaper::Reaper;
 use crate::stdio::Idle;
 use crate::task::config::NodeConfig;
 use crate::task::context::RequestId;
@@ -36,7 +36,7 @@ pub(crate) struct Engine {
     pub(crate) boot_id: String,
     pub(crate) store: Store,
     pub(crate) monitor: Arc<dyn ExitMonitor>,
-    pub(crate) orphans: Orphans,
+    pub(crate) reaper: Reaper,
     pub(crate) oom: OomWatcher,
     pub(crate) idle: Idle,
     pub(crate) registry: Registry,
@@ -73,7 +73,7 @@ impl Engine {
             boot_id,
             store,
             monitor,
-            orphans: Orphans::default(),
+            reaper: Reaper::default(),
             oom,
             idle,
             registry: Registry::default(),

@@ -218,7 +218,7 @@ impl Engine {
             return;
         }
         let Some(cgroup) = task.cgroup() else { return };
-        let _ticket = self.orphans.ticket();
+        let _guard = self.reaper.guard();
         match timeout(LAST_READ, blocking(move || cgroup.kill_all())).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => warn!(

@@ -33,7 +33,7 @@ impl Engine {
         plan: &Plan,
     ) -> Result<(), Error> {
         // Until the init is watched, no orphan is reaped: it might be the init.
-        let _ticket = self.orphans.ticket();
+        let _guard = self.reaper.guard();
         let pid_file = task.pid_file();
         let stale = [task.pid_draft(), pid_file.clone()];
         blocking(move || stale.map(|file| std::fs::remove_file(file).is_ok())).await?;
@@ -141,9 +141,9 @@ impl Engine {
         let late = logger.late();
         let is_given_up = Arc::new(AtomicBool::new(false));
         let given_up = Arc::clone(&is_given_up);
-        let orphans = self.orphans.clone();
+        let reaper = self.reaper.clone();
         let spawned = blocking(move || {
-            let spawned = logger.spawn(&whose, &orphans);
+            let spawned = logger.spawn(&whose, &reaper);
             if let (Ok(starting), true) = (&spawned, given_up.load(Ordering::Acquire)) {
                 starting.kill();
             }

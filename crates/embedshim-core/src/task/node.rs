@@ -110,8 +110,8 @@ impl Node {
         background.run(Arc::clone(&engine).dispatch_exits());
         background.run(Arc::clone(&engine).watch_oom());
         if engine.config.reap_orphans {
-            let (orphans, watched) = (engine.orphans.clone(), Arc::clone(&engine));
-            background.run(orphans.reap(move |pid| watched.registry.is_tracked(pid)));
+            let (reaper, watched) = (engine.reaper.clone(), Arc::clone(&engine));
+            background.run(reaper.reap(move |pid| watched.registry.is_tracked(pid)));
         }
         Ok(Self {
             engine,
@@ -205,7 +205,7 @@ impl Node {
     /// Starts a program whose end the caller waits for, which a node that reaps orphans
     /// ([`NodeConfig::reap_orphans`]) would otherwise take for one. Blocks.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Awaited> {
-        self.engine.orphans.spawn(command)
+        self.engine.reaper.spawn(command)
     }
 
     /// containerd has given this bundle up: kills what lives, removes everything. Waits for

@@ -42,7 +42,7 @@ impl Engine {
             &request.key.namespace,
             &spec,
             self.config.runtime_deadline,
-            self.orphans.clone(),
+            self.reaper.clone(),
         );
         let task = Arc::new(Task::new(
             request,
@@ -146,7 +146,7 @@ impl Engine {
         }
         let (mounts, target) = (task.rootfs.clone(), task.rootfs_path());
         let context = rootfs::HelperContext {
-            orphans: self.orphans.clone(),
+            reaper: self.reaper.clone(),
             context: task.runtime.context().clone(),
             directory: task.bundle.path.clone(),
         };

@@ -132,7 +132,7 @@ impl Engine {
         files.write_process(spec).await?;
         self.save(task).await?;
         // Until the exec is watched, no orphan is reaped: it might be the exec, ended already.
-        let _ticket = self.orphans.ticket();
+        let _guard = self.reaper.guard();
         let run = async |input, console_socket: Option<&Path>| {
             let call = Exec {
                 id: task.id(),

@@ -9,7 +9,7 @@ use tracing::{info, warn};
 
 use crate::error::Error;
 use crate::process::Process;
-use crate::reaper::Ticket;
+use crate::reaper::ReapGuard;
 use crate::runtime::{RuntimeStatus, wait_for};
 use crate::stdio::{self, Plan};
 use crate::task::engine::Engine;
@@ -24,7 +24,7 @@ impl Engine {
         task.mark_half_created();
         let half_created = HalfCreated {
             // Until the init is watched, no orphan is reaped: it might be the init.
-            _ticket: self.orphans.ticket(),
+            _guard: self.reaper.guard(),
             _lock: task.init.try_lock_mutations(),
             engine: Arc::clone(self),
             task,
@@ -40,7 +40,7 @@ impl Engine {
 struct HalfCreated {
     engine: Arc<Engine>,
     task: Arc<Task>,
-    _ticket: Ticket,
+    _guard: ReapGuard,
     /// A clean-up waits for it.
     _lock: Option<OwnedSemaphorePermit>,
 }

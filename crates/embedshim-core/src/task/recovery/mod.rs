@@ -109,7 +109,7 @@ impl Engine {
             &record.namespace,
             &spec,
             self.config.runtime_deadline,
-            self.orphans.clone(),
+            self.reaper.clone(),
         );
         let own_pid_namespace = spec.has_own_pid_namespace();
         let fds = |number| self.fds_of(number);
