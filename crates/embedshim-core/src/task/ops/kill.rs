@@ -57,7 +57,18 @@ async fn kill_by_runtime(task: &Task, signal: u32, all: bool) -> Result<(), Erro
     let log = task.own_log();
     let killed = task.runtime.kill(task.id(), signal, all, &log).await;
     remove_log(log).await;
-    killed
+    match killed {
+        // It ended while the runtime looked at it, by another kill perhaps.
+        Err(Error::Kill(_)) if has_ended(&task.init).await? => Err(Error::AlreadyFinished),
+        other => other,
+    }
+}
+
+async fn has_ended(init: &TaskProcess) -> Result<bool, Error> {
+    let Some(process) = init.process() else {
+        return Ok(true);
+    };
+    blocking(move || process.has_ended().unwrap_or(false)).await
 }
 
 /// Lets the runtime thaw a container, beside a mutation that is in flight.
