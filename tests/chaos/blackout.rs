@@ -98,7 +98,7 @@ fn begin(
     life.init.is_awaited = true;
     let bundle = ground.bundles.make(&id, &life, None)?;
     let streams = ClientStreams::open(ground, &id, "", &life.init)?;
-    let client = Client::connect_kept(ground, &id)?;
+    let client = Client::connect(ground, &id)?;
     accepted("Create", client.create(&bundle, &streams))?;
     let pid = accepted("Start", client.start(""))?;
     streams.await_lines()?;
@@ -127,7 +127,7 @@ fn end(member: &Member<'_>) -> anyhow::Result<()> {
 }
 
 fn look(ground: &Ground, member: &Member<'_>) -> anyhow::Result<()> {
-    let client = Client::connect_kept(ground, &member.id)?;
+    let client = Client::connect(ground, &member.id)?;
     let due = if member.signal == Some(Signal::SIGKILL) {
         KILLED
     } else {

@@ -26,11 +26,8 @@ use crate::streams::ClientStreams;
 /// A message, or a refusal in words.
 pub(crate) type Answer<T> = Result<T, String>;
 
-const LOST: &str = "connection lost";
 /// In the environment of each exec and of what it starts: its name.
 pub(crate) const EXEC: &str = "CHAOS_EXEC";
-/// Twice in a row is no coincidence.
-const MAX_UNKEPT: u32 = 2;
 
 /// A request under way.
 #[derive(Debug)]
@@ -55,7 +52,7 @@ impl<T: std::fmt::Debug> Pending<T> {
         match answer {
             Ok(message) => Ok(Ok(message)),
             Err(ttrpc::Error::RpcStatus(status)) => Ok(Err(status.message)),
-            Err(other) => bail!("{LOST}: {}: {other}", self.what),
+            Err(other) => bail!("connection lost: {}: {other}", self.what),
         }
     }
 }
@@ -75,27 +72,6 @@ impl Client {
             ledger: Arc::clone(&ground.ledger),
             id: id.into(),
         })
-    }
-
-    /// A connection that has answered once, and so is kept. A daemon that dies between accepting
-    /// one and having it kept takes it along: that is the one gap that is known and left. It is
-    /// counted, and not mistaken for the loss of a connection that was kept.
-    pub(crate) fn connect_kept(ground: &Ground, id: &str) -> anyhow::Result<Self> {
-        let mut lost = 0;
-        loop {
-            let client = Self::connect(ground, id)?;
-            match client.shutdown() {
-                Err(error) if lost < MAX_UNKEPT && error.to_string().contains(LOST) => {
-                    lost += 1;
-                    ground.ledger.note(&format!("{id}: {error}: not kept yet"));
-                    ground.ledger.count(|counts| counts.unkept += 1);
-                }
-                answer => {
-                    accepted("Shutdown", answer)?;
-                    return Ok(client);
-                }
-            }
-        }
     }
 
     fn begin<Q, R>(

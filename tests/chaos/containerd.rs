@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use testbed::image;
@@ -19,8 +19,8 @@ use crate::sequence::{Due, lines};
 
 /// What an exec prints.
 const EXEC_LINES: u64 = 300;
-/// Who is not there when looked for so often will not come any more.
-const LOOKS: u32 = 20;
+/// A task that containerd does not have for so long will not come any more.
+const ABSENT: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// What is done to a container that was started in the background.
@@ -123,7 +123,7 @@ impl Container<'_> {
     }
 
     fn run(&self, epoch: u64, command: &mut std::process::Command) -> anyhow::Result<Outcome> {
-        let since = std::time::Instant::now();
+        let since = Instant::now();
         let words: Vec<_> = command
             .get_args()
             .skip(4)
@@ -312,19 +312,19 @@ impl Container<'_> {
     /// Brings a container to its end that ends by itself, was killed, or of which it is unknown how
     /// far its start had come.
     fn settle(&self, due: &[u32], is_known: bool) -> anyhow::Result<()> {
-        let mut looks = 0;
+        let mut absent_since = None;
         until("the container has ended", || match self.task()? {
             None if is_known => bail!("the container is lost"),
             // The daemon finishes what a containerd that is gone has asked for: it may be there a
             // moment later.
             None => {
-                looks += 1;
+                let since = *absent_since.get_or_insert_with(Instant::now);
                 sleep(LOOK);
-                Ok(looks > LOOKS)
+                Ok(since.elapsed() > ABSENT)
             }
             Some(task) if task.status == "STOPPED" => Ok(true),
             Some(_) => {
-                looks = 0;
+                absent_since = None;
                 if !is_known {
                     self.kill_whatever_it_is()?;
                 }

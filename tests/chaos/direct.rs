@@ -24,12 +24,12 @@ const FINISHED: &str = "process already finished";
 
 /// Lives one life on a connection of its own.
 pub(crate) fn live(ground: &Ground, id: &str, life: &Life) {
-    live_on(ground, id, life, Client::connect_kept(ground, id));
+    live_on(ground, id, life, Client::connect(ground, id));
 }
 
 /// The same in a pod.
 pub(crate) fn live_in(ground: &Ground, id: &str, life: &Life, pod: &Joined) {
-    let client = Client::connect_kept(ground, id);
+    let client = Client::connect(ground, id);
     try_to_live(ground, id, life, client, Some(pod));
 }
 
@@ -194,7 +194,7 @@ impl<'a> Container<'a> {
         let state = self.expect_status("", api::Status::STOPPED)?;
         self.ledger()
             .code(self.id, "State", state.exit_status, &[code]);
-        self.kill_finds_nobody("")?;
+        self.kill_finds_no_process("")?;
         let again = accepted("Wait", self.client.wait("").answer())?.exit_status;
         self.ledger().code(self.id, "Wait again", again, &[code]);
         // Else containerd deletes it at its next start, and the code is lost.
@@ -203,9 +203,9 @@ impl<'a> Container<'a> {
         Ok(())
     }
 
-    /// A signal to who has ended. A daemon that died under this request may have sent it while he
-    /// lived, for all its successor knows: then, and only then, it may be called sent.
-    pub(crate) fn kill_finds_nobody(&self, exec: &str) -> anyhow::Result<()> {
+    /// A signal to a process that has ended. A daemon that died under this request may have sent
+    /// it before, as far as its successor knows: then, and only then, the answer may be success.
+    pub(crate) fn kill_finds_no_process(&self, exec: &str) -> anyhow::Result<()> {
         let before = self.ground.daemons.current();
         match self.client.kill(exec, Signal::SIGKILL)? {
             Err(told) if told.contains(FINISHED) => Ok(()),

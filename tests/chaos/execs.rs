@@ -129,7 +129,7 @@ impl Container<'_> {
         let state = self.expect_status(exec, api::Status::STOPPED)?;
         self.ledger()
             .code(&name, "State", state.exit_status, &[code]);
-        self.kill_finds_nobody(exec)?;
+        self.kill_finds_no_process(exec)?;
         let told = accepted("Delete", self.client.delete(exec))?;
         self.ledger().code(&name, "Delete", told, &[code]);
         streams.check_deleted(code)?;

@@ -1,4 +1,4 @@
-//! [`Ground`]: what everybody in a run shares: the sandbox, the ledger, the bundles, and whether it
+//! [`Ground`]: what all parts of a run share: the sandbox, the ledger, the bundles, and whether it
 //! is over.
 
 use std::fs;

@@ -34,8 +34,6 @@ pub(crate) struct Counts {
     /// Checkpoints that a container went on from, or was to.
     pub(crate) checkpoints: u64,
     pub(crate) pods: u64,
-    /// Connections that a daemon took along before they were kept.
-    pub(crate) unkept: u64,
     pub(crate) longest: Duration,
     pub(crate) longest_of: String,
     pub(crate) failures: Vec<String>,

@@ -66,7 +66,7 @@ fn play(ground: &Ground, id: &str, plan: &Plan) -> anyhow::Result<()> {
         shares_pids: plan.shares_pids,
     };
     let first = Life::of_init(ProcessPlan::plain(Program::Sleep, End::KillAll));
-    let client = Client::connect_kept(ground, id)?;
+    let client = Client::connect(ground, id)?;
     let mut first = Container::new(ground, id, &first, client, Some(&joined))?;
     first.create()?;
     let Some(wait) = first.begin()? else {
@@ -78,7 +78,7 @@ fn play(ground: &Ground, id: &str, plan: &Plan) -> anyhow::Result<()> {
         return first.finish(wait);
     };
     let last = format!("{id}-last");
-    let client = Client::connect_kept(ground, &last)?;
+    let client = Client::connect(ground, &last)?;
     let mut last = Container::new(ground, &last, life, client, Some(&joined))?;
     last.create()?;
     let end = last.begin()?;

@@ -7,8 +7,8 @@ use std::fmt::Write;
 const SHOWN: usize = 48;
 /// So many bytes tell where a stream that has jumped goes on.
 const WINDOW: usize = 64;
-/// What a daemon that dies while it appends to a log file may append twice: what a pipe holds.
-pub(crate) const CHUNK: usize = 64 * 1024;
+/// What a daemon that dies while it appends to a log file may append twice, while output flows.
+pub(crate) const CHUNK: usize = 256 * 1024;
 
 /// The numbers from `first` on, one a line.
 pub(crate) fn lines(first: u64, count: u64) -> Vec<u8> {
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_log_file_may_have_a_piece_twice_but_lacks_nothing() {
-        let due = due(20_000);
+        let due = due(60_000);
         let all = due.all.as_slice();
         assert_eq!(due.check_with_repeats(all), Ok(0));
         for (end, start) in [
@@ -229,7 +229,7 @@ mod tests {
                 .unwrap_err()
                 .contains("100 bytes are missing")
         );
-        let far = [&all[..100_000], all].concat();
+        let far = [&all[..300_000], all].concat();
         assert!(due.check_with_repeats(&far).is_err());
         assert!(due.check_with_repeats(&all[..5000]).is_err());
     }

@@ -10,7 +10,6 @@ use nix::sys::signal::Signal;
 use testbed::chaos::Options;
 use testbed::sandbox::until;
 
-use crate::client::Client;
 use crate::direct;
 use crate::ground::Ground;
 use crate::plan::{End, Life, ProcessPlan, Sink, Step};
@@ -176,7 +175,6 @@ fn take_one(
     random: &mut Random,
 ) -> anyhow::Result<bool> {
     let id = format!("s{step}-{}", name.replace(' ', "-"));
-    let client = Client::connect_kept(ground, &id)?;
     let before = deaths(ground);
     arm(ground, step)?;
     // Sometimes the successor dies as well, while it takes over.
@@ -187,7 +185,7 @@ fn take_one(
     ground
         .ledger
         .note(&format!("{name}: step {step}, then {second:?}"));
-    direct::live_on(ground, &id, life, Ok(client));
+    direct::live(ground, &id, life);
     let has_died = deaths(ground) > before;
     if has_died {
         ground.ledger.count(|counts| counts.steps += 1);

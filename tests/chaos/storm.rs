@@ -1,5 +1,5 @@
-//! The storm: workers live lives while the killer kills. Owns the threads and the end: everybody
-//! comes to the end of what he has begun.
+//! The storm: workers live lives while the killer kills. Owns the threads and the end: each worker
+//! finishes what it has begun.
 
 use std::time::{Duration, Instant};
 

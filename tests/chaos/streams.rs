@@ -320,7 +320,7 @@ impl End {
     }
 }
 
-/// Whether a process of ours can have written this line, or the runtime.
+/// Whether a test process can have written this line, or the runtime.
 fn is_own_line(line: &[u8]) -> bool {
     let word = line.trim_ascii();
     word == b"ready" || word.iter().all(u8::is_ascii_digit)

@@ -46,12 +46,6 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
     );
     println!("  {} pods, {} checkpoints", counts.pods, counts.checkpoints);
     println!("  {} single steps", counts.steps);
-    if counts.unkept > 0 {
-        println!(
-            "  {} connections lost between their acceptance and their first answer",
-            counts.unkept
-        );
-    }
     println!("  {} failures", counts.failures.len());
     for failure in &counts.failures {
         println!("    {failure}");
@@ -63,7 +57,7 @@ pub(crate) fn print(seed: u64, seconds: f64, counts: &Counts) -> bool {
         "passed": passed, "seed": seed, "seconds": seconds, "lives": counts.lives,
         "execs": counts.execs,
         "codes": counts.codes, "streams": counts.streams, "bytes": counts.bytes, "repeated": counts.repeated, "requests": counts.requests, "longest_ms": u64::try_from(counts.longest.as_millis()).unwrap_or(u64::MAX),
-        "kills": counts.kills, "steps": counts.steps, "refused": counts.refused, "pods": counts.pods, "checkpoints": counts.checkpoints, "unkept": counts.unkept, "failures": counts.failures.len(),
+        "kills": counts.kills, "steps": counts.steps, "refused": counts.refused, "pods": counts.pods, "checkpoints": counts.checkpoints, "failures": counts.failures.len(),
     });
     println!("{line}");
     passed

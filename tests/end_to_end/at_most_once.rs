@@ -16,7 +16,7 @@ use testbed::sandbox::{Sandbox, until};
 use crate::half_done::SlowRuntime;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 5] = tests!(WithoutContainerd:
     an_exec_that_outlives_daemon_and_runtime_is_found_with_its_streams,
     an_exec_without_streams_that_outlives_daemon_and_runtime_is_found,
     an_exec_that_may_have_run_is_not_started_again,

@@ -16,7 +16,7 @@ use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 9] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 9] = tests!(WithoutContainerd:
     start_prints_the_address_and_nothing_else,
     start_reads_the_message_of_containerd_2_3,
     many_launchers_start_one_daemon,

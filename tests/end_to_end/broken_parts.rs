@@ -17,11 +17,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use serde_json::Value;
-use testbed::sandbox::{Sandbox, is_alive, until};
+use testbed::sandbox::{Sandbox, is_alive, stop, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 6] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 6] = tests!(WithoutContainerd:
     a_full_state_directory_refuses_new_tasks_and_keeps_the_old,
     records_that_cannot_be_written_are_named_and_the_old_are_kept,
     what_could_not_be_kept_is_refused_by_name_and_what_runs_is_not_lost,
@@ -176,7 +176,7 @@ fn what_could_not_be_kept_is_refused_by_name_and_what_runs_is_not_lost(
         request.stdout = fifo.to_string_lossy().into_owned();
     });
     let refusal = refusal.map_or_else(|error| error.to_string(), |pid| pid.to_string());
-    ensure!(refusal.contains("cannot keep the streams"), "{refusal}");
+    ensure!(refusal.contains("cannot store the streams"), "{refusal}");
     first.create("c", bundle.path())?;
     let pid = first.start("c")?;
     sandbox.kill_daemon()?;
@@ -326,7 +326,7 @@ fn a_damaged_journal_costs_a_request_its_answer_at_most(stage: &Stage) -> anyhow
     }
     let old = sandbox.daemon_pid().context("the daemon is not there")?;
     let keeper = Pid::from_raw(sandbox.keeper_pid().context("no keeper")?);
-    kill(keeper, Signal::SIGSTOP)?;
+    stop(keeper)?;
     let damage = || {
         kill(Pid::from_raw(old), Signal::SIGKILL)?;
         until("the daemon is dead", || Ok(!is_alive(old)))?;

@@ -16,7 +16,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
-use serde_json::Value;
+use serde_json::{Value, json};
 use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
@@ -31,7 +31,8 @@ pub(crate) const TESTS: [Test; 7] = tests!(AnyRuntime:
     sigkill_ends_a_container_that_something_else_froze,
 );
 
-pub(crate) const OURS: [Test; 5] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 6] = tests!(EmbedshimOnly:
+    the_counters_of_a_stopped_container_are_told,
     an_update_changes_the_limit,
     a_stopped_task_still_tells_that_it_ran_out_of_memory,
     kills_of_a_paused_container_at_the_same_time_are_each_answered,
@@ -169,6 +170,32 @@ fn a_running_task_is_not_deleted(stage: &Stage) -> anyhow::Result<()> {
         sandbox.task("c")?.status == "RUNNING",
         "it does not run any more"
     );
+    Ok(())
+}
+
+/// Its cgroup is there until it is deleted, so nothing is read of it before the exit is told.
+fn the_counters_of_a_stopped_container_are_told(stage: &Stage) -> anyhow::Result<()> {
+    const LIMIT: u64 = 64 << 20;
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["true"])?;
+    bundle.edit(|spec| spec["linux"]["resources"]["memory"] = json!({ "limit": LIMIT }))?;
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    ensure!(shim.wait("c")? == 0, "not 0");
+    ensure!(
+        memory(&shim, "c")? == (LIMIT, 0),
+        "{:?}",
+        memory(&shim, "c")?
+    );
+    sandbox.kill_daemon()?;
+    ensure!(
+        memory(&shim, "c")? == (LIMIT, 0),
+        "{:?}",
+        memory(&shim, "c")?
+    );
+    ensure!(shim.delete("c")? == 0, "not 0");
     Ok(())
 }
 

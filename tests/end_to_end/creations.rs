@@ -15,7 +15,7 @@ use crate::bootstrap::delete;
 use crate::half_done::{SlowRuntime, terminal};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 5] = tests!(WithoutContainerd:
     a_creation_that_outlives_three_daemons_ends,
     a_creation_that_outlives_three_daemons_keeps_its_terminal,
     a_creation_that_outlives_three_daemons_keeps_its_log_file,

@@ -15,7 +15,7 @@ use testbed::sandbox::{Sandbox, until};
 use crate::half_done::fifo;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 12] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 12] = tests!(WithoutContainerd:
     a_start_that_was_done_when_its_runtime_was_killed_is_done,
     a_start_that_was_not_done_when_its_runtime_was_killed_can_be_asked_again,
     a_start_is_known_though_its_runtime_was_killed_before_it_noted_that,
@@ -331,7 +331,7 @@ fn of_a_create_whose_runtime_was_killed_nothing_is_left(stage: &Stage) -> anyhow
     Ok(())
 }
 
-/// The next daemon creates it again, and its output goes to whom it would have gone.
+/// The next daemon creates it again, and its output goes to the client that it would have gone to.
 fn a_client_of_a_create_that_is_undone_by_a_killed_daemon_reads_on(
     stage: &Stage,
 ) -> anyhow::Result<()> {

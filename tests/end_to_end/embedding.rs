@@ -20,7 +20,7 @@ use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 4] = tests!(WithoutContainerd:
     the_watch_example_tells_how_a_strangers_child_ended,
     the_probe_example_opens_what_it_has_chosen,
     the_bundle_example_tells_an_exit_that_nobody_saw,
@@ -173,6 +173,7 @@ async fn run_container(
         runtime: RuntimeOptions::default(),
         checkpoint: None,
         owner: String::new(),
+        sandbox: None,
     };
     node.create(request).await?;
     let init = ProcessKey { task, exec: None };

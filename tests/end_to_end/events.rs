@@ -15,9 +15,9 @@ use crate::tests;
 
 pub(crate) const TESTS: [Test; 4] = tests!(AnyRuntime:
     a_life_is_told_in_order,
-    an_execs_exit_is_told_before_its_containers,
+    an_execs_exit_is_reported_before_its_containers,
     pausing_is_told,
-    running_out_of_memory_is_told_before_the_exit,
+    running_out_of_memory_is_reported_before_the_exit,
 );
 pub(crate) const OURS: [Test; 1] = tests!(EmbedshimOnly:
     events_outlive_a_daemon_that_could_not_tell_them,
@@ -102,7 +102,7 @@ fn a_life_is_told_in_order(stage: &Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn an_execs_exit_is_told_before_its_containers(stage: &Stage) -> anyhow::Result<()> {
+fn an_execs_exit_is_reported_before_its_containers(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
     let listener = Listener::listen(&sandbox)?;
     sandbox.detached(&[], "c", &["sleep", "1000"])?;
@@ -157,7 +157,7 @@ fn pausing_is_told(stage: &Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn running_out_of_memory_is_told_before_the_exit(stage: &Stage) -> anyhow::Result<()> {
+fn running_out_of_memory_is_reported_before_the_exit(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.sandbox()?;
     let listener = Listener::listen(&sandbox)?;
     let limit = (32 << 20).to_string();

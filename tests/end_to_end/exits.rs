@@ -30,7 +30,7 @@ pub(crate) const TESTS: [Test; 8] = tests!(AnyRuntime:
 
 pub(crate) const OURS: [Test; 2] = tests!(EmbedshimOnly:
     with_a_shared_pid_namespace_the_rest_is_killed,
-    an_exit_is_told_although_its_cgroup_does_not_answer,
+    an_exit_is_reported_although_its_cgroup_does_not_answer,
 );
 
 fn run(sandbox: &Sandbox, id: &str, command: &[&str]) -> anyhow::Result<Finished> {
@@ -237,7 +237,7 @@ impl Drop for Deaf {
     }
 }
 
-fn an_exit_is_told_although_its_cgroup_does_not_answer(stage: &Stage) -> anyhow::Result<()> {
+fn an_exit_is_reported_although_its_cgroup_does_not_answer(stage: &Stage) -> anyhow::Result<()> {
     let sandbox = stage.bare_sandbox()?;
     sandbox.start_daemon()?;
     let shim = Shim::connect(&sandbox)?;
@@ -246,7 +246,7 @@ fn an_exit_is_told_although_its_cgroup_does_not_answer(stage: &Stage) -> anyhow:
     shim.start("c")?;
     let deaf = Deaf::oom_counter(&sandbox, pid)?;
     shim.kill("c", Signal::SIGKILL)?;
-    let told = until("the exit is told", || {
+    let told = until("the exit is published", || {
         Ok(shim.state("c")?.status() == api::Status::STOPPED)
     });
     drop(deaf);

@@ -1,13 +1,14 @@
 //! Daemon and keeper replace each other: whichever is killed or stands still, the other starts it
 //! again, and neither containerd nor a container notices.
 
+use std::fs;
 use std::thread::scope;
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, writer};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, stop, until};
 
 use crate::half_done::SlowRuntime;
 use crate::survival::handles_term;
@@ -92,25 +93,40 @@ fn a_keeper_that_is_killed_while_it_starts_a_daemon_is_replaced(
         let keeper = sandbox.keeper_pid().context("no keeper")?;
         let daemon = sandbox.daemon_pid().context("no daemon")?;
         kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
-        let children = format!("/proc/{keeper}/task/{keeper}/children");
-        let mut next = None;
-        until("the keeper starts another", || {
-            let children = std::fs::read_to_string(&children)?;
-            let mut pids = children
-                .split_whitespace()
-                .filter_map(|pid| pid.parse().ok());
-            next = pids.find(|&child| child != daemon && is_embedshimd(child));
-            Ok(next.is_some())
-        })?;
+        let next = started_after(daemon, keeper)?;
         std::thread::sleep(std::time::Duration::from_millis(2 * round));
         sandbox.end_keeper()?;
-        until("another keeper is there", || {
-            Ok(sandbox.keeper_pid().is_some() && sandbox.keeper_pid() == next)
-        })
-        .with_context(|| sandbox.daemon_log())?;
-        sandbox.successor_of(next.unwrap_or(0))?;
+        becomes_keeper(&sandbox, next)?;
+        sandbox.successor_of(next)?;
         ensure!(shim.state("c")?.pid == pid, "another task");
     }
+    end(&shim)
+}
+
+/// The process that this keeper has started after its daemon.
+pub(crate) fn started_after(daemon: i32, keeper: i32) -> anyhow::Result<i32> {
+    let children = format!("/proc/{keeper}/task/{keeper}/children");
+    let mut next = None;
+    until("the keeper starts another", || {
+        let children = fs::read_to_string(&children)?;
+        let mut pids = children
+            .split_whitespace()
+            .filter_map(|pid| pid.parse().ok());
+        next = pids.find(|&child| child != daemon && is_embedshimd(child));
+        Ok(next.is_some())
+    })?;
+    next.context("no process")
+}
+
+pub(crate) fn becomes_keeper(sandbox: &Sandbox, daemon: i32) -> anyhow::Result<()> {
+    until("another keeper is there", || {
+        Ok(sandbox.keeper_pid() == Some(daemon))
+    })
+    .with_context(|| sandbox.daemon_log())
+}
+
+/// The container is its own, and ends as it was told.
+pub(crate) fn end(shim: &Shim) -> anyhow::Result<()> {
     shim.kill("c", Signal::SIGKILL)?;
     ensure!(
         shim.wait("c")? == 137 && shim.delete("c")? == 137,
@@ -120,21 +136,20 @@ fn a_keeper_that_is_killed_while_it_starts_a_daemon_is_replaced(
 }
 
 fn is_embedshimd(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/comm"))
-        .is_ok_and(|name| name.trim() == "embedshimd")
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "embedshimd")
 }
 
 /// Without BPF only the zombie tells how a process has ended while no daemon was there.
 fn a_zombie_outlives_the_keeper_that_would_have_had_it(stage: &Stage) -> anyhow::Result<()> {
     let directory = tempfile::tempdir()?;
     let config = directory.path().join("config.toml");
-    std::fs::write(&config, "[monitor]\nbackend = \"pidfd\"\n")?;
+    fs::write(&config, "[monitor]\nbackend = \"pidfd\"\n")?;
     let sandbox = stage.sandbox_with(&[("EMBEDSHIM_CONFIG", &config.to_string_lossy())])?;
     let pid = sandbox.detached(&[], "c", &["guest", "until-term", "9"])?;
     handles_term(pid)?;
     replace_keeper(&sandbox)?;
     // The next daemon does not start for a while.
-    std::fs::write(&config, "nonsense")?;
+    fs::write(&config, "nonsense")?;
     let daemon = sandbox.daemon_pid().context("no daemon")?;
     kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
     until("another has failed", || {
@@ -142,7 +157,7 @@ fn a_zombie_outlives_the_keeper_that_would_have_had_it(stage: &Stage) -> anyhow:
     })?;
     kill(Pid::from_raw(pid), Signal::SIGTERM)?;
     until("the container has ended", || Ok(!is_alive(pid)))?;
-    std::fs::write(&config, "[monitor]\nbackend = \"pidfd\"\n")?;
+    fs::write(&config, "[monitor]\nbackend = \"pidfd\"\n")?;
     sandbox.successor_of(daemon)?;
     sandbox.wait_for_status("c", "STOPPED")?;
     ensure!(sandbox.delete_task("c")? == 9, "the code was lost");
@@ -163,7 +178,7 @@ fn a_request_under_way_outlives_the_keeper(stage: &Stage) -> anyhow::Result<()> 
         until("the runtime is in its call", || Ok(going.exists()))?;
         let (keeper, daemon) = (sandbox.keeper_pid(), sandbox.daemon_pid());
         sandbox.end_keeper()?;
-        std::fs::remove_file(&going)?;
+        fs::remove_file(&going)?;
         request.join().ok().context("a request panicked")??;
         let (keeper, daemon) = (keeper.context("no keeper")?, daemon.context("no daemon")?);
         keeper_is_replaced(&sandbox, keeper, daemon)
@@ -224,19 +239,14 @@ fn a_keeper_that_stands_still_is_replaced(stage: &Stage) -> anyhow::Result<()> {
     let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
     let (keeper, daemon) = (sandbox.keeper_pid(), sandbox.daemon_pid());
     let (keeper, daemon) = (keeper.context("no keeper")?, daemon.context("no daemon")?);
-    kill(Pid::from_raw(keeper), Signal::SIGSTOP)?;
+    stop(Pid::from_raw(keeper))?;
     // What is new is kept, although the keeper has not heard of it.
     let pid = shim.create("c", bundle.path())?;
     shim.start("c")?;
     keeper_is_replaced(&sandbox, keeper, daemon)?;
     sandbox.kill_daemon()?;
     ensure!(shim.state("c")?.pid == pid, "another task");
-    shim.kill("c", Signal::SIGKILL)?;
-    ensure!(
-        shim.wait("c")? == 137 && shim.delete("c")? == 137,
-        "not 137"
-    );
-    Ok(())
+    end(&shim)
 }
 
 fn a_daemon_that_stands_still_is_replaced(stage: &Stage) -> anyhow::Result<()> {
@@ -249,7 +259,7 @@ fn a_daemon_that_stands_still_is_replaced(stage: &Stage) -> anyhow::Result<()> {
         sandbox.keeper_pid(),
         sandbox.daemon_pid().context("no daemon")?,
     );
-    kill(Pid::from_raw(daemon), Signal::SIGSTOP)?;
+    stop(Pid::from_raw(daemon))?;
     // The answer comes from the next one.
     ensure!(shim.state("c")?.pid == pid, "another task");
     ensure!(
@@ -258,10 +268,5 @@ fn a_daemon_that_stands_still_is_replaced(stage: &Stage) -> anyhow::Result<()> {
     );
     let log = sandbox.daemon_log();
     ensure!(log.contains("does not answer the watchdog"), "{log}");
-    shim.kill("c", Signal::SIGKILL)?;
-    ensure!(
-        shim.wait("c")? == 137 && shim.delete("c")? == 137,
-        "not 137"
-    );
-    Ok(())
+    end(&shim)
 }

@@ -17,7 +17,7 @@ use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 11] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 11] = tests!(WithoutContainerd:
     a_create_under_way_is_answered,
     a_start_under_way_is_answered,
     a_start_that_was_done_is_answered_and_not_done_again,
@@ -178,7 +178,7 @@ fn a_start_that_was_done_is_answered_and_not_done_again(stage: &Stage) -> anyhow
     end(&sandbox, &shim, &before)
 }
 
-/// Before: it has to be started. After: it runs, or has ended while no daemon of ours knew of it,
+/// Before: it has to be started. After: it runs, or has ended while no daemon knew of it,
 /// and must not be started again.
 fn an_exec_under_way_is_started_once_and_its_code_is_known(stage: &Stage) -> anyhow::Result<()> {
     for is_after in [false, true] {

@@ -17,7 +17,7 @@ use ttrpc::{Code, Request, Response};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(WithoutContainerd:
     frames_that_are_not_calls_are_refused_and_the_connection_goes_on,
     an_oversized_frame_is_skipped_and_refused,
     a_truncated_frame_ends_its_connection_only,

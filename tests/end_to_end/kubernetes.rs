@@ -51,13 +51,13 @@ fn ready(cri: &Cri, name: &str, attempt: u32) -> anyhow::Result<()> {
     })
 }
 
-fn life(stage: &Stage, handler: &str) -> anyhow::Result<()> {
-    let (sandbox, mut cri) = with_cri(stage)?;
+/// A pod with a container that ends at SIGTERM, one that is killed and one that ends by itself.
+pub(crate) fn life(sandbox: &Sandbox, cri: &mut Cri, handler: &str) -> anyhow::Result<()> {
     let first = cri.run_pod("first", handler, Namespaces::SIMPLE)?;
-    let before = Footprint::of(&sandbox);
+    let before = Footprint::of(sandbox);
     let pod = cri.run_pod("pod", handler, Namespaces::SIMPLE)?;
     let id = cri.run_container(&pod, "c", 0, &["guest", "until-term", "33"])?;
-    ready(&cri, "c", 0)?;
+    ready(cri, "c", 0)?;
     ensure!(
         cri.status(&id)?.state == i32::from(ContainerState::ContainerRunning),
         "it does not run"
@@ -70,15 +70,15 @@ fn life(stage: &Stage, handler: &str) -> anyhow::Result<()> {
     ensure!(cri.memory(&id)? > 0, "no memory is used");
     // It ends by itself at SIGTERM, long before the grace period is over.
     cri.stop(&id, LONG)?;
-    let end = ended(&mut cri, &id)?;
+    let end = ended(cri, &id)?;
     ensure!(end == (33, "Error".into()), "{end:?}");
     // The next attempt, which has to be killed.
     let again = cri.run_container(&pod, "c", 1, &["sleep", "1000"])?;
     cri.stop(&again, Duration::from_secs(1))?;
-    let end = ended(&mut cri, &again)?;
+    let end = ended(cri, &again)?;
     ensure!(end.0 == 137, "{end:?}");
     let quick = cri.run_container(&pod, "quick", 0, &["sh", "-c", "echo done"])?;
-    let end = ended(&mut cri, &quick)?;
+    let end = ended(cri, &quick)?;
     ensure!(end == (0, "Completed".into()), "{end:?}");
     until("its log is whole", || {
         Ok(cri.log("quick", 0).contains("stdout F done"))
@@ -87,21 +87,28 @@ fn life(stage: &Stage, handler: &str) -> anyhow::Result<()> {
         cri.remove(id)?;
     }
     cri.remove_pod(&pod)?;
-    before.wait_for_return(&sandbox)?;
+    before.wait_for_return(sandbox)?;
     cri.remove_pod(&first)
 }
 
 fn a_pods_life_with_our_own_runtime_type(stage: &Stage) -> anyhow::Result<()> {
-    life(stage, "embed")
+    let (sandbox, mut cri) = with_cri(stage)?;
+    life(&sandbox, &mut cri, "embed")
 }
 
 fn a_pods_life_with_runc_v2s_type_and_our_path(stage: &Stage) -> anyhow::Result<()> {
-    life(stage, "path")
+    let (sandbox, mut cri) = with_cri(stage)?;
+    life(&sandbox, &mut cri, "path")
 }
 
 fn a_probe_that_takes_too_long_is_ended(stage: &Stage) -> anyhow::Result<()> {
     let (_sandbox, mut cri) = with_cri(stage)?;
-    let pod = cri.run_pod("pod", "embed", Namespaces::SIMPLE)?;
+    probe_too_long(&mut cri, "embed")
+}
+
+/// A probe that is ended at its limit, and one after it.
+pub(crate) fn probe_too_long(cri: &mut Cri, handler: &str) -> anyhow::Result<()> {
+    let pod = cri.run_pod("pod", handler, Namespaces::SIMPLE)?;
     let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
     let error = cri
         .exec(&id, &["sleep", "997"], Duration::from_secs(1))
@@ -203,13 +210,22 @@ fn pods_outlive_containerd_and_the_daemon(stage: &Stage) -> anyhow::Result<()> {
 
 fn a_pod_has_a_network_and_its_usage_is_known(stage: &Stage) -> anyhow::Result<()> {
     let (sandbox, mut cri) = with_cri(stage)?;
-    let first = cri.run_pod("first", "embed", Namespaces::SIMPLE)?;
-    let before = Footprint::of(&sandbox);
+    network_and_usage(&sandbox, &mut cri, "embed")
+}
+
+/// An address, and what `kubectl top` shows.
+pub(crate) fn network_and_usage(
+    sandbox: &Sandbox,
+    cri: &mut Cri,
+    handler: &str,
+) -> anyhow::Result<()> {
+    let first = cri.run_pod("first", handler, Namespaces::SIMPLE)?;
+    let before = Footprint::of(sandbox);
     let own_network = Namespaces {
         network: NamespaceMode::Pod,
         ..Namespaces::SIMPLE
     };
-    let pod = cri.run_pod("pod", "embed", own_network)?;
+    let pod = cri.run_pod("pod", handler, own_network)?;
     let address = cri.address(&pod)?;
     ensure!(address.starts_with("192.0.2."), "{address}");
     let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
@@ -236,13 +252,18 @@ fn a_pod_has_a_network_and_its_usage_is_known(stage: &Stage) -> anyhow::Result<(
     };
     ensure!(container.cpu.is_some(), "{container:?}");
     cri.remove_pod(&pod)?;
-    before.wait_for_return(&sandbox)?;
+    before.wait_for_return(sandbox)?;
     cri.remove_pod(&first)
 }
 
 fn kubectl_exec_has_its_streams_and_its_status(stage: &Stage) -> anyhow::Result<()> {
     let (_sandbox, mut cri) = with_cri(stage)?;
-    let pod = cri.run_pod("pod", "embed", Namespaces::SIMPLE)?;
+    exec_streams(&mut cri, "embed")
+}
+
+/// `kubectl exec`, plain and on a terminal.
+pub(crate) fn exec_streams(cri: &mut Cri, handler: &str) -> anyhow::Result<()> {
+    let pod = cri.run_pod("pod", handler, Namespaces::SIMPLE)?;
     let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
     let mut plain = cri.exec_streaming(&id, &["sh"], false)?;
     plain.write("echo out; echo complaint >&2; exit 5\n")?;
@@ -263,7 +284,12 @@ fn kubectl_exec_has_its_streams_and_its_status(stage: &Stage) -> anyhow::Result<
 
 fn kubectl_attach_can_come_back(stage: &Stage) -> anyhow::Result<()> {
     let (_sandbox, mut cri) = with_cri(stage)?;
-    let pod = cri.run_pod("pod", "embed", Namespaces::SIMPLE)?;
+    attach_again(&mut cri, "embed")
+}
+
+/// `kubectl attach`, several times.
+pub(crate) fn attach_again(cri: &mut Cri, handler: &str) -> anyhow::Result<()> {
+    let pod = cri.run_pod("pod", handler, Namespaces::SIMPLE)?;
     let script =
         "while read line; do echo \"got $line\"; [ \"$line\" != end ] || exit 6; done; exit 7";
     let id = cri.run_interactive(&pod, "c", &["sh", "-c", script])?;
@@ -274,7 +300,7 @@ fn kubectl_attach_can_come_back(stage: &Stage) -> anyhow::Result<()> {
     }
     let mut last = cri.attach(&id)?;
     last.write("end\n")?;
-    let end = ended(&mut cri, &id)?;
+    let end = ended(cri, &id)?;
     ensure!(end.0 == 6, "{end:?}");
     cri.remove_pod(&pod)
 }

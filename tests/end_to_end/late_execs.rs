@@ -1,24 +1,25 @@
-//! An exec whose start was cut short and whose process ends before our processes look at it: its
-//! code is not lost.
+//! Execs that are late: one whose start was cut short and whose process ends before our processes
+//! look at it keeps its code, and one that is deleted after its container brings nothing back.
 
 use std::fs;
 use std::path::Path;
 use std::thread::scope;
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test};
+use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, write_program};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::sandbox::{Sandbox, is_alive, until};
+use testbed::sandbox::{Sandbox, is_alive, stop, until};
 
 use crate::half_done::{SlowRuntime, end, fifo, join, start};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 4] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 5] = tests!(WithoutContainerd:
     an_exec_that_ends_while_a_slow_runtime_is_waited_for_keeps_its_code,
     an_exec_that_ends_while_the_next_daemon_stands_still_keeps_its_code,
     an_exec_whose_end_only_the_keeper_knows_keeps_its_code_when_the_keeper_is_upgraded,
     a_terminal_that_two_daemons_have_died_over_is_taken_by_the_third,
+    an_exec_that_is_deleted_after_its_container_does_not_touch_the_next_of_that_id,
 );
 
 /// The pid that the runtime has written, when its process has ended.
@@ -111,7 +112,7 @@ fn known_to_the_keeper_alone(
         let going = sandbox.directory().join("going");
         until("the runtime is in its call", || Ok(going.exists()))?;
         let next = Pid::from_raw(sandbox.kill_daemon()?);
-        kill(next, Signal::SIGSTOP)?;
+        stop(next)?;
         fs::remove_file(&going)?;
         let pid = pid_of_ended_exec(&bundle);
         let reaped = until("the exec is reaped", || {
@@ -165,5 +166,47 @@ fn a_terminal_that_two_daemons_have_died_over_is_taken_by_the_third(
     })??;
     output.wait_for("on a terminal")?;
     ensure!(shim.wait_exec("c", "e")? == 6, "not 6");
+    end(&sandbox, &shim, &before)
+}
+
+/// The deletion of the exec waits for its logger, and ends when the id is another container's.
+fn an_exec_that_is_deleted_after_its_container_does_not_touch_the_next_of_that_id(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let (sandbox, shim) = start(stage)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let (logger, directory) = (sandbox.directory().join("logger"), sandbox.directory());
+    let script = format!(
+        "#!/bin/sh\nPATH=/bin:/usr/bin\ncd {}\ntrap ': > told' TERM\nexec 5>&-\ncat <&3\n\
+         while ! test -e go; do sleep 0.1; done\n",
+        directory.display()
+    );
+    write_program(&logger, &script)?;
+    let before = Footprint::of(&sandbox);
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    shim.exec_with("c", "e", &["true"], |request| {
+        request.stdout = format!("binary://{}", logger.display());
+    })?;
+    shim.start_exec("c", "e")?;
+    ensure!(shim.wait_exec("c", "e")? == 0, "not 0");
+    let second = Shim::connect(&sandbox)?;
+    scope(|scope| {
+        let deleted = scope.spawn(|| second.delete_exec("c", "e"));
+        until("the logger is told to end", || {
+            Ok(directory.join("told").exists())
+        })?;
+        shim.kill("c", Signal::SIGKILL)?;
+        shim.wait("c")?;
+        shim.delete("c")?;
+        let pid = shim.create("c", bundle.path())?;
+        shim.start("c")?;
+        fs::write(directory.join("go"), "")?;
+        join(deleted)??;
+        sandbox.kill_daemon()?;
+        let after = shim.state("c")?;
+        ensure!(after.pid == pid, "{after:?}");
+        anyhow::Ok(())
+    })?;
     end(&sandbox, &shim, &before)
 }

@@ -13,7 +13,7 @@ use testbed::sandbox::{Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(WithoutContainerd:
     a_read_only_bind_mount_is_the_root,
     an_overlay_of_many_layers_is_the_root,
     a_target_cannot_leave_the_root,

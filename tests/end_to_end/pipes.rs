@@ -427,10 +427,11 @@ fn a_client_that_never_reads_holds_up_its_process_and_nothing_else(
     until("it waits", || {
         std::thread::sleep(Duration::from_millis(200));
         let now = length();
-        Ok(now > 0 && now == std::mem::replace(&mut last, now))
+        // Less has no reason to wait but a busy machine.
+        Ok(now > 60_000 && now == std::mem::replace(&mut last, now))
     })?;
-    // Two pipes and a little; large ones are for what flows.
-    ensure!((60_000..300_000).contains(&last), "{last} bytes were taken");
+    // A few small pipes (344,064 bytes were seen); those of 1 MiB are for what flows.
+    ensure!(last < 600_000, "{last} bytes were taken");
     let other = Bundle::new(&sandbox, "other", &["sh", "-c", "echo here"])?;
     let mut reader = Reader::new(&sandbox, "other-out")?;
     shim.create_with("other", other.path(), |request| {

@@ -151,8 +151,8 @@ fn nr_5_the_inits_exit_is_not_delayed_by_a_stream_of_execs(stage: &Stage) -> any
             until("execs run", || Ok(exits(&listener).len() > 8))?;
             shim.kill("c", Signal::SIGKILL)?;
             ensure!(shim.wait("c")? == 137, "not 137");
-            let is_told = || exits(&listener).iter().any(|exit| exit.exec.is_none());
-            until("the init's exit is told", || Ok(is_told()))
+            let is_published = || exits(&listener).iter().any(|exit| exit.exec.is_none());
+            until("the init's exit is told", || Ok(is_published()))
         };
         let result = end();
         stop.store(true, Ordering::Relaxed);

@@ -52,6 +52,8 @@ fn goes_on(stage: &Stage, sandbox: &Sandbox) -> anyhow::Result<()> {
         "lock",
         "keeper.lock",
         "shim.sock",
+        "admin.sock",
+        "lives.json",
         "connections",
         "events",
         "tasks",

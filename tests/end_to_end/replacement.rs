@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Footprint, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, stop, until};
 
 use crate::exits::{REBOOTS, reboots_when_told};
 use crate::survival::handles_term;
@@ -307,7 +307,7 @@ fn a_stopped_keeper_holds_up_nobody(stage: &Stage) -> anyhow::Result<()> {
     let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", "exit 4"])?;
     let keeper = Pid::from_raw(sandbox.keeper_pid().context("no keeper")?);
     let stopped = Instant::now();
-    kill(keeper, Signal::SIGSTOP)?;
+    stop(keeper)?;
     // More than its queue holds.
     let connections = (0..600)
         .map(|_| UnixStream::connect(sandbox.state_dir().join("shim.sock")))

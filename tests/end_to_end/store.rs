@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
@@ -16,17 +17,19 @@ use nix::unistd::Pid;
 use protobuf::Message;
 use shim_api::frame::{self, HEADER, Header};
 use testbed::image;
-use testbed::sandbox::{PATIENCE, Sandbox, until};
+use testbed::sandbox::{self, PATIENCE, Sandbox, until};
 use ttrpc::proto::KeyValue;
 use ttrpc::{Code, Request, Response};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 7] = tests!(WithoutContainerd:
     twelve_thousand_descriptors_outlive_a_killed_daemon,
+    a_daemon_that_is_killed_while_it_accepts_loses_no_connection,
     what_was_sent_to_a_stopped_keeper_is_kept_when_it_goes_on,
     a_stopped_keeper_holds_up_no_end_of_a_stream,
     a_container_with_three_streams_takes_two_places_beside_its_connection,
+    a_container_with_three_streams_takes_as_many_open_files_as_operating_md_says,
     a_connection_without_a_task_costs_little_and_nothing_when_its_containerd_has_died,
 );
 
@@ -41,8 +44,39 @@ fn kept(sandbox: &Sandbox) -> anyhow::Result<usize> {
 
 fn stop(sandbox: &Sandbox) -> anyhow::Result<Pid> {
     let keeper = Pid::from_raw(sandbox.keeper_pid().context("no keeper")?);
-    kill(keeper, Signal::SIGSTOP)?;
+    sandbox::stop(keeper)?;
     Ok(keeper)
+}
+
+/// Kills at many instants of accepting and of the first request: containerd destroys the container
+/// of a connection that ends.
+fn a_daemon_that_is_killed_while_it_accepts_loses_no_connection(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    const ROUNDS: u64 = 60;
+    const CONNECTIONS: usize = 200;
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    for round in 0..ROUNDS {
+        let daemon = sandbox.daemon_pid().context("no daemon")?;
+        let asked = std::thread::scope(|scope| {
+            let asking = scope.spawn(|| {
+                (0..CONNECTIONS)
+                    .map(|_| ask(&sandbox, "c"))
+                    .collect::<anyhow::Result<Vec<_>>>()
+            });
+            std::thread::sleep(Duration::from_micros(200 * round));
+            let killed = kill(Pid::from_raw(daemon), Signal::SIGKILL);
+            let asked = asking.join();
+            killed?;
+            asked.map_err(|_| anyhow::anyhow!("it panicked"))?
+        })?;
+        sandbox.successor_of(daemon)?;
+        for (number, connection) in asked.into_iter().enumerate() {
+            answered(connection).with_context(|| format!("kill {round}, connection {number}"))?;
+        }
+    }
+    Ok(())
 }
 
 fn what_was_sent_to_a_stopped_keeper_is_kept_when_it_goes_on(stage: &Stage) -> anyhow::Result<()> {
@@ -134,6 +168,51 @@ fn a_container_with_three_streams_takes_two_places_beside_its_connection(
     before.wait_for_return(&sandbox)
 }
 
+/// The figures of docs/operating.md, "Limits".
+fn a_container_with_three_streams_takes_as_many_open_files_as_operating_md_says(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    const CONTAINERS: usize = 10;
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let before = Cost::now(&sandbox)?;
+    let mut containers = Vec::new();
+    for number in 0..CONTAINERS {
+        let id = format!("c{number}");
+        let bundle = Bundle::new(&sandbox, &id, &["busybox", "cat"])?;
+        let (stdin, input) = writer(&sandbox, &format!("{id}-in"))?;
+        let readers = [
+            Reader::new(&sandbox, &format!("{id}-out"))?,
+            Reader::new(&sandbox, &format!("{id}-err"))?,
+        ];
+        let shim = Shim::connect(&sandbox)?;
+        shim.create_with(&id, bundle.path(), |request| {
+            request.stdin = stdin.display().to_string();
+            request.stdout = readers[0].path();
+            request.stderr = readers[1].path();
+        })?;
+        shim.start(&id)?;
+        containers.push((id, shim, input, readers));
+    }
+    let each = |with: usize, before: usize| with.saturating_sub(before) / CONTAINERS;
+    let mut figures = (0, 0);
+    // Of the daemon's, three are duplicates of what the keeper has, for a keeper that dies.
+    let reached = until("each container has what it keeps", || {
+        let now = Cost::now(&sandbox)?;
+        figures = (
+            each(now.daemons_descriptors, before.daemons_descriptors),
+            each(now.keepers_descriptors, before.keepers_descriptors),
+        );
+        Ok(figures == (18, 3))
+    });
+    for (id, shim, ..) in &containers {
+        shim.kill(id, Signal::SIGKILL)?;
+        shim.wait(id)?;
+        shim.delete(id)?;
+    }
+    reached.with_context(|| format!("daemon and keeper have {figures:?} files for each"))
+}
+
 /// What each connection has of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Cost {
@@ -168,9 +247,8 @@ impl Cost {
     }
 }
 
-/// A connection as containerd 1.6 makes it for a bundle that its predecessor has left before
-/// `Create`, and keeps: it asks who is there, and never anything again.
-fn ask_who_is_there(sandbox: &Sandbox, id: &str) -> anyhow::Result<UnixStream> {
+/// A connection with a request on it: who is there?
+fn ask(sandbox: &Sandbox, id: &str) -> anyhow::Result<UnixStream> {
     let request = api::ConnectRequest {
         id: id.into(),
         ..api::ConnectRequest::default()
@@ -190,6 +268,11 @@ fn ask_who_is_there(sandbox: &Sandbox, id: &str) -> anyhow::Result<UnixStream> {
     let mut stream = UnixStream::connect(sandbox.state_dir().join("shim.sock"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(&frame::request(1, &request).context("too long")?)?;
+    Ok(stream)
+}
+
+/// The same connection once it was answered.
+fn answered(mut stream: UnixStream) -> anyhow::Result<UnixStream> {
     let mut header = [0; HEADER];
     stream.read_exact(&mut header)?;
     let mut payload = vec![0; usize::try_from(Header::decode(header).length)?];
@@ -197,6 +280,12 @@ fn ask_who_is_there(sandbox: &Sandbox, id: &str) -> anyhow::Result<UnixStream> {
     let response = Response::parse_from_bytes(&payload)?;
     ensure!(response.status().code() == Code::OK, "{response:?}");
     Ok(stream)
+}
+
+/// A connection as containerd 1.6 makes it for a bundle that its predecessor has left before
+/// `Create`, and keeps: it asks who is there, and never anything again.
+fn ask_who_is_there(sandbox: &Sandbox, id: &str) -> anyhow::Result<UnixStream> {
+    answered(ask(sandbox, id)?)
 }
 
 /// containerd 1.6 keeps some each time it is killed; with its own shims each would be a process.

@@ -99,7 +99,19 @@ impl Cri {
         handler: &str,
         namespaces: Namespaces,
     ) -> anyhow::Result<Pod> {
-        let config = self.pod(name, namespaces);
+        self.run_pod_with(name, handler, namespaces, |_| {})
+    }
+
+    /// Starts a pod of this configuration, which a test has changed.
+    pub fn run_pod_with(
+        &mut self,
+        name: &str,
+        handler: &str,
+        namespaces: Namespaces,
+        change: impl FnOnce(&mut api::PodSandboxConfig),
+    ) -> anyhow::Result<Pod> {
+        let mut config = self.pod(name, namespaces);
+        change(&mut config);
         let request = api::RunPodSandboxRequest {
             config: Some(config.clone()),
             runtime_handler: handler.into(),
@@ -331,6 +343,37 @@ impl Cri {
         Ok(())
     }
 
+    /// Stops a pod with all its containers.
+    pub fn stop_pod(&mut self, pod: &Pod) -> anyhow::Result<()> {
+        let request = api::StopPodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        self.runtime
+            .block_on(self.client.stop_pod_sandbox(request))?;
+        Ok(())
+    }
+
+    /// Whether a pod is ready, as the list says and as its status says.
+    pub fn is_ready(&mut self, pod: &Pod) -> anyhow::Result<(bool, bool)> {
+        let ready = i32::from(api::PodSandboxState::SandboxReady);
+        let request = api::ListPodSandboxRequest::default();
+        let listed = self
+            .runtime
+            .block_on(self.client.list_pod_sandbox(request))?;
+        let listed = listed.into_inner().items;
+        let listed = listed.iter().find(|listed| listed.id == pod.id);
+        let request = api::PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: true,
+        };
+        let response = self
+            .runtime
+            .block_on(self.client.pod_sandbox_status(request))?;
+        let status = response.into_inner().status.context("no status")?;
+        let listed = listed.context("the pod is not listed")?;
+        Ok((listed.state == ready, status.state == ready))
+    }
+
     /// The log file of a container.
     pub fn log(&self, name: &str, attempt: u32) -> String {
         let path = Path::new(&self.logs).join(format!("{name}.{attempt}.log"));
@@ -365,7 +408,8 @@ fn container(pod: &Pod, name: &str, attempt: u32, command: &[&str]) -> api::Cont
 /// A pod that runs.
 #[derive(Debug)]
 pub struct Pod {
-    id: String,
+    /// Its sandbox's id.
+    pub id: String,
     config: api::PodSandboxConfig,
     namespaces: Namespaces,
 }

@@ -30,8 +30,6 @@ const WOKEN: &str = "woken\n";
 /// How far the containers are that are added, and what they have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// They run, without streams.
-    Silent,
     /// They are created, with three fifos, and were not started yet.
     Created,
     /// They run, with three fifos.
@@ -54,8 +52,8 @@ struct Member {
     id: String,
     kind: Kind,
     pid: i32,
-    input: Option<File>,
-    outputs: Vec<File>,
+    input: File,
+    outputs: [File; 2],
     _connection: UnixStream,
 }
 
@@ -106,33 +104,41 @@ impl Crowd {
             let file = options.custom_flags(OFlag::O_NONBLOCK.bits()).open(&path)?;
             Ok((path.display().to_string(), file))
         };
-        let streams = match kind {
-            Kind::Silent => None,
-            Kind::Created | Kind::Running => Some((open("in")?, open("out")?, open("err")?)),
-        };
+        let (stdin, input) = open("in")?;
+        let (stdout, output) = open("out")?;
+        let (stderr, errors) = open("err")?;
         let pid = shim.create_with(id, &bundle, |request| {
             request.options = binary_name(&self.runtime);
-            if let Some(((stdin, _), (stdout, _), (stderr, _))) = &streams {
-                request.stdin.clone_from(stdin);
-                request.stdout.clone_from(stdout);
-                request.stderr.clone_from(stderr);
-            }
+            request.stdin = stdin;
+            request.stdout = stdout;
+            request.stderr = stderr;
         })?;
-        if kind != Kind::Created {
+        if kind == Kind::Running {
             shim.start(id)?;
         }
-        let (input, outputs) = match streams {
-            Some(((_, input), (_, stdout), (_, stderr))) => (Some(input), vec![stdout, stderr]),
-            None => (None, Vec::new()),
-        };
         Ok(Member {
             id: id.into(),
             kind,
             pid: i32::try_from(pid)?,
             input,
-            outputs,
+            outputs: [output, errors],
             _connection: connection,
         })
+    }
+
+    /// Ends and deletes all of them.
+    pub fn delete(&mut self) -> anyhow::Result<()> {
+        by_all(&self.shims, self.members.len(), |shim, number| {
+            let member = self.members.get(number).context("no such container")?;
+            // One that was created only is ended by its deletion.
+            if member.kind != Kind::Created {
+                shim.kill(&member.id, Signal::SIGKILL)?;
+                shim.wait(&member.id)?;
+            }
+            shim.delete(&member.id).context(member.id.clone())
+        })?;
+        self.members.clear();
+        Ok(())
     }
 
     /// Demands that each container's outputs still flow, and the inputs of those that run.
@@ -178,9 +184,9 @@ fn by_all<T: Send>(
 
 impl Member {
     fn ensure_flowing(&self) -> anyhow::Result<()> {
-        let input = self.input.as_ref();
-        let said = if let Some(mut input) = input.filter(|_| self.kind == Kind::Running) {
+        let said = if self.kind == Kind::Running {
             let said = format!("{}\n", self.id);
+            let mut input = &self.input;
             input.write_all(said.as_bytes())?;
             said
         } else {

@@ -43,6 +43,14 @@ impl Footprint {
                 .unwrap_or(Path::new("/nonexistent"))
                 .to_owned(),
             sandbox.state_dir().join("tasks"),
+            sandbox.state_dir().join("sandboxes"),
+            sandbox.state_dir().join("pods/k8s.io"),
+            sandbox
+                .directory()
+                .join("root/io.containerd.grpc.v1.cri/sandboxes"),
+            sandbox
+                .directory()
+                .join("state/io.containerd.grpc.v1.cri/sandboxes"),
         ];
         for directory in directories {
             traces.extend(

@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: the stage they play on, and the trace a container may leave.
 //! The tests themselves are in `end_to_end/`.
 
+mod controller;
 mod cri;
 mod crowd;
 mod docker;
@@ -11,6 +12,7 @@ mod shim;
 mod stage;
 mod streaming;
 
+pub use controller::Controller;
 pub use cri::{Cri, Executed, Namespaces, Pod};
 pub use crowd::{Crowd, Kind, Stored, raise_open_files};
 pub use docker::{Docker, DockerSetup, runtime_path, runtime_type};

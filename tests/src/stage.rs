@@ -28,10 +28,14 @@ pub enum Scope {
     AnyRuntime,
     /// Ours: it tests what only we promise.
     EmbedshimOnly,
+    /// Ours, without a containerd: a run with another release's does not repeat it.
+    WithoutContainerd,
     /// Ours, on a machine whose cgroups are version 2 and nothing else.
     UnifiedCgroups,
     /// Another containerd than the installed one: it tests the way from one to the other.
     OtherContainerd,
+    /// Ours, with a containerd that has sandbox controllers: 2.0 and newer.
+    ContainerdTwo,
 }
 
 /// One end-to-end test. Its name is the invariant it guards.

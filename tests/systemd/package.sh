@@ -6,7 +6,7 @@ is_installed() {
 
 man_pages_and_completions_are_installed() {
     local page
-    for page in embedshimd embedshimd-keep embedshimd-probe embedshimd-serve embedshimd-upgrade; do
+    for page in embedshimd embedshimd-{config,inspect,keep,metrics,probe,ps,report,serve,status,upgrade,watch}; do
         [ "$(zcat "/usr/share/man/man8/$page.8.gz" | grep -c '^.SH "EXIT STATUS"')" = 1 ]
     done
     bash -n /usr/share/bash-completion/completions/embedshimd
@@ -42,6 +42,23 @@ the_first_container_starts_the_service() {
     [ "$(awk '/processes/ { print $3 }' /proc/$pid/limits)" = unlimited ]
     containers_are_untouched
     exec_works
+    codes_arrive
+}
+
+operators_see_the_daemon_that_systemd_keeps() {
+    start_containers
+    embedshimd status >/run/status
+    grep -q '^kept by *systemd$' /run/status
+    [ "$(embedshimd ps | awk '$2 == "one" { print $4 }')" = running ]
+    embedshimd metrics | grep -q '^embedshim_tasks{state="running"} [1-9]'
+    # At the next sign of life.
+    for _ in $(seq 120); do
+        systemctl show -P StatusText embedshimd.service | grep -q 'serving; tasks: [1-9]' && break
+        sleep 1
+    done
+    systemctl show -P StatusText embedshimd.service | grep -q 'serving; tasks: [1-9]'
+    [ "$(stat --format='%a %U' /run/embedshim/admin.sock /run/embedshim/lives.json)" = $'600 root\n600 root' ]
+    containers_are_untouched
     codes_arrive
 }
 
@@ -92,7 +109,7 @@ removal_and_purge_leave_nothing() {
     dpkg --purge embedshim
     [ ! -e /etc/embedshim ]
     [ -z "$(find /etc/systemd /lib/systemd /var/lib/systemd /usr/bin -name '*embedshim*' -o -name '*shim-embed*')" ]
-    # And anew.
+    # And again.
     dpkg --install new.deb
     run_container --rm $IMAGE again true
 }

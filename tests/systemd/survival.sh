@@ -249,7 +249,7 @@ stop_does_what_the_manual_says() {
     start_containers
     systemctl stop embedshimd.service
     if [ "$(systemd_version)" -ge 254 ]; then
-        # The store is kept; nobody has noticed.
+        # The store is kept; no client has noticed.
         [ "$(systemctl show --property=NFileDescriptorStore --value embedshimd.service)" -gt 0 ]
         systemctl start embedshimd.service
         containers_are_untouched

@@ -17,18 +17,27 @@ const BINARIES: [&str; 2] = ["embedshimd", "containerd-shim-embed-v1"];
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 /// Where each file is here, and in the package. containerd finds the launcher in /usr/bin by its
 /// `PATH`.
-const FILES: [(&str, &str); 8] = [
+const FILES: [(&str, &str); 11] = [
     ("packaging/embedshimd.service", "lib/systemd/system"),
     ("packaging/embedshimd.socket", "lib/systemd/system"),
     ("packaging/config.toml", "etc/embedshim"),
     ("packaging/debian/copyright", "usr/share/doc/embedshim"),
     ("docs/operating.md", "usr/share/doc/embedshim"),
+    ("docs/sandbox.md", "usr/share/doc/embedshim"),
     (
         "packaging/examples/containerd.toml",
         "usr/share/doc/embedshim/examples",
     ),
     (
         "packaging/examples/runtimeclass.yaml",
+        "usr/share/doc/embedshim/examples",
+    ),
+    (
+        "packaging/prometheus/embedshim.rules.yml",
+        "usr/share/doc/embedshim/examples",
+    ),
+    (
+        "packaging/grafana/embedshim.json",
         "usr/share/doc/embedshim/examples",
     ),
     ("packaging/debian/conffiles", "DEBIAN"),
@@ -232,6 +241,19 @@ fn output(command: &mut Command) -> anyhow::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_installed_manual_links_to_nothing_that_is_not_installed() {
+        let manual = fs::read_to_string(workspace().join("docs/operating.md")).unwrap();
+        let links = manual.split("](").skip(1);
+        let links = links.filter_map(|rest| rest.split([')', '#']).next());
+        for link in links.filter(|link| !link.is_empty() && !link.contains("://")) {
+            let is_installed = FILES
+                .iter()
+                .any(|(file, target)| *file == format!("docs/{link}") && target.ends_with(NAME));
+            assert!(is_installed, "{link}");
+        }
+    }
 
     #[test]
     fn what_a_program_is_linked_to_is_read_off_its_headers() {

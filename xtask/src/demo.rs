@@ -16,7 +16,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     machine::prepare()?;
     println!("Building embedshimd (release)...");
     let binaries = products::build(Profile::Release)?;
-    println!("Making an image of busybox and a small program of ours...");
+    println!("Making an image of busybox and a small static program...");
     let image = tempfile::tempdir()?;
     let archive = image::build(image.path())?;
     let sandbox = Sandbox::start(&binaries, EMBEDSHIM, &archive)?;
@@ -115,7 +115,7 @@ impl Demo {
         ours.sort_by_key(|&pid| pid != daemon);
         let (of_daemon, of_keeper) = (pss(daemon)?, pss(keeper)?);
         println!(
-            "   containers: 10   processes of ours: {}   memory (Pss): daemon {of_daemon} kB + keeper {of_keeper} kB = {} kB",
+            "   containers: 10   embedshim processes: {}   memory (Pss): daemon {of_daemon} kB + keeper {of_keeper} kB = {} kB",
             ours.len(),
             of_daemon + of_keeper
         );
@@ -165,7 +165,7 @@ impl Demo {
         Ok(())
     }
 
-    /// How often containerd has told of a shim whose connection has ended, as it does after each
+    /// How often containerd has reported a shim whose connection has ended, as it does after each
     /// deletion, too.
     fn disconnections(&self) -> anyhow::Result<usize> {
         let log = std::fs::read_to_string(self.sandbox.containerd_log())?;

@@ -65,7 +65,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs cargo-fuzz on one target and returns what it told.
+/// Runs cargo-fuzz on one target and returns what it printed.
 fn go(
     fuzz: &Path,
     target: &str,

@@ -1,10 +1,9 @@
 //! `cargo xtask`: everything that is done with this repository goes through here.
 
 mod api;
-mod bench;
 mod deb;
 mod demo;
-mod exit_cost;
+mod dist;
 mod fuzz;
 mod matrix;
 mod package;
@@ -15,7 +14,7 @@ mod tidy;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use testbed::chaos;
+use testbed::{bench, chaos};
 
 /// Builds, tests and demonstrates embedshim
 ///
@@ -45,9 +44,12 @@ enum Command {
     TestSystemd(systemd::Options),
     /// Build the Debian package
     Deb,
+    /// Build what a release has: the Debian package, an archive with install.sh, checksums
+    Dist,
     /// Package the library crates as for a registry; nothing is published
     Package(package::Options),
-    /// Compare with io.containerd.runc.v2: latency of `ctr run`, memory
+    /// Measure embedshim beside other shims and the bare runtime
+    #[command(long_about = bench::ABOUT)]
     Bench(bench::Options),
     /// Fuzz everything that reads from outside: frames, requests, options, files
     Fuzz(fuzz::Options),
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Command::TestMatrix(options) => matrix::run(options),
         Command::TestSystemd(options) => systemd::run(options),
         Command::Deb => deb::run(),
+        Command::Dist => dist::run(),
         Command::Package(options) => package::run(*options),
         Command::Bench(options) => bench::run(options),
         Command::Fuzz(options) => fuzz::run(options),

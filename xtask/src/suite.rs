@@ -25,8 +25,9 @@ const IN_FULL: [(&str, &str); 2] = [
     ("EMBEDSHIM_TEST_DOCKER_RUNS", "200"),
 ];
 
-/// The libbpf-rs loader goes through the conformance suite, too.
-const BOTH_LOADERS: &str = "embedshim-tests/libbpf";
+/// The conformance suite needs it: the libbpf-rs loader goes through it, too. What is shipped does
+/// not have it, nor do the other tests: all of them would be compiled twice.
+pub(crate) const LIBBPF: &str = "embedshim-tests/libbpf";
 
 /// Options of `cargo xtask test`.
 #[derive(Args, Clone, Debug)]
@@ -83,6 +84,9 @@ struct Counts {
 pub(crate) fn set_up() -> anyhow::Result<()> {
     machine::prepare()?;
     fetch_docker(Release::Installed);
+    if let Err(error) = releases::prometheus() {
+        println!("Tests with Prometheus are skipped, because {error:#}");
+    }
     Ok(())
 }
 
@@ -109,15 +113,16 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let is_whole = options.runtime.is_none() && options.containerd.is_none();
     if is_whole && !options.clients && !options.newer_runc {
         fetch_docker(Release::Installed);
-        // The same features as the binaries were built with, or they would be built again without.
-        let features = format!("{BOTH_LOADERS},{}", products::FAILPOINTS);
-        let mut cargo = command(&["--workspace", "--all-targets", "--features", &features]);
-        let targets = count(cargo.arg("--").args(&options.filter))?;
+        let mut cargo = command(&products::DEV_SELECTION);
+        let targets = count(cargo.args(["--all-targets", "--"]).args(&options.filter))?;
+        let mut cargo = command(&products::DEV_SELECTION);
+        cargo.args(["--features", LIBBPF, "--test", "conformance", "--"]);
+        let loader = count(cargo.args(&options.filter))?;
         // Which "all targets" are not.
         let mut cargo = command(&["--workspace", "--doc"]);
         let documentation = count(cargo.arg("--").args(&options.filter))?;
         let outside = count(outside().arg("--").args(&options.filter))?;
-        let sum = targets.plus(documentation).plus(outside);
+        let sum = targets.plus(loader).plus(documentation).plus(outside);
         return verdict(sum.plus(packages(options.filter.as_deref())));
     }
     let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);
@@ -131,7 +136,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let mut table = Vec::new();
     let mut sum = Counts::default();
     for release in options.containerd.unwrap_or(default).releases() {
-        let mut cargo = command(&["--package", "embedshim-tests", "--test", "end_to_end"]);
+        let mut cargo = command(&products::DEV_SELECTION);
+        cargo.args(["--test", "end_to_end"]);
         cargo.env("EMBEDSHIM_TEST_RUNTIME", runtime);
         if options.newer_runc {
             cargo.env("PATH", with_newer_runc()?);
@@ -140,6 +146,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             cargo.env("EMBEDSHIM_TEST_PROGRAMS", programs);
         }
         let version = release.version()?;
+        cargo.env("EMBEDSHIM_TEST_CONTAINERD", &version);
         println!("\ncontainerd {version}, {runtime}");
         // Never that of another release instead.
         let docker = fetch_docker(*release);

@@ -1,6 +1,6 @@
-//! Runs a container from an OCI bundle, ends, and another process tells its exit status afterwards:
-//! nothing of ours runs while the container does, nor when it ends. Needs root, runc, bpffs and the
-//! static busybox in `/bin/busybox` (for `make`).
+//! Runs a container from an OCI bundle, ends, and another process reports its exit status
+//! afterwards: none of them runs while the container does, nor when it ends. Needs root, runc,
+//! bpffs and the static busybox in `/bin/busybox` (for `make`).
 //!
 //! ```console
 //! # cargo build --package embedshim-core --example bundle && cd target/debug/examples
@@ -65,6 +65,7 @@ async fn start(bundle: &Path) -> anyhow::Result<()> {
         },
         checkpoint: None,
         owner: String::new(),
+        sandbox: None,
     };
     node.create(request).await?;
     let pid = node.start(&init).await?;

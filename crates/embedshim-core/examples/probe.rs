@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::bail;
-use embedshim_core::exit::{Backend, Choice, ExitMonitor, Policy, Promise, Report, Survives};
+use embedshim_core::exit::{Backend, Choice, Durability, ExitMonitor, Policy, Report, Survives};
 use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
@@ -37,7 +37,7 @@ async fn main() -> anyhow::Result<()> {
 
     // The error names every backend with its reason.
     let choice = report.choice()?;
-    if report.promise != Promise::Kept {
+    if report.durability != Durability::Always {
         println!("\nA program that must not lose an exit would refuse to start here.");
     }
     let monitor = open(choice, &bpf)?;

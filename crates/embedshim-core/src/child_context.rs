@@ -67,7 +67,8 @@ impl From<ChildContext> for Inherited {
 
 impl ChildContext {
     /// What a shim that this process started would pass on: for a launcher that containerd has
-    /// started. Its score for the OOM killer is one more than ours, as containerd's shims have it.
+    /// started. Its score for the OOM killer is one more than this process's, as for containerd's
+    /// shims.
     /// Changes the umask for a moment, so only a process of one thread may call it.
     pub fn of_launcher() -> Self {
         let mask = umask(Mode::empty());

@@ -3,11 +3,14 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use crate::exit::WatchError;
 use crate::id::InvalidId;
 
 /// What class of failure it is, for the choice of a code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The task, process or cgroup does not exist (any more).
@@ -20,11 +23,12 @@ pub enum ErrorKind {
     InvalidArgument,
     /// We do not do this (yet).
     Unimplemented,
-    /// A limit of ours is reached.
+    /// A limit of embedshim is reached.
     ResourceExhausted,
     /// It took too long.
     DeadlineExceeded,
     /// Everything else; what a plain Go error would be.
+    #[serde(other)]
     Other,
 }
 
@@ -82,7 +86,7 @@ pub enum Error {
     },
     /// The runtime was killed before it said whether it has started this exec, which is not found.
     #[error(
-        "exec {id} may have run: the OCI runtime was killed before it told; it is not started again"
+        "exec {id} may have run: the OCI runtime was killed before it reported; it is not started again"
     )]
     MayHaveRun {
         /// The exec.
@@ -127,7 +131,7 @@ pub enum Error {
     /// A signal could not be delivered.
     #[error("unknown error after kill: {0}")]
     Kill(String),
-    /// A file or directory of ours or of the bundle.
+    /// A file or directory of the state directory or of the bundle.
     #[error("{doing} {path}", path = .path.display())]
     Path {
         /// What was tried, such as "cannot read".
@@ -147,7 +151,7 @@ pub enum Error {
     /// The exit monitor refused the process.
     #[error(transparent)]
     Watch(#[from] WatchError),
-    /// A deadline of ours passed.
+    /// A deadline that embedshim set has passed.
     #[error("{what} took longer than {seconds} s")]
     Deadline {
         /// What took so long.
@@ -155,7 +159,15 @@ pub enum Error {
         /// The limit.
         seconds: u64,
     },
-    /// Something of ours broke, such as a panicked task.
+    /// What the same request was refused with before a restart, which its client was not told.
+    #[error("{text}")]
+    Refused {
+        /// The class of that failure.
+        kind: ErrorKind,
+        /// Its text, with its causes.
+        text: String,
+    },
+    /// A defect in embedshim, such as a panicked task.
     #[error("internal error: {0}")]
     Internal(String),
 }
@@ -175,8 +187,11 @@ impl Error {
             Self::Stdio(e) if e.is_request_fault() => ErrorKind::InvalidArgument,
             Self::Unimplemented(_) => ErrorKind::Unimplemented,
             Self::Watch(WatchError::TableFull { .. })
-            | Self::Stdio(crate::stdio::StdioError::NotKept { .. }) => ErrorKind::ResourceExhausted,
+            | Self::Stdio(crate::stdio::StdioError::NotStored { .. }) => {
+                ErrorKind::ResourceExhausted
+            }
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
+            Self::Refused { kind, .. } => *kind,
             Self::WrongState(_)
             | Self::MayHaveRun { .. }
             | Self::Runtime { .. }
@@ -206,7 +221,7 @@ mod tests {
     struct Outer(#[source] Talkative);
 
     #[test]
-    fn each_cause_is_told_once() {
+    fn each_cause_is_reported_once() {
         let error = Outer(Talkative(io::Error::other("no such level")));
         assert_eq!(
             super::chain(&error),

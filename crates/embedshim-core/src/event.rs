@@ -11,9 +11,10 @@ use crate::stdio::StdioPaths;
 
 /// Who is to hear of every event, at the moment in which it becomes true.
 ///
-/// An event is told before the change that it tells of is durable (but for exits, which are told
-/// again after a restart until their task is deleted): a sink that makes it durable in `accept`
-/// never misses one, and may hear one twice. Called by the runtime's thread, so it must not wait.
+/// An event is emitted before the change that it reports is durable (but for exits, which are
+/// emitted again after a restart until their task is deleted): a sink that makes it durable in
+/// `accept` never misses one, and may hear one twice. Called by the runtime's thread, so it must
+/// not wait.
 pub trait EventSink: fmt::Debug + Send + Sync {
     /// Takes the next event, in order.
     fn accept(&self, event: Event);

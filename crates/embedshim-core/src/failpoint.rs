@@ -34,7 +34,7 @@ mod armed {
     pub fn step(name: &'static str) {
         if LEFT.load(Ordering::Relaxed) > 0 && LEFT.fetch_sub(1, Ordering::Relaxed) == 1 {
             eprintln!("failpoint: {name}");
-            // Not a panic nor an exit: nothing of ours may run any more.
+            // Not a panic nor an exit: no code of this process may run any more.
             let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
         }
     }

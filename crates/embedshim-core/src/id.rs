@@ -1,4 +1,5 @@
-//! Names from outside that become keys and paths: [`Namespace`], [`ContainerId`], [`ExecId`].
+//! Names from outside that become keys and paths: [`Namespace`], [`ContainerId`], [`ExecId`],
+//! [`SandboxId`].
 //! A value of these types is proof that it was checked; nothing else may be joined to a path
 //! (invariant 10).
 
@@ -107,6 +108,26 @@ identifier!(
     ExecId,
     "exec id"
 );
+identifier!(
+    /// The id of a sandbox: a pod.
+    SandboxId,
+    "sandbox id"
+);
+
+/// Which sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SandboxKey {
+    /// Its namespace.
+    pub namespace: Namespace,
+    /// Its id.
+    pub id: SandboxId,
+}
+
+impl fmt::Display for SandboxKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.id)
+    }
+}
 
 /// Which task.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -9,6 +9,7 @@
 //! - An [`ExitMonitor`](exit::ExitMonitor), from one of the `monitor-*` crates, tells the node how
 //!   processes end. It is useful alone, for any [`Process`](process::Process). A status is never
 //!   lost if it promises [`Survives::Everything`](exit::Survives::Everything).
+//! - [`Sandboxes`](sandbox::Sandboxes) has what the containers of a pod share, without a process.
 //!
 //! Nothing is global: a process may have any number of monitors and nodes, and an environment,
 //! signal handlers and children of its own. What concerns the whole process (being a child
@@ -24,6 +25,7 @@ pub mod failpoint;
 pub mod fdstore;
 pub mod id;
 pub mod rootfs;
+pub mod sandbox;
 pub mod stdio;
 pub mod task;
 
@@ -33,7 +35,9 @@ mod child_context;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod kernel_file;
 mod mountinfo;
+mod observer;
 mod program;
 mod reaper;
 mod runtime;
@@ -45,3 +49,4 @@ pub use exit_monitor::process;
 
 pub use child_context::{ChildContext, Inherited};
 pub use error::{Error, ErrorKind, chain};
+pub use observer::Observer;

@@ -6,6 +6,8 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
+use tracing::debug;
+
 /// One line of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MountPoint {
@@ -19,8 +21,10 @@ pub(crate) struct MountPoint {
     pub(crate) options: Vec<String>,
 }
 
-/// Reads the mounts of this process's mount namespace.
+/// Reads the mounts of this process's mount namespace. It takes the longer the more there are, of
+/// all containers of the node: nothing in an ordinary life needs it.
 pub(crate) fn read_mountinfo() -> io::Result<Vec<MountPoint>> {
+    debug!("reading the kernel's list of mounts");
     Ok(parse(&fs::read("/proc/self/mountinfo")?))
 }
 

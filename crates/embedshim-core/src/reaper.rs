@@ -167,7 +167,7 @@ impl Reaper {
         }
     }
 
-    /// The kernel shows only the first zombie without reaping it, so one that is not ours to reap
+    /// The kernel shows only the first zombie without reaping it, so one that has another owner
     /// holds up the others; never for long, since its owner reaps it as soon as its pidfd is
     /// readable.
     fn sweep(&self, head: &mut Option<Head>, watched: &impl Fn(i32) -> bool) -> Next {

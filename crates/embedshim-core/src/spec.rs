@@ -10,6 +10,8 @@ use crate::error::Error;
 
 /// A spec of more than this is no spec.
 const MAX_SPEC: u64 = 16 * 1024 * 1024;
+/// The size of most of them, and more.
+const USUAL: usize = 16 * 1024;
 
 /// What the daemon reads of an OCI runtime spec.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -59,7 +61,7 @@ impl Spec {
                 source,
             }
         };
-        let mut text = Vec::new();
+        let mut text = Vec::with_capacity(USUAL);
         let file = std::fs::File::open(&path).map_err(failed("cannot open the OCI spec"))?;
         file.take(MAX_SPEC)
             .read_to_end(&mut text)
@@ -68,8 +70,8 @@ impl Spec {
     }
 
     /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that
-    /// can't send runc's options (CRI and nerdctl with a runtime type of ours) still write this
-    /// form (`docs/shim-contract.md`, "Options").
+    /// can't send runc's options (CRI and nerdctl with a runtime type that is not runc's) still
+    /// write this form (`docs/shim-contract.md`, "Options").
     pub(crate) fn wants_systemd_cgroup(&self) -> bool {
         let path = &self.linux.cgroups_path;
         !path.starts_with('/') && path.split(':').count() == 3

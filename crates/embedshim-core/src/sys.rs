@@ -1,6 +1,6 @@
 //! What nix does not wrap safely: the only unsafe code of this crate, each block with its reason.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -175,7 +175,7 @@ pub(crate) fn set_window_size(terminal: BorrowedFd<'_>, width: u16, height: u16)
 ///
 /// The child may do no more than what is safe after the fork of a process with threads, and must
 /// not return from its caller.
-unsafe fn fork_unseen(flags: libc::c_int) -> io::Result<libc::pid_t> {
+pub(crate) unsafe fn fork_unseen(flags: libc::c_int) -> io::Result<libc::pid_t> {
     // Not clone3: kernels before 5.3 and many seccomp filters refuse it. The lowest byte of the
     // flags is the exit signal, none.
     let flags = libc::c_ulong::try_from(flags).map_err(io::Error::other)?;
@@ -190,7 +190,7 @@ unsafe fn fork_unseen(flags: libc::c_int) -> io::Result<libc::pid_t> {
 }
 
 /// The wait status of such a child. Blocks until it has ended.
-fn wait_unseen(child: libc::pid_t) -> io::Result<libc::c_int> {
+pub(crate) fn wait_unseen(child: libc::pid_t) -> io::Result<libc::c_int> {
     let mut status = 0;
     loop {
         // SAFETY: the status lives through the call. __WALL because it has no exit signal.
@@ -205,102 +205,13 @@ fn wait_unseen(child: libc::pid_t) -> io::Result<libc::c_int> {
     }
 }
 
-/// Opens a file and sends its descriptor, after `others`, with a text, in a process of its own: a
-/// SIGKILL for this one does not come between the two. Errors are `open`'s or `sendmsg`'s; the
-/// outer one is that of starting the process.
-pub(crate) fn open_and_send(
-    path: &CStr,
-    flags: libc::c_int,
-    socket: BorrowedFd<'_>,
-    text: &[u8],
-    others: &[RawFd],
-) -> io::Result<io::Result<()>> {
-    let count = others.len() + 1;
-    let length = u32::try_from(count * size_of::<RawFd>()).map_err(io::Error::other)?;
-    // SAFETY: plain arithmetic.
-    let space = unsafe { libc::CMSG_SPACE(length) } as usize;
-    // Of words, so that the header in it is aligned.
-    let mut control = vec![0_u64; space.div_ceil(size_of::<u64>())];
-    let mut part = libc::iovec {
-        iov_base: text.as_ptr().cast_mut().cast(),
-        iov_len: text.len(),
-    };
-    // SAFETY: msghdr is plain data for which all zeros are valid.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = space;
-    // SAFETY: the buffer has room for one header with `count` descriptors.
-    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
-    // SAFETY: the header is in the buffer and aligned.
-    let fields = unsafe { &mut *header };
-    fields.cmsg_level = libc::SOL_SOCKET;
-    fields.cmsg_type = libc::SCM_RIGHTS;
-    // SAFETY: plain arithmetic.
-    fields.cmsg_len = unsafe { libc::CMSG_LEN(length) } as usize;
-    // SAFETY: the data follows the header in the buffer.
-    let data: *mut RawFd = unsafe { libc::CMSG_DATA(header) }.cast();
-    for (index, fd) in others.iter().enumerate() {
-        // SAFETY: `index` is below `count`, for which there is room.
-        let place = unsafe { data.add(index) };
-        // SAFETY: the place is in the buffer; it may be unaligned.
-        unsafe { place.write_unaligned(*fd) };
-    }
-    // SAFETY: as above, the last of `count`.
-    let last = unsafe { data.add(count - 1) };
-    let socket = socket.as_raw_fd();
-    // SAFETY: the child makes system calls only, with memory that was prepared before, and ends
-    // without running anything of ours.
-    let child = unsafe { fork_unseen(0) }?;
-    if child == 0 {
-        open_send_and_exit(path, flags, socket, &message, last);
-    }
-    let status = wait_unseen(child)?;
-    Ok(match (libc::WIFEXITED(status), libc::WEXITSTATUS(status)) {
-        (true, 0) => Ok(()),
-        (true, errno) => Err(io::Error::from_raw_os_error(errno)),
-        (false, _) => Err(io::Error::other("the process that opens it was killed")),
-    })
-}
-
-/// In the child: only calls that are safe after the fork of a process with threads.
-fn open_send_and_exit(
-    path: &CStr,
-    flags: libc::c_int,
-    socket: RawFd,
-    message: &libc::msghdr,
-    last: *mut RawFd,
-) -> ! {
-    // SAFETY: a C string that lives through the call.
-    let fd = unsafe { libc::open(path.as_ptr(), flags) };
-    let mut is_done = fd >= 0;
-    if is_done {
-        // SAFETY: a place in the control buffer, which is this process's own copy.
-        unsafe { last.write_unaligned(fd) };
-        // SAFETY: the message and all that it points to live through the call.
-        let sent =
-            unsafe { libc::sendmsg(socket, message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
-        is_done = sent >= 0;
-    }
-    let errno = if is_done {
-        0
-    } else {
-        io::Error::last_os_error()
-            .raw_os_error()
-            .unwrap_or(libc::EIO)
-    };
-    // SAFETY: ends this process without running anything of the parent's.
-    unsafe { libc::_exit(errno) }
-}
-
 /// The first of our zombies, not reaped. nix's `waitid` fails on one that a real-time signal has
 /// killed.
 pub(crate) fn peek_zombie() -> io::Result<Option<i32>> {
     wait(libc::P_ALL, 0, libc::WNOWAIT)
 }
 
-/// Reaps this zombie, if it is one of ours.
+/// Reaps this zombie, if it is a child of this process.
 pub(crate) fn reap_zombie(pid: i32) -> io::Result<Option<i32>> {
     wait(
         libc::P_PID,
@@ -431,7 +342,7 @@ pub(crate) fn map_owners(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) 
     }
 }
 
-/// A process of ours that does nothing in a user namespace of its own, until this is dropped.
+/// A child that does nothing in a user namespace of its own, until this is dropped.
 pub(crate) struct NamespaceHolder(libc::pid_t);
 
 impl NamespaceHolder {
@@ -441,7 +352,7 @@ impl NamespaceHolder {
         // With our table of descriptors, not a copy: no pipe stays open for the moment it lives.
         let flags = libc::CLONE_NEWUSER | libc::CLONE_FILES;
         let parent = std::process::id();
-        // SAFETY: the child makes system calls only, and ends without running anything of ours.
+        // SAFETY: the child makes system calls only, and ends without a destructor or handler.
         match unsafe { fork_unseen(flags) }? {
             0 => wait_for_the_end(parent),
             pid => Ok(Self(pid)),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use embedshim_core::exit::{Backend, Choice, ExitMonitor, Promise, Report};
+use embedshim_core::exit::{Backend, Choice, Durability, ExitMonitor, Report};
 use monitor_bpf::{BpfConfig, BpfMonitor, Loading};
 use monitor_pidfd::PidfdMonitor;
 use monitor_ptrace::PtraceMonitor;
@@ -56,7 +56,7 @@ pub(crate) fn open(config: &Config, state_dir: &Path) -> Result<Arc<dyn ExitMoni
     let choice = report
         .choice()
         .map_err(|none| Failure::new(Code::Unsupported, none))?;
-    if report.promise != Promise::Kept {
+    if report.durability != Durability::Always {
         warn!(backend = %choice.backend, "exits can be lost while the daemon is down");
         for remedy in &report.remedies {
             warn!("to improve: {remedy}");

@@ -13,7 +13,9 @@ Exit codes:
   3  the configuration is not valid
   4  no exit monitor can run on this kernel with these rights
   6  another daemon or keeper works on this state directory
-  7  probe: it would run, but exits can be lost while the daemon is down";
+  7  probe: it would run, but exits can be lost while the daemon is down
+  8  status: the daemon serves, but something needs attention
+  9  no daemon answers";
 
 const KEEP: &str = "\
 Starts `embedshimd serve` and keeps it running: starts it again whenever it ends, and holds its \
@@ -53,6 +55,50 @@ const PROBE: &str = "\
 Tries on this kernel, with the rights of the caller, everything that the exit monitors need. \
 Prints which one the daemon would choose, why, and what would make it better. Changes nothing.";
 
+const STATUS: &str = "\
+Shows what the daemon does: its restarts, its exit monitor, tasks by state, what is stored for a \
+successor, and what waits: events for containerd, calls of the OCI runtime, streams that are \
+not read. What needs attention comes first, and is the exit code.
+
+The daemon answers on STATE_DIR/admin.sock, by HTTP and for root alone, in threads of its own: \
+also while everything else waits. `curl --unix-socket STATE_DIR/admin.sock http://localhost/v1/status` \
+prints the same as `--json`.";
+
+const PS: &str = "\
+Lists the tasks that the daemon serves, those that are being created included. AGE is that of the \
+container's first process, EXECS counts those that were not deleted, MEMORY is what the cgroup is \
+charged with.";
+
+const INSPECT: &str = "\
+Shows all that the daemon knows of one task: bundle, cgroup, streams, execs, calls of the OCI \
+runtime in flight, and how each process ended with the evidence for it: wait (by its parent), bpf, \
+ptrace, zombie, pidfd_info, or none.";
+
+const METRICS: &str = "\
+Prints the metrics as Prometheus reads them: tasks, exits by evidence, durations of requests and of \
+calls of the OCI runtime, events that wait, descriptors, restarts. A scraper gets the same from \
+`[metrics] listen` of the configuration, by TCP and without a password, or from \
+STATE_DIR/admin.sock at /metrics.";
+
+const WATCH: &str = "\
+Waits until all these processes have ended, and prints a line for each: its status as its parent \
+sees it, the time of the exit, and who knows it. As root by a BPF program, which records the exit in \
+the kernel and is gone with this command; otherwise by pidfds, which know the status since Linux \
+6.15. With `--all` it prints every exit on the machine from now on, until it is interrupted. Needs no \
+daemon and changes nothing.";
+
+const CONFIG: &str = "\
+Reads the configuration as a daemon does that starts now. `check` says whether it is valid, and by the \
+exit code 3 that it is not: such a daemon would not start. `show` lists every setting with its value \
+and the line that it is from. A running daemon reads a changed file when it is replaced: by \
+`systemctl restart embedshimd`, or by SIGHUP to the keeper.";
+
+const REPORT: &str = "\
+Writes a tar archive, for root's eyes alone, with the status of the daemon, its tasks and metrics, \
+what the kernel offers, the configuration, versions, the end of the log, and the task records. \
+Environments, arguments, standard streams and mount options of containers are left out; names are \
+not: look through it before you publish it. Works without a daemon, too.";
+
 /// Runs containerd's containers without a shim process for each, and never loses an exit.
 #[derive(Debug, Parser)]
 #[command(name = "embedshimd", version, after_help = EXIT_CODES, max_term_width = 100)]
@@ -72,6 +118,27 @@ pub(crate) enum Command {
     /// Show which exit monitor works here, and what would make it better
     #[command(long_about = PROBE, after_help = EXIT_CODES)]
     Probe(Probe),
+    /// Show what the daemon does, and whether something needs attention
+    #[command(long_about = STATUS, after_help = EXIT_CODES)]
+    Status(Status),
+    /// List the tasks of this node
+    #[command(long_about = PS, after_help = EXIT_CODES)]
+    Ps(Ps),
+    /// Show all that is known of one task
+    #[command(long_about = INSPECT, after_help = EXIT_CODES)]
+    Inspect(Inspect),
+    /// Print what is counted, for Prometheus
+    #[command(long_about = METRICS, after_help = EXIT_CODES)]
+    Metrics(Metrics),
+    /// Say how processes end that are no children of this program
+    #[command(long_about = WATCH, after_help = EXIT_CODES)]
+    Watch(Watch),
+    /// Write an archive with all that a bug report needs
+    #[command(long_about = REPORT, after_help = EXIT_CODES)]
+    Report(Report),
+    /// Check the configuration, or show where each value is from
+    #[command(long_about = CONFIG, after_help = EXIT_CODES)]
+    Config(Config),
     /// Replace the running keeper and daemon by the binary on disk
     #[command(long_about = UPGRADE, after_help = EXIT_CODES)]
     Upgrade(Upgrade),
@@ -102,13 +169,15 @@ pub(crate) struct Serve {
     #[command(flatten)]
     pub(crate) locations: Locations,
     /// Log messages of this level and above: error, warn, info, debug, trace, or a tracing filter
-    #[arg(long, value_name = "LEVEL", env = "EMBEDSHIM_LOG")]
+    #[arg(long, value_name = "LEVEL", env = LOG_VARIABLE)]
     pub(crate) log_level: Option<String>,
     /// The keeper's `--watchdog`, for the case that this process becomes the keeper
     #[arg(long, hide = true, value_name = "SECONDS", env = WATCHDOG_VARIABLE)]
     pub(crate) keeper_watchdog: Option<u64>,
 }
 
+/// The variable that says what is logged.
+pub(crate) const LOG_VARIABLE: &str = "EMBEDSHIM_LOG";
 /// The default of `--watchdog`, in seconds.
 pub(crate) const WATCHDOG: u64 = 30;
 /// The variable that passes `--watchdog` to a daemon and to the next keeper.
@@ -123,7 +192,7 @@ pub(crate) struct Keep {
     pub(crate) locations: Locations,
     /// Log messages of the daemon of this level and above: error, warn, info, debug, trace, or a
     /// tracing filter
-    #[arg(long, value_name = "LEVEL", env = "EMBEDSHIM_LOG")]
+    #[arg(long, value_name = "LEVEL", env = LOG_VARIABLE)]
     pub(crate) log_level: Option<String>,
     /// Kill and restart a daemon that does not say for so long that it is alive; 0 for never
     #[arg(long, value_name = "SECONDS", env = WATCHDOG_VARIABLE, default_value_t = WATCHDOG)]
@@ -161,6 +230,112 @@ pub(crate) struct Probe {
     pub(crate) json: bool,
 }
 
+/// Which daemon is asked, and for whom.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Asked {
+    /// Directory of the daemon's socket
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "EMBEDSHIM_STATE_DIR",
+        value_hint = ValueHint::DirPath,
+        default_value = "/run/embedshim"
+    )]
+    pub(crate) state_dir: PathBuf,
+    /// Print JSON for programs instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    pub(crate) daemon: Asked,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Ps {
+    #[command(flatten)]
+    pub(crate) daemon: Asked,
+    /// List again after so many seconds, until it is interrupted
+    #[arg(long, short, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
+    pub(crate) watch: Option<u64>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Metrics {
+    /// Directory of the daemon's socket
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "EMBEDSHIM_STATE_DIR",
+        value_hint = ValueHint::DirPath,
+        default_value = "/run/embedshim"
+    )]
+    pub(crate) state_dir: PathBuf,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Watch {
+    /// Processes, by their numbers
+    #[arg(
+        value_name = "PID",
+        required_unless_present = "all",
+        conflicts_with = "all"
+    )]
+    pub(crate) pids: Vec<i32>,
+    /// Print every exit on the machine, until it is interrupted (Linux 5.8, root)
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Print a JSON object for each exit instead of a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Config {
+    #[command(subcommand)]
+    pub(crate) command: ConfigCommand,
+    /// Configuration file; without this option, /etc/embedshim/config.toml if it exists
+    #[arg(
+        long = "config",
+        value_name = "FILE",
+        env = "EMBEDSHIM_CONFIG",
+        value_hint = ValueHint::FilePath,
+        global = true
+    )]
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Say whether the configuration is valid
+    Check,
+    /// List every setting, its value and where that is from
+    Show,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Report {
+    #[command(flatten)]
+    pub(crate) locations: Locations,
+    /// File that is created; without this option, in the working directory, named after the time
+    #[arg(long, short, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Inspect {
+    #[command(flatten)]
+    pub(crate) daemon: Asked,
+    /// The container's id
+    #[arg(value_name = "ID")]
+    pub(crate) id: String,
+    /// containerd's namespace; needed if several have this id
+    #[arg(long, short, value_name = "NAME")]
+    pub(crate) namespace: Option<String>,
+}
+
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Documents {
     /// Directory that the files are written into
@@ -194,6 +369,13 @@ mod tests {
         insta::assert_snapshot!("help_serve", help(&["serve"]));
         insta::assert_snapshot!("help_upgrade", help(&["upgrade"]));
         insta::assert_snapshot!("help_probe", help(&["probe"]));
+        insta::assert_snapshot!("help_status", help(&["status"]));
+        insta::assert_snapshot!("help_ps", help(&["ps"]));
+        insta::assert_snapshot!("help_inspect", help(&["inspect"]));
+        insta::assert_snapshot!("help_metrics", help(&["metrics"]));
+        insta::assert_snapshot!("help_watch", help(&["watch"]));
+        insta::assert_snapshot!("help_config", help(&["config"]));
+        insta::assert_snapshot!("help_report", help(&["report"]));
     }
 
     #[test]

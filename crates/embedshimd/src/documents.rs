@@ -29,7 +29,7 @@ const FILES: [(&str, &str); 4] = [
     ("/etc/embedshim/config.toml", "configuration; optional"),
     (
         "/run/embedshim",
-        "state directory: socket, lock, task records",
+        "state directory: sockets, locks, task records",
     ),
     (
         "/run/embedshim/embedshimd.log",
@@ -165,10 +165,17 @@ mod tests {
         assert_eq!(
             pages,
             [
+                "embedshimd-config.8",
+                "embedshimd-inspect.8",
                 "embedshimd-keep.8",
+                "embedshimd-metrics.8",
                 "embedshimd-probe.8",
+                "embedshimd-ps.8",
+                "embedshimd-report.8",
                 "embedshimd-serve.8",
+                "embedshimd-status.8",
                 "embedshimd-upgrade.8",
+                "embedshimd-watch.8",
                 "embedshimd.8"
             ]
         );

@@ -2,14 +2,17 @@
 //! configuration, the choice of an exit monitor. Decides nothing about a container: that is in the
 //! library crates.
 
+mod admin;
 mod backend;
 mod cli;
+mod commands;
 mod config;
 mod daemon;
 mod documents;
 mod keep;
 mod limits;
 mod logging;
+mod metrics;
 mod outcome;
 mod probe;
 mod service_manager;
@@ -38,6 +41,13 @@ fn main() -> ExitCode {
         }
         Command::Serve(options) => daemon::run(options, activation),
         Command::Probe(options) => probe::run(options),
+        Command::Status(options) => commands::status::run(options),
+        Command::Ps(options) => commands::ps::run(options),
+        Command::Inspect(options) => commands::inspect::run(options),
+        Command::Metrics(options) => commands::metrics::run(options),
+        Command::Watch(options) => commands::watch::run(options),
+        Command::Report(options) => commands::report::run(options),
+        Command::Config(options) => commands::config::run(options),
         Command::Upgrade(options) => upgrade::run(options),
         Command::Documents(options) => documents::run(options),
     };

@@ -20,6 +20,10 @@ pub(crate) enum Code {
     AlreadyRunning = 6,
     /// It runs, but an exit can be lost while the daemon is down.
     Partly = 7,
+    /// The daemon serves, and something needs attention.
+    Attention = 8,
+    /// No daemon answers.
+    NoDaemon = 9,
 }
 
 impl Code {
@@ -31,6 +35,8 @@ impl Code {
             Self::Unsupported,
             Self::AlreadyRunning,
             Self::Partly,
+            Self::Attention,
+            Self::NoDaemon,
         ];
         known
             .into_iter()
@@ -69,10 +75,15 @@ impl From<anyhow::Error> for Failure {
 
 /// Prints a line. A reader that has closed its end, as in `| head`, is no failure.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    print_while_read(text).map(drop)
+}
+
+/// Prints a line; false if the reader has closed its end.
+pub(crate) fn print_while_read(text: &str) -> anyhow::Result<bool> {
     let mut stdout = io::stdout().lock();
     let printed = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
     match printed {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        printed => Ok(printed.context("cannot write to stdout")?),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        printed => Ok(printed.context("cannot write to stdout").map(|()| true)?),
     }
 }

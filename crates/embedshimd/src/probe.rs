@@ -1,7 +1,7 @@
 //! `embedshimd probe`: what works on this kernel and what would make it better, as the core's table
 //! or as JSON. Changes nothing.
 
-use embedshim_core::exit::Promise;
+use embedshim_core::exit::Durability;
 
 use crate::backend;
 use crate::cli::Probe;
@@ -18,9 +18,9 @@ pub(crate) fn run(options: &Probe) -> Result<Code, Failure> {
         report.to_string()
     };
     print(text.trim_end())?;
-    Ok(match report.promise {
-        Promise::Kept => Code::Ok,
-        Promise::Partly => Code::Partly,
-        Promise::Unsupported => Code::Unsupported,
+    Ok(match report.durability {
+        Durability::Always => Code::Ok,
+        Durability::WhileDaemonRuns => Code::Partly,
+        Durability::Unsupported => Code::Unsupported,
     })
 }

@@ -1,10 +1,11 @@
 //! The signals that daemon and keeper act on. Owns which ones they are, and that none that was
 //! blocked before this process started stays blocked in a container.
 
+use std::io;
+
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use tokio::signal::unix::{SignalKind, signal};
-use tracing::warn;
+use tokio::signal::unix::{Signal as Received, SignalKind, signal};
 
 /// Those that a keeper reads: children that ended, and what an operator asks for.
 const OF_KEEPER: [Signal; 5] = [
@@ -15,25 +16,53 @@ const OF_KEEPER: [Signal; 5] = [
     Signal::SIGUSR2,
 ];
 
-/// Unblocks all signals: a mask is inherited, and would reach every container.
-pub(crate) fn unblock_all() -> nix::Result<()> {
-    SigSet::empty().thread_set_mask()
+/// What a daemon is asked by a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Request {
+    /// To end (SIGTERM, SIGINT).
+    Leave,
+    /// To make way for another daemon (SIGHUP).
+    MakeWay,
 }
 
-/// Waits until the daemon is asked to leave, by SIGTERM, SIGINT or SIGHUP.
-pub(crate) async fn leave_requested() {
-    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::hangup()),
-    ) else {
-        warn!("cannot listen for SIGTERM, SIGINT and SIGHUP");
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        _ = hangup.recv() => {}
+/// The signals by which a daemon is asked to leave.
+#[derive(Debug)]
+pub(crate) struct Requests {
+    terminate: Received,
+    interrupt: Received,
+    hangup: Received,
+}
+
+/// Lets those signals wait that ask a daemon to leave, and unblocks all others: a mask is inherited
+/// and would reach every container. They come when a daemon [listens](Requests::listen).
+pub(crate) fn hold_back_requests() -> nix::Result<()> {
+    let mut held_back = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        held_back.add(signal);
+    }
+    held_back.thread_set_mask()
+}
+
+impl Requests {
+    /// Listens from now on. Needs a tokio runtime, whose threads are to start afterwards.
+    pub(crate) fn listen() -> io::Result<Self> {
+        let requests = Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        };
+        SigSet::empty().thread_set_mask()?;
+        Ok(requests)
+    }
+
+    /// Completes at the next request.
+    pub(crate) async fn next(&mut self) -> Request {
+        tokio::select! {
+            Some(()) = self.terminate.recv() => Request::Leave,
+            Some(()) = self.interrupt.recv() => Request::Leave,
+            Some(()) = self.hangup.recv() => Request::MakeWay,
+            else => std::future::pending().await,
+        }
     }
 }
 

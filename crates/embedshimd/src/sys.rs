@@ -3,10 +3,22 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// Lets all threads have one heap, not up to eight for each processor, each of which keeps what is
+/// freed in it. For the first steps, before there are other threads.
+#[cfg(target_env = "gnu")]
+pub(crate) fn use_one_heap() {
+    // SAFETY: mallopt(3) with a number; no other thread allocates meanwhile.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Does nothing: other allocators have no such heaps.
+#[cfg(not(target_env = "gnu"))]
+pub(crate) fn use_one_heap() {}
 
 /// Gives freed memory back to the system. Starting reads the kernel's type information (5 MB), and
 /// glibc would keep that much of its heap for as long as the daemon runs.
@@ -41,9 +53,9 @@ pub(crate) fn own(number: RawFd) -> io::Result<OwnedFd> {
 }
 
 /// Lets the reactor wait until this descriptor is readable.
-pub(crate) fn when_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an owned descriptor stays open under the same number as long as its owner lives. The
-    // owner is the returned value, which gives no exclusive reference to it before it deregisters.
+pub(crate) fn when_readable(descriptor: BorrowedFd<'_>) -> io::Result<AsyncFd<BorrowedFd<'_>>> {
+    // SAFETY: a borrowed descriptor stays open under the same number as long as it is borrowed,
+    // and the returned value borrows it.
     unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }
         .map_err(io::Error::from)
 }

@@ -15,7 +15,7 @@ use crate::subject::{Place, Subject, next};
 
 pub(crate) fn checks() -> Vec<Check> {
     let all = checks!(|_| true;
-        thousands_of_ends_at_once_are_each_told_once,
+        thousands_of_ends_at_once_are_each_reported_once,
         all_threads_that_end_at_once_are_one_end,
         strangers_do_not_disturb,
         descriptors_of_others_are_not_kept_open,
@@ -41,14 +41,14 @@ async fn watch_all(monitor: &Arc<dyn ExitMonitor>, family: &Family) {
     }
 }
 
-/// Lets all go, and compares what is told with what their parent says.
+/// Lets all go, and compares what is reported with what their parent says.
 async fn end_all(monitor: &Arc<dyn ExitMonitor>, family: &mut Family) {
     family.let_go();
     let count = family.members.len();
     let mut told = HashMap::new();
     for record in next(monitor, count).await {
         let again = told.insert(record.process, record);
-        assert_eq!(again, None, "told twice");
+        assert_eq!(again, None, "reported twice");
         monitor.confirm(record.process).await.unwrap();
     }
     let verdicts = family.verdicts();
@@ -58,7 +58,7 @@ async fn end_all(monitor: &Arc<dyn ExitMonitor>, family: &mut Family) {
     }
 }
 
-async fn thousands_of_ends_at_once_are_each_told_once(subject: &Arc<dyn Subject>) {
+async fn thousands_of_ends_at_once_are_each_reported_once(subject: &Arc<dyn Subject>) {
     let place = Place::new(subject);
     let monitor = place.open();
     let mut family = Family::new("parent", scaled(5000), &["exit", "#"]);

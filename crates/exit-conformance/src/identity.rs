@@ -14,7 +14,7 @@ pub(crate) fn checks() -> [Check; 4] {
         a_number_that_is_used_again_is_another_process,
         a_number_with_another_start_time_is_another_process,
         of_two_processes_with_one_number_the_living_one_is_taken_over,
-        an_unwatched_process_is_never_told,
+        an_unwatched_process_is_never_reported,
     )
 }
 
@@ -101,7 +101,7 @@ async fn of_two_processes_with_one_number_the_living_one_is_taken_over(subject: 
     }
 }
 
-async fn an_unwatched_process_is_never_told(subject: &Arc<dyn Subject>) {
+async fn an_unwatched_process_is_never_reported(subject: &Arc<dyn Subject>) {
     let place = Place::new(subject);
     let monitor = place.open();
     let mut family = Family::new("parent", 2, &["exit", "2"]);

@@ -12,7 +12,7 @@ use crate::subject::{Place, Subject, next};
 pub(crate) fn checks() -> [Check; 2] {
     checks!(|_| true;
         monitors_in_one_process_tell_their_own_each,
-        a_process_of_two_monitors_is_told_to_both_or_refused,
+        a_process_of_two_monitors_is_reported_to_both_or_refused,
     )
 }
 
@@ -48,7 +48,7 @@ async fn monitors_in_one_process_tell_their_own_each(subject: &Arc<dyn Subject>)
     verdict.check(&next(&late, 1).await[0], late.guarantees(), "late");
 }
 
-async fn a_process_of_two_monitors_is_told_to_both_or_refused(subject: &Arc<dyn Subject>) {
+async fn a_process_of_two_monitors_is_reported_to_both_or_refused(subject: &Arc<dyn Subject>) {
     let places = [Place::new(subject), Place::new(subject)];
     let [first, second] = places.each_ref().map(Place::open);
     let mut family = Family::of_one(&["leader-first"]);

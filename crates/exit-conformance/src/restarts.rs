@@ -14,7 +14,7 @@ pub(crate) fn checks() -> Vec<Check> {
         a_watch_is_taken_over_before_the_exit,
     );
     let pinned = checks!(|subject| subject.keeps_records();
-        an_exit_that_is_not_confirmed_is_told_again,
+        an_exit_that_is_not_confirmed_is_reported_again,
         two_daemons_do_not_see_each_others_processes,
     );
     all.into_iter().chain(pinned).collect()
@@ -80,7 +80,7 @@ async fn a_watch_is_taken_over_before_the_exit(subject: &Arc<dyn Subject>) {
     verdict.check(&record, monitor.guarantees(), "taken over");
 }
 
-async fn an_exit_that_is_not_confirmed_is_told_again(subject: &Arc<dyn Subject>) {
+async fn an_exit_that_is_not_confirmed_is_reported_again(subject: &Arc<dyn Subject>) {
     let place = Place::new(subject);
     let mut family = Family::of_one(&["exit", "9"]);
     let monitor = place.open();
@@ -99,10 +99,10 @@ async fn an_exit_that_is_not_confirmed_is_told_again(subject: &Arc<dyn Subject>)
     monitor.confirm(family.identity()).await.unwrap();
     drop(monitor);
     let monitor = place.open();
-    let forgotten = monitor.adopt(vec![family.identity().into()]).await.unwrap();
+    let adopted = monitor.adopt(vec![family.identity().into()]).await.unwrap();
     assert!(
-        matches!(&forgotten[0], Adopted::Ended(record) if !record.status.is_known()),
-        "{forgotten:?}"
+        matches!(&adopted[0], Adopted::Ended(record) if !record.status.is_known()),
+        "{adopted:?}"
     );
 }
 

@@ -242,7 +242,7 @@ int main(int argc, char **argv)
 	char byte;
 	int i;
 
-	// Whoever runs the tests may have blocked signals.
+	// The process that runs the tests may have blocked signals.
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	self = argv[0];

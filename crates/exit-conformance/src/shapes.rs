@@ -61,7 +61,7 @@ pub(crate) fn checks() -> [Check; 6] {
         every_shape_of_an_exit_is_what_the_parent_sees,
         a_process_in_a_pid_namespace_of_its_own_is_known_by_our_number,
         a_zombie_in_or_out_of_a_pid_namespace_shows_what_its_parent_will_see,
-        an_exit_before_or_during_the_watch_is_told_once,
+        an_exit_before_or_during_the_watch_is_reported_once,
         our_own_children_are_exact_and_reaped,
         a_process_that_is_traced_by_another_is_right_or_refused,
     )
@@ -120,7 +120,7 @@ async fn a_zombie_in_or_out_of_a_pid_namespace_shows_what_its_parent_will_see(
 
 /// The end comes at any moment around the watch: the watch itself reports it, or `next_exits` does
 /// afterwards; exactly one of them does.
-async fn an_exit_before_or_during_the_watch_is_told_once(subject: &Arc<dyn Subject>) {
+async fn an_exit_before_or_during_the_watch_is_reported_once(subject: &Arc<dyn Subject>) {
     let place = Place::new(subject);
     let monitor = place.open();
     for round in 0..150 {
@@ -147,13 +147,13 @@ async fn an_exit_before_or_during_the_watch_is_told_once(subject: &Arc<dyn Subje
         assert_eq!(family.verdicts(), [ExitStatus::Exited(6)]);
         monitor.confirm(record.process).await.unwrap();
         assert!(
-            told_nothing_more(&monitor).await,
-            "round {round}: told twice"
+            reported_nothing_more(&monitor).await,
+            "round {round}: reported twice"
         );
     }
 }
 
-async fn told_nothing_more(monitor: &Arc<dyn exit_monitor::ExitMonitor>) -> bool {
+async fn reported_nothing_more(monitor: &Arc<dyn exit_monitor::ExitMonitor>) -> bool {
     let mut records = Vec::new();
     let more = monitor.next_exits(&mut records);
     let more = tokio::time::timeout(std::time::Duration::from_millis(2), more).await;

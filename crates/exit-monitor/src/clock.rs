@@ -39,9 +39,23 @@ impl BootTime {
 
     /// In ticks, as `/proc/PID/stat` counts.
     pub fn ticks(self) -> u64 {
-        let per_second = rustix::param::clock_ticks_per_second().max(1);
-        self.0 / (1_000_000_000 / per_second).max(1)
+        self.0 / nanoseconds_per_tick()
     }
+
+    /// The beginning of this tick, as `/proc/PID/stat` counts them.
+    pub fn of_ticks(ticks: u64) -> Self {
+        Self(ticks.saturating_mul(nanoseconds_per_tick()))
+    }
+
+    /// How long before this moment `earlier` was; zero if it comes later.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+fn nanoseconds_per_tick() -> u64 {
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    (1_000_000_000 / per_second).max(1)
 }
 
 fn nanoseconds(clock: ClockId) -> u64 {
@@ -62,5 +76,14 @@ mod tests {
         let then = BootTime(BootTime::now().0 - 5_000_000_000);
         let ago = SystemTime::now().duration_since(then.to_wall()).unwrap();
         assert!((4_900..5_500).contains(&ago.as_millis()), "{ago:?}");
+    }
+
+    #[test]
+    fn a_tick_begins_when_it_is_counted() {
+        let now = BootTime::now();
+        let tick = BootTime::of_ticks(now.ticks());
+        assert!(now.since(tick) < Duration::from_secs(1), "{now:?} {tick:?}");
+        assert_eq!(tick.ticks(), now.ticks());
+        assert_eq!(tick.since(BootTime(u64::MAX)), Duration::ZERO);
     }
 }

@@ -24,7 +24,7 @@ pub enum Survives {
     Nothing,
     /// An exit while the daemon is down is known if the pidfd was kept.
     WithDescriptors,
-    /// An exit is recorded though no process of ours is alive.
+    /// An exit is recorded although the daemon is dead.
     Everything,
 }
 
@@ -66,7 +66,7 @@ impl fmt::Display for Survives {
             Self::WithDescriptors => {
                 "an exit while the daemon is down is known if its pidfd is kept"
             }
-            Self::Everything => "an exit is recorded though nothing of ours is alive",
+            Self::Everything => "an exit is recorded while the daemon is dead",
         })
     }
 }

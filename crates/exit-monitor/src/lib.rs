@@ -1,4 +1,5 @@
-//! How processes end, told to a program that is not their parent and may be restarted meanwhile.
+//! How processes end, reported to a program that is not their parent and may be restarted
+//! meanwhile.
 //!
 #![doc = include_str!("../README.md")]
 //!
@@ -26,5 +27,5 @@ pub use guarantees::{Exactness, Guarantees, Survives};
 pub use monitor::{Adopted, Backend, ExitMonitor, Known, WatchError, Watched};
 pub use probe::{Availability, Feature, FeatureState};
 pub use record::{Evidence, ExitRecord};
-pub use report::{Choice, NoBackend, Place, Policy, Promise, Report};
+pub use report::{Choice, Durability, NoBackend, Place, Policy, Report};
 pub use status::{ExitStatus, UnknownReason};

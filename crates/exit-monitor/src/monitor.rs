@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::process::{OpenError, Process, ProcessIdentity};
-use crate::{ExitRecord, Guarantees};
+use crate::{ExitRecord, Guarantees, UnknownReason};
 
 /// Learns how watched processes end, without being their parent.
 ///
@@ -40,7 +40,26 @@ pub trait ExitMonitor: fmt::Debug + Send + Sync + 'static {
     async fn watch(&self, process: Arc<Process>) -> Result<Watched, WatchError>;
 
     /// After a restart: takes over the watches of a predecessor. Answers in the order of `known`.
-    async fn adopt(&self, known: Vec<Known>) -> Result<Vec<Adopted>, WatchError>;
+    ///
+    /// As provided, for monitors that record nothing outside of their process, it watches what
+    /// lives; a process that is gone has ended with an unknown status.
+    async fn adopt(&self, known: Vec<Known>) -> Result<Vec<Adopted>, WatchError> {
+        let mut adopted = Vec::with_capacity(known.len());
+        for known in known {
+            let identity = known.identity;
+            adopted.push(match known.open().map(Arc::new) {
+                Ok(process) => match self.watch(Arc::clone(&process)).await? {
+                    Watched::Armed => Adopted::Armed(process),
+                    Watched::Ended(record) => Adopted::Ended(record),
+                },
+                Err(OpenError::Gone { .. }) => {
+                    Adopted::Ended(ExitRecord::unknown(identity, UnknownReason::Unwatched))
+                }
+                Err(error) => return Err(error.into()),
+            });
+        }
+        Ok(adopted)
+    }
 
     /// Waits for the next exits and appends them to `into`. Cancel-safe. An exit that is not
     /// [confirmed](Self::confirm) is reported again by the next instance's [`adopt`](Self::adopt).

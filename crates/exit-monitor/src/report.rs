@@ -27,8 +27,8 @@ pub struct Report {
     pub backends: Vec<Availability>,
     /// The backends, best first.
     pub ranking: Vec<Place>,
-    /// How well an exit is kept from being lost here.
-    pub promise: Promise,
+    /// When an exit stays known on this machine.
+    pub durability: Durability,
     /// What an administrator can do for more, each once.
     pub remedies: Vec<String>,
 }
@@ -46,14 +46,14 @@ pub struct Place {
     pub why: String,
 }
 
-/// How well "no exit is lost" is kept on this machine.
+/// When an exit stays known on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Promise {
-    /// Whatever is killed.
-    Kept,
-    /// As long as the daemon lives, or its descriptors are kept.
-    Partly,
+pub enum Durability {
+    /// Always, whatever is killed.
+    Always,
+    /// As long as the daemon runs, or a descriptor store has its pidfds.
+    WhileDaemonRuns,
     /// No exit monitor runs.
     Unsupported,
 }
@@ -105,10 +105,10 @@ impl Report {
             why: why(found, place, chosen, policy),
         });
         let ranking = places.collect();
-        let promise = match chosen.map(|chosen| chosen.survives) {
-            None => Promise::Unsupported,
-            Some(Survives::Everything) => Promise::Kept,
-            Some(_) => Promise::Partly,
+        let durability = match chosen.map(|chosen| chosen.survives) {
+            None => Durability::Unsupported,
+            Some(Survives::Everything) => Durability::Always,
+            Some(_) => Durability::WhileDaemonRuns,
         };
         let mut remedies: Vec<String> = Vec::new();
         for remedy in backends.iter().flat_map(|found| &found.remedies) {
@@ -119,7 +119,7 @@ impl Report {
         Self {
             backends,
             ranking,
-            promise,
+            durability,
             remedies,
         }
     }
@@ -206,7 +206,7 @@ mod tests {
         assert_eq!(report.choice().unwrap().backend, Backend::Bpf);
         let order: Vec<_> = report.ranking.iter().map(|place| place.backend).collect();
         assert_eq!(order, [Backend::Bpf, Backend::Pidfd, Backend::Ptrace]);
-        assert_eq!(report.promise, Promise::Kept);
+        assert_eq!(report.durability, Durability::Always);
         assert_eq!(report.remedies, ["mount it"]);
     }
 
@@ -217,7 +217,7 @@ mod tests {
             candidate(Backend::Bpf, Err("bpffs is not mounted")),
         ];
         let report = Report::new(found, Policy::Only(Backend::Bpf));
-        assert_eq!(report.promise, Promise::Unsupported);
+        assert_eq!(report.durability, Durability::Unsupported);
         let refused = report.choice().unwrap_err().to_string();
         assert!(refused.contains("bpffs is not mounted"), "{refused}");
         assert!(

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Availability, Feature, FeatureState, Promise, Report};
+use crate::{Availability, Durability, Feature, FeatureState, Report};
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -45,7 +45,7 @@ impl fmt::Display for Report {
         for remedy in &self.remedies {
             writeln!(f, "- {remedy}")?;
         }
-        writeln!(f, "\n{}", self.promise)
+        writeln!(f, "\n{}", self.durability)
     }
 }
 
@@ -60,11 +60,11 @@ fn width<'a>(cells: impl Iterator<Item = &'a str>, title: &str) -> usize {
     cells.map(str::len).max().unwrap_or(0).max(title.len())
 }
 
-impl fmt::Display for Promise {
+impl fmt::Display for Durability {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Kept => "No exit is lost here, whatever is killed.",
-            Self::Partly => {
+            Self::Always => "No exit is lost here, whatever is killed.",
+            Self::WhileDaemonRuns => {
                 "Exits are known here while the daemon lives; while it is down they can be lost."
             }
             Self::Unsupported => "No exit monitor that the configuration allows can run here.",

@@ -7,7 +7,7 @@
 use std::fs;
 use std::path::Path;
 
-use exit_monitor::{Availability, Backend, Policy, Promise, Report};
+use exit_monitor::{Availability, Backend, Durability, Policy, Report};
 
 fn recorded(name: &str) -> Vec<Availability> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/probes");
@@ -18,18 +18,26 @@ fn recorded(name: &str) -> Vec<Availability> {
 #[test]
 fn every_recorded_kernel_is_told_what_it_can_do() {
     let expected = [
-        ("linux_5_10", Backend::Bpf, Promise::Kept),
-        ("linux_6_12", Backend::Bpf, Promise::Kept),
-        ("linux_7_3", Backend::Bpf, Promise::Kept),
-        ("linux_6_18_without_bpffs", Backend::Bpf, Promise::Partly),
-        ("linux_6_18_unprivileged", Backend::Pidfd, Promise::Partly),
+        ("linux_5_10", Backend::Bpf, Durability::Always),
+        ("linux_6_12", Backend::Bpf, Durability::Always),
+        ("linux_7_3", Backend::Bpf, Durability::Always),
+        (
+            "linux_6_18_without_bpffs",
+            Backend::Bpf,
+            Durability::WhileDaemonRuns,
+        ),
+        (
+            "linux_6_18_unprivileged",
+            Backend::Pidfd,
+            Durability::WhileDaemonRuns,
+        ),
     ];
     for (name, backend, promise) in expected {
         let report = Report::new(recorded(name), Policy::Auto);
         insta::assert_snapshot!(name, report);
         let choice = report.choice().unwrap();
         assert_eq!(
-            (choice.backend, report.promise),
+            (choice.backend, report.durability),
             (backend, promise),
             "{name}"
         );
@@ -43,7 +51,7 @@ fn what_is_asked_for_and_cannot_run_is_refused_in_words() {
         Policy::Only(Backend::Bpf),
     );
     insta::assert_snapshot!("forced", report);
-    assert_eq!(report.promise, Promise::Unsupported);
+    assert_eq!(report.durability, Durability::Unsupported);
     let refusal = report.choice().unwrap_err().to_string();
     assert!(refusal.contains("no permission for BPF"), "{refusal}");
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (MIT OR GPL-2.0-only) */
 /*
- * The kernel types that exit.bpf.c reads, with only the fields it reads. Their offsets here mean nothing: every access
+ * The kernel types that the programs read, with only the fields it reads. Their offsets here mean nothing: every access
  * is relocated at load time against the running kernel's BTF (CO-RE). Checked against 5.10, 6.1, 6.12, 6.16 and 7.3.
  */
 #pragma once
@@ -67,6 +67,7 @@ struct task_struct {
 	struct task_struct *group_leader;
 	struct signal_struct *signal;
 	__u64 start_boottime;
+	char comm[16];
 };
 
 /* The same field under its older name; what follows the three underscores is ignored by CO-RE. */

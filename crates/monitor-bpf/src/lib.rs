@@ -4,6 +4,7 @@
 #![doc = include_str!("../README.md")]
 #![allow(clippy::doc_markdown, reason = "capability names are words here")]
 
+mod all;
 mod clocks;
 mod loader;
 mod maps;
@@ -15,6 +16,7 @@ mod program;
 mod proof;
 mod sys;
 
+pub use all::{AllExits, SeenExit};
 pub use loader::Loader;
 pub use monitor::{BpfConfig, BpfMonitor};
 pub use pins::{pin_dir_for, remove_pins};

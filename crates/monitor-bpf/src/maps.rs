@@ -1,5 +1,5 @@
-//! The two maps as user space sees them: whom to record, and what was recorded. Owns the layout
-//! that `exit.bpf.c` shares; changing it means a new pin directory (see `pins::LAYOUT`).
+//! The two maps as user space sees them: which processes to record, and what was recorded. Owns the
+//! layout that `exit.bpf.c` shares; changing it means a new pin directory (see `pins::LAYOUT`).
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use exit_monitor::BootTime;
@@ -78,8 +78,8 @@ impl Maps {
         })
     }
 
-    /// Forgets a number. What is not there is forgotten already.
-    pub(crate) fn forget(&mut self, number: u32) {
+    /// Removes what is known of a number, if anything is.
+    pub(crate) fn remove(&mut self, number: u32) {
         // First `tracked`, or the program could write a record after it was removed.
         let _ = self.tracked.remove(&number);
         let _ = self.exited.remove(&number);

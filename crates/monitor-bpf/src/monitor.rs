@@ -130,7 +130,7 @@ impl BpfMonitor {
                 kernel = %status,
                 told = %record.status,
                 evidence = ?record.evidence,
-                "two sources disagree on how a process ended; the second counts"
+                "two sources disagree on how a process ended: reporting the second"
             );
         }
         record
@@ -167,7 +167,7 @@ impl State {
                 if let Some(record) = self.maps().record(old) {
                     self.replaced.insert(old, record);
                 }
-                self.maps().forget(number);
+                self.maps().remove(number);
                 self.tracked.remove(&number);
             }
             None => {}
@@ -191,12 +191,12 @@ impl State {
             .or_else(|| self.program.maps.record(identity))
     }
 
-    fn forget(&mut self, identity: ProcessIdentity) {
+    fn untrack(&mut self, identity: ProcessIdentity) {
         self.replaced.remove(&identity);
         let number = number(identity);
         if self.tracked.get(&number) == Some(&identity) {
             self.tracked.remove(&number);
-            self.maps().forget(number);
+            self.maps().remove(number);
         }
     }
 }
@@ -231,7 +231,7 @@ impl ExitMonitor for BpfMonitor {
             Ok(Watched::Armed) => Ok(Watched::Armed),
             Ok(Watched::Ended(record)) => Ok(Watched::Ended(self.improve(record))),
             Err(error) => {
-                self.state().forget(identity);
+                self.state().untrack(identity);
                 Err(error)
             }
         }
@@ -247,7 +247,7 @@ impl ExitMonitor for BpfMonitor {
                 .into_iter()
                 .chain(state.maps().recorded());
             for number in present.collect::<HashSet<_>>().difference(&numbers) {
-                state.maps().forget(*number);
+                state.maps().remove(*number);
             }
             // Of several with one number only the youngest can live, and it may be recorded over
             // the others.
@@ -269,7 +269,7 @@ impl ExitMonitor for BpfMonitor {
                 // Where the pins were lost it is tracked only from here on; where not, this writes
                 // what is there.
                 if let Err(error) = state.track(identity) {
-                    warn!(pid = identity.pid, %error, "its exit is known by other means only");
+                    warn!(pid = identity.pid, %error, "cannot record the exit of a process: other sources report it");
                 }
             }
         }
@@ -291,12 +291,12 @@ impl ExitMonitor for BpfMonitor {
     }
 
     async fn confirm(&self, process: ProcessIdentity) -> Result<(), WatchError> {
-        self.state().forget(process);
+        self.state().untrack(process);
         self.readiness.confirm(process).await
     }
 
     async fn unwatch(&self, process: ProcessIdentity) -> Result<(), WatchError> {
-        self.state().forget(process);
+        self.state().untrack(process);
         self.readiness.unwatch(process).await
     }
 }

@@ -38,7 +38,7 @@ pub enum OpenError {
     /// The kernel refused the program or a map; the message has its reason.
     #[error("the kernel does not take the BPF program")]
     Refused(#[source] LoadError),
-    /// It is attached, and the exit of a child of ours was not recorded.
+    /// It is attached, and the exit of a child of this process was not recorded.
     #[error("exits are not recorded here: {0}")]
     RecordsNothing(String),
     /// A directory or pin below bpffs.
@@ -99,7 +99,7 @@ impl Program {
         let links = links.collect::<Result<_, _>>()?;
         // Until here both were attached and wrote the same: no exit falls between them.
         for old in pins.other_links() {
-            info!(link = %old.display(), "another version of the BPF program is replaced");
+            info!(link = %old.display(), "replacing another version of the BPF program");
             std::fs::remove_file(&old)
                 .map_err(|error| pin_failed("remove the old link", &old, error))?;
         }
@@ -185,10 +185,7 @@ impl Program {
         if maps.capacity() != capacity {
             if maps.tracked().is_empty() {
                 let (from, to) = (maps.capacity(), capacity);
-                info!(
-                    from,
-                    to, "no process is watched: the BPF maps are made again"
-                );
+                info!(from, to, "replacing the BPF maps: no process is watched");
                 pins.remove()
                     .map_err(|error| pin_failed("remove the pins in", pins.directory(), error))?;
                 return Ok(None);
@@ -213,7 +210,7 @@ impl Program {
 }
 
 fn unusable(pins: &Pins, error: &dyn std::error::Error) -> Option<Program> {
-    warn!(%error, pins = %pins.directory().display(), "cannot use what is pinned: attaching again");
+    warn!(%error, pins = %pins.directory().display(), "cannot use the pinned BPF program: attaching another");
     // Or the new links would find their names taken.
     for link in pins.links() {
         let _ = std::fs::remove_file(link);
@@ -229,7 +226,7 @@ fn pin_failed(doing: &'static str, path: &Path, error: impl Into<LoadError>) -> 
     }
 }
 
-fn refused(error: LoadError, has_btf: bool) -> OpenError {
+pub(crate) fn refused(error: LoadError, has_btf: bool) -> OpenError {
     if is_denied(&*error) {
         OpenError::Denied(error)
     } else if !has_btf && !Path::new(OWN_BTF).exists() {

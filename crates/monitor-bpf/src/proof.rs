@@ -1,4 +1,4 @@
-//! Whether exits are recorded: found out with the exit of a child of ours, by the maps, the program
+//! Whether exits are recorded: found out with the exit of a child, by the maps, the program
 //! and the attachment that are in use. Nothing else says that these fit together on this machine
 //! and in these namespaces.
 
@@ -54,7 +54,7 @@ fn try_child(maps: &mut Maps) -> Result<Option<String>, String> {
     let (earliest, begin) = (BootTime::now(), Instant::now());
     drop(child);
     let recorded = maps.record(identity);
-    maps.forget(number(identity));
+    maps.remove(number(identity));
     let Some(recorded) = recorded else {
         return Ok(Some("there was no record".into()));
     };
@@ -80,7 +80,7 @@ fn explain(what: &str) -> String {
     let place = if clocks::is_initial() {
         ""
     } else {
-        "in a time namespace whose offsets (/proc/self/timens_offsets) are not ours or cannot be read, "
+        "in a time namespace whose offsets (/proc/self/timens_offsets) are not those of this process or cannot be read, "
     };
     format!("{place}a child was killed and {what}")
 }

@@ -10,11 +10,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use exit_monitor::BootTime;
-use exit_monitor::process::{OpenError, Process, ProcessIdentity};
-use exit_monitor::{
-    Adopted, Backend, ExitMonitor, ExitRecord, Guarantees, Known, UnknownReason, WatchError,
-    Watched,
-};
+use exit_monitor::process::{Process, ProcessIdentity};
+use exit_monitor::{Backend, ExitMonitor, ExitRecord, Guarantees, WatchError, Watched};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::io::unix::AsyncFd;
@@ -201,24 +198,6 @@ impl ExitMonitor for PidfdMonitor {
         Ok(taken.map_or(Watched::Armed, |process| {
             Watched::Ended(self.record(&process))
         }))
-    }
-
-    async fn adopt(&self, known: Vec<Known>) -> Result<Vec<Adopted>, WatchError> {
-        let mut adopted = Vec::with_capacity(known.len());
-        for known in known {
-            let identity = known.identity;
-            adopted.push(match known.open().map(Arc::new) {
-                Ok(process) => match self.watch(Arc::clone(&process)).await? {
-                    Watched::Armed => Adopted::Armed(process),
-                    Watched::Ended(record) => Adopted::Ended(record),
-                },
-                Err(OpenError::Gone { .. }) => {
-                    Adopted::Ended(ExitRecord::unknown(identity, UnknownReason::Unwatched))
-                }
-                Err(error) => return Err(error.into()),
-            });
-        }
-        Ok(adopted)
     }
 
     async fn next_exits(&self, into: &mut Vec<ExitRecord>) -> Result<(), WatchError> {

@@ -69,7 +69,7 @@ pub fn probe() -> Availability {
         Feature::tried(
             "PIDFD_INFO_EXIT",
             "6.15",
-            "the status of everybody else",
+            "the status of any other process",
             kept,
         ),
     ];

@@ -1,4 +1,5 @@
-//! How an ended process ended, asked of everybody who may know, in the order of their authority.
+//! How an ended process ended, asked of every source that may know, in the order of their
+//! authority.
 
 use std::fs;
 use std::io;
@@ -123,7 +124,7 @@ fn of_zombie(process: &Process) -> Option<i32> {
 
 fn logged(call: &'static str, process: &Process, result: io::Result<Option<i32>>) -> Option<i32> {
     result.unwrap_or_else(|error| {
-        debug!(call, pid = process.identity().pid, %error, "does not tell the exit status");
+        debug!(call, pid = process.identity().pid, %error, "the kernel does not report the exit status");
         None
     })
 }

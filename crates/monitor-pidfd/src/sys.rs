@@ -62,7 +62,7 @@ pub(crate) fn exit_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     }
 }
 
-/// Whom to reap.
+/// Which process to reap.
 #[derive(Clone, Copy)]
 pub(crate) enum Target<'a> {
     /// Since Linux 5.4; before, EINVAL.

@@ -26,7 +26,7 @@ async fn next(monitor: &PidfdMonitor, count: usize) -> Vec<ExitRecord> {
     while records.len() < count {
         tokio::time::timeout(LIMIT, monitor.next_exits(&mut records))
             .await
-            .expect("no exit was told")
+            .expect("no exit was reported")
             .unwrap();
     }
     records
@@ -101,7 +101,7 @@ async fn a_child_has_an_exact_status_and_is_reaped_when_that_is_confirmed() {
         assert_eq!(record.evidence, Evidence::Wait);
         assert!(
             process.signal(0).is_ok(),
-            "its status is lost with us if nobody has written it down"
+            "its status is lost with this process if it is not written down"
         );
         monitor.confirm(record.process).await.unwrap();
         assert!(process.signal(0).is_err(), "it was not reaped");
@@ -152,7 +152,7 @@ async fn a_reaped_process_of_another_parent_is_known_where_the_kernel_keeps_it()
     };
     tokio::time::timeout(LIMIT, reaped)
         .await
-        .expect("nobody reaps orphans here");
+        .expect("no process reaps orphans here");
     let Watched::Ended(record) = monitor.watch(Arc::clone(&foreign.child)).await.unwrap() else {
         panic!("armed for a dead process");
     };
@@ -167,7 +167,7 @@ async fn a_reaped_process_of_another_parent_is_known_where_the_kernel_keeps_it()
 }
 
 #[tokio::test]
-async fn a_watch_twice_is_one_and_an_unwatched_process_is_never_told() {
+async fn a_watch_twice_is_one_and_an_unwatched_process_is_never_reported() {
     let monitor = PidfdMonitor::new().unwrap();
     let mut children = [sleeper(), sleeper()];
     let [watched, unwatched] = [open(children[0].id()), open(children[1].id())];
@@ -193,7 +193,7 @@ async fn a_watch_twice_is_one_and_an_unwatched_process_is_never_told() {
         monitor.next_exits(&mut Vec::new()),
     )
     .await;
-    assert!(silence.is_err(), "an exit was told twice or unasked");
+    assert!(silence.is_err(), "an exit was reported twice or unasked");
 }
 
 #[tokio::test]

@@ -111,7 +111,7 @@ impl ExitMonitor for PtraceMonitor {
             if let Err(why) = self.trace(known.identity).await {
                 warn!(
                     pid = known.identity.pid,
-                    why, "its exit is known by other means only"
+                    why, "cannot trace a process: other sources report its exit"
                 );
             }
         }
@@ -141,7 +141,7 @@ impl ExitMonitor for PtraceMonitor {
     }
 
     async fn confirm(&self, process: ProcessIdentity) -> Result<(), WatchError> {
-        self.tracer.forget(process);
+        self.tracer.untrack(process);
         self.readiness.confirm(process).await
     }
 

@@ -1,4 +1,4 @@
-//! Whether this machine lets us trace, found out by tracing a child of ours.
+//! Whether this machine lets this process trace, found out by tracing a child.
 
 use std::fs;
 use std::io;
@@ -36,7 +36,7 @@ pub fn probe() -> Availability {
         Feature::tried(
             "PTRACE_SEIZE",
             "3.4",
-            "to be told how others' children end",
+            "to learn how others' children end",
             seized,
         ),
         Feature::tried(

@@ -44,8 +44,8 @@ pub(crate) fn detach(tid: i32, signal: i32) -> io::Result<()> {
 
 fn request(request: libc::c_uint, tid: i32, data: i32) -> io::Result<()> {
     let data = libc::c_long::from(data);
-    // SAFETY: none of these requests reads or writes memory of ours: the address is unused, the
-    // data is a number.
+    // SAFETY: none of these requests reads or writes memory of this process: the address is unused,
+    // the data is a number.
     let result = unsafe { libc::ptrace(request, tid, std::ptr::null_mut::<libc::c_void>(), data) };
     if result < 0 {
         return Err(io::Error::last_os_error());
@@ -53,8 +53,7 @@ fn request(request: libc::c_uint, tid: i32, data: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for the next tracee or child of this very thread: those of other threads are not ours to
-/// reap.
+/// Waits for the next tracee or child of this thread. Those of other threads stay unreaped.
 pub(crate) fn wait() -> io::Result<Waited> {
     let mut status = 0;
     let flags = libc::__WALL | libc::__WNOTHREAD | libc::WUNTRACED;

@@ -38,7 +38,7 @@ enum Command {
     Watch(ProcessIdentity, oneshot::Sender<Result<(), Refusal>>),
     Unwatch(ProcessIdentity),
     /// It has ended, and how is known.
-    Forget(ProcessIdentity),
+    Untrack(ProcessIdentity),
     Stop,
 }
 
@@ -127,12 +127,12 @@ impl Tracer {
             .unwrap_or_default()
     }
 
-    /// Forgets a process that has ended. Its end may have been seen by another thread's `waitid`,
-    /// which finds tracees like children.
-    pub(crate) fn forget(&self, identity: ProcessIdentity) {
+    /// Ends the tracking of a process that has ended. Its end may have been seen by `waitid` of
+    /// another thread, which finds tracees like children.
+    pub(crate) fn untrack(&self, identity: ProcessIdentity) {
         if self.shared.processes().remove(&identity).is_some() {
             // There is time until the thread wakes for something else.
-            let _ = self.commands.send(Command::Forget(identity));
+            let _ = self.commands.send(Command::Untrack(identity));
         }
     }
 
@@ -186,15 +186,15 @@ impl Work {
                     self.shared.bell.reset();
                 }
                 Ok(Waited::Ended { pid, .. }) if pid == self.shared.bell.pid() => {
-                    warn!("the process that wakes the tracer was killed: another is started");
+                    warn!("the process that wakes the tracer was killed: starting another");
                     if let Err(error) = self.shared.bell.hang() {
-                        warn!(%error, "the tracer cannot be woken any more");
+                        warn!(%error, "cannot wake the tracer");
                     }
                 }
                 Ok(Waited::Stopped { pid, signal, event }) => self.stopped(pid, signal, event),
                 Ok(Waited::Ended { pid, status }) => self.ended(pid, status),
                 Err(error) => {
-                    warn!(%error, "the tracer thread ends: it cannot wait");
+                    warn!(%error, "cannot wait for tracees: the tracer thread ends");
                     return;
                 }
             }
@@ -206,7 +206,7 @@ impl Work {
                         let _ = reply.send(self.watch(identity));
                     }
                     Ok(Command::Unwatch(identity)) => self.let_go(identity.pid),
-                    Ok(Command::Forget(identity)) => self.forget(identity),
+                    Ok(Command::Untrack(identity)) => self.untrack(identity),
                     Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
                         return self.shared.bell.take_down();
                     }
@@ -228,7 +228,7 @@ impl Work {
             Some(group) if group.identity == identity && !group.is_leaving => return Ok(()),
             Some(group) => {
                 let old = group.identity;
-                self.forget(old);
+                self.untrack(old);
             }
             None => {}
         }
@@ -300,7 +300,7 @@ impl Work {
         Refusal::No(format!("PTRACE_SEIZE of process {pid}: {error}; {why}"))
     }
 
-    fn forget(&mut self, identity: ProcessIdentity) {
+    fn untrack(&mut self, identity: ProcessIdentity) {
         let pid = identity.pid;
         if self
             .groups
@@ -350,7 +350,7 @@ impl Work {
         tolerate("continuing", tid, result);
     }
 
-    /// The main thread's end is told when it is that of the whole process.
+    /// The main thread's end is reported when it is that of the whole process.
     fn ended(&mut self, tid: i32, status: i32) {
         self.threads.remove(&tid);
         let Some(group) = self.groups.remove(&tid) else {

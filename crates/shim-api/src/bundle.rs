@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 const FILE: &str = "embedshim.json";
 /// The most bytes that are read: other programs can write into a bundle, too.
 const MAX_BYTES: u64 = 1024 * 1024;
+/// More than most have.
+const USUAL: usize = 4096;
 
 /// What the launcher and the daemon leave for each other. Fields of later versions are ignored,
 /// missing ones are empty.
@@ -28,6 +30,9 @@ pub struct BundleNote {
     pub runtime: String,
     /// `--root` of the OCI runtime, with the namespace; empty for the default.
     pub runtime_root: String,
+    /// The sandbox of the container, if this daemon is its controller; empty otherwise. No launcher
+    /// was executed for such a container.
+    pub sandbox: String,
     /// What containerd would pass on to a shim: environment, limits, umask and OOM score.
     pub context: ChildContext,
 }
@@ -44,7 +49,7 @@ impl BundleNote {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file?,
         };
-        let mut text = Vec::new();
+        let mut text = Vec::with_capacity(USUAL);
         file.take(MAX_BYTES).read_to_end(&mut text)?;
         serde_json::from_slice(&text)
             .map(Some)

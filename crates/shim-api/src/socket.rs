@@ -3,16 +3,16 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
+use embedshim_core::fdstore::Listener;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt,
     listen as listen_on, socket, sockopt::AcceptConn,
 };
 use nix::sys::stat::{Mode, umask};
-use tokio::net::UnixListener;
 
 /// How many connections can wait to be accepted. containerd connects once for every container when
 /// it starts, and takes a full backlog (EAGAIN at connect) for a dead shim, so this is as much as
@@ -21,12 +21,19 @@ const BACKLOG: i32 = 4096;
 
 /// Listens on `path`, with access for its owner only. A socket on which no process listens is
 /// replaced; if one does, it is an error (`AddrInUse`). Needs a tokio runtime.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    if path.symlink_metadata().is_ok() {
-        if UnixStream::connect(path).is_ok() {
-            return Err(io::ErrorKind::AddrInUse.into());
-        }
-        std::fs::remove_file(path)?;
+pub fn listen(path: &Path) -> io::Result<Listener> {
+    if UnixStream::connect(path).is_ok() {
+        return Err(io::ErrorKind::AddrInUse.into());
+    }
+    Listener::new(replace(path)?)
+}
+
+/// Listens on `path`, with access for its owner only, in the place of what is there: for a caller
+/// that knows that no other process listens. The listener does not block.
+pub fn replace(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
     }
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -38,16 +45,16 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     umask(before);
     bound?;
     listen_on(&fd, Backlog::new(BACKLOG)?)?;
-    UnixListener::from_std(fd.into())
+    Ok(fd.into())
 }
 
 /// Goes on with a listener that a predecessor or systemd has created: it must be that of `path`.
 /// Needs a tokio runtime.
-pub fn resume(listener: OwnedFd, path: &Path) -> io::Result<UnixListener> {
+pub fn resume(listener: OwnedFd, path: &Path) -> io::Result<Listener> {
     if !getsockopt(&listener, AcceptConn)? {
         return Err(io::Error::other("the socket does not listen"));
     }
-    let listener = std::os::unix::net::UnixListener::from(listener);
+    let listener = UnixListener::from(listener);
     let own = listener.local_addr()?;
     if own.as_pathname() != Some(path) || !answers(path) {
         return Err(io::Error::other(format!(
@@ -55,8 +62,7 @@ pub fn resume(listener: OwnedFd, path: &Path) -> io::Result<UnixListener> {
             path.display()
         )));
     }
-    listener.set_nonblocking(true)?;
-    UnixListener::from_std(listener)
+    Listener::new(listener)
 }
 
 /// Whether a socket listens at this path. The file can be that of a daemon that has created the
@@ -71,6 +77,7 @@ fn answers(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -90,10 +97,7 @@ mod tests {
     async fn a_listener_of_another_path_is_not_taken_over() {
         let dir = tempfile::tempdir().unwrap();
         let (path, other) = (dir.path().join("s"), dir.path().join("o"));
-        let kept = |listener: &UnixListener| {
-            use std::os::fd::AsFd;
-            listener.as_fd().try_clone_to_owned().unwrap()
-        };
+        let kept = |listener: &Listener| listener.as_fd().try_clone_to_owned().unwrap();
         let first = listen(&path).unwrap();
         resume(kept(&first), &path).unwrap();
         resume(kept(&first), &other).unwrap_err();
@@ -102,7 +106,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         resume(kept(&first), &path).unwrap_err();
         // Made again by a daemon that died before it was stored.
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        drop(UnixListener::bind(&path).unwrap());
         resume(kept(&first), &path).unwrap_err();
     }
 }

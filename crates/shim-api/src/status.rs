@@ -6,7 +6,12 @@ use ttrpc::{Code, Status};
 /// The status of this error. The text has its causes; and for a class of Go's package `errdefs` its
 /// suffix, by which containerd and its clients recognise it.
 pub fn of(error: &Error) -> Status {
-    let (code, suffix) = match error.kind() {
+    of_kind(error.kind(), &chain(error))
+}
+
+/// The status of a failure of this class.
+pub(crate) fn of_kind(kind: ErrorKind, text: &str) -> Status {
+    let (code, suffix) = match kind {
         ErrorKind::NotFound => (Code::NOT_FOUND, ": not found"),
         ErrorKind::AlreadyExists => (Code::ALREADY_EXISTS, ": already exists"),
         ErrorKind::FailedPrecondition => (Code::FAILED_PRECONDITION, ": failed precondition"),
@@ -17,7 +22,7 @@ pub fn of(error: &Error) -> Status {
         // An error of Go without a class becomes this.
         _ => (Code::UNKNOWN, ""),
     };
-    ttrpc::get_status(code, format!("{}{suffix}", chain(error)))
+    ttrpc::get_status(code, format!("{text}{suffix}"))
 }
 
 /// The status of this error, as [`of`] makes it, for `map_err`.

@@ -97,7 +97,7 @@ impl Options {
     }
 }
 
-/// The same for everybody who asks within this process.
+/// The same for every caller within this process.
 fn fresh_seed() -> u64 {
     static SEED: OnceLock<u64> = OnceLock::new();
     *SEED.get_or_init(|| {

@@ -1,4 +1,4 @@
-//! The test image: static busybox, and a small static program of ours, as an OCI archive made on
+//! The test image: static busybox, and a small static program, as an OCI archive made on
 //! the spot. No registry is ever asked.
 
 use std::fs;

@@ -2,6 +2,7 @@
 //! the programs that we build, an image made on the spot, and a private containerd. Depends on
 //! nothing of the product, so that it can install what building that needs.
 
+pub mod bench;
 pub mod chaos;
 pub mod engines;
 pub mod image;

@@ -34,47 +34,66 @@ pub enum Profile {
 
 /// Builds `embedshimd` and the launcher and returns the directory they are in.
 pub fn build(profile: Profile) -> anyhow::Result<PathBuf> {
-    let features = match profile {
-        Profile::Dev => &["--features", FAILPOINTS][..],
-        Profile::Release => &[],
-    };
-    build_targets("embedshimd", "--bins", features, profile)
+    match profile {
+        Profile::Dev => build_dev(),
+        Profile::Release => {
+            let selection = ["--package", "embedshimd", "--bins"];
+            run_cargo(&selection, "release")?;
+            Ok(directory("release"))
+        }
+    }
 }
 
 /// Builds the examples of the library and returns the directory they are in.
 pub fn build_examples() -> anyhow::Result<PathBuf> {
-    let directory = build_targets("embedshim-core", "--examples", &[], Profile::Dev)?;
-    Ok(directory.join("examples"))
+    Ok(build_dev()?.join("examples"))
 }
 
 /// Builds the programs of the tests and returns the path of one.
 pub fn build_test_program(name: &str) -> anyhow::Result<PathBuf> {
-    let directory = build_targets("embedshim-tests", "--bins", &[], Profile::Dev)?;
-    Ok(directory.join(name))
+    Ok(build_dev()?.join(name))
 }
 
-fn build_targets(
-    package: &str,
-    targets: &str,
-    features: &[&str],
-    profile: Profile,
-) -> anyhow::Result<PathBuf> {
-    let (flag, name) = match profile {
-        Profile::Dev => ("dev", "debug"),
-        Profile::Release => ("release", "release"),
-    };
+/// Selects what tests need in the `dev` profile, for any subcommand of cargo. Cargo compiles a
+/// dependency again for each set of features that the selected packages and their tests want of it;
+/// the whole workspace with examples, which count as tests, is always the same set. What is shipped
+/// is built with its own.
+pub const DEV_SELECTION: [&str; 3] = ["--workspace", "--features", FAILPOINTS];
+
+/// The programs that tests start, but for xtask.
+const DEV_PROGRAMS: [&str; 5] = [
+    "embedshimd",
+    "containerd-shim-embed-v1",
+    "chaos",
+    "crowd",
+    "embedshim-bench",
+];
+
+fn build_dev() -> anyhow::Result<PathBuf> {
+    let mut selection = DEV_SELECTION.to_vec();
+    selection.push("--examples");
+    selection.extend(DEV_PROGRAMS.iter().flat_map(|name| ["--bin", name]));
+    run_cargo(&selection, "dev")?;
+    Ok(directory("debug"))
+}
+
+fn run_cargo(selection: &[&str], profile: &str) -> anyhow::Result<()> {
     let status = cargo()
-        .args(["build", "--quiet", "--package", package, targets])
-        .args(["--profile", flag])
-        .args(features)
+        .args(["build", "--quiet", "--profile", profile])
+        .args(selection)
         .status()
         .context("cannot run cargo")?;
     if !status.success() {
-        bail!("{package} does not build");
+        bail!("the products do not build");
     }
+    Ok(())
+}
+
+/// Where the programs of a profile are.
+fn directory(profile: &str) -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| workspace().join("target"), PathBuf::from);
-    Ok(workspace().join(target).join(name))
+    workspace().join(target).join(profile)
 }
 
 /// Copies a program without its symbols.

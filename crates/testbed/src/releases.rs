@@ -109,6 +109,25 @@ pub fn runc() -> anyhow::Result<PathBuf> {
     Suite::new("runc", "sid").fetch_adapted(&["runc", PATCHELF], &["usr/sbin/runc"])
 }
 
+/// The directory with Prometheus, fetched if it is not there yet. It is never installed: its
+/// package would start a server.
+pub fn prometheus() -> anyhow::Result<PathBuf> {
+    let packages = prometheus_packages().unpack(&["prometheus"])?;
+    Ok(packages.join("usr/bin"))
+}
+
+/// The same if it was fetched before.
+pub fn fetched_prometheus() -> Option<PathBuf> {
+    let packages = prometheus_packages();
+    packages
+        .is_unpacked()
+        .then(|| packages.unpacked().join("usr/bin"))
+}
+
+fn prometheus_packages() -> Suite {
+    Suite::new("prometheus", "bookworm")
+}
+
 /// Packages of another release, beside the system.
 #[derive(Debug)]
 pub struct Suite {

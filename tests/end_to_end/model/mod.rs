@@ -6,7 +6,7 @@ mod machine;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use anyhow::{bail, ensure};
 use containerd_shim_protos::api;
@@ -34,6 +34,8 @@ struct Subject<'a> {
     sandbox: &'a Sandbox,
     listener: &'a Listener,
     id: String,
+    /// How often it was created, and so is to be deleted.
+    creations: AtomicUsize,
 }
 
 impl<'a> Subject<'a> {
@@ -45,6 +47,7 @@ impl<'a> Subject<'a> {
             sandbox,
             listener,
             id,
+            creations: AtomicUsize::new(0),
         })
     }
 
@@ -61,7 +64,9 @@ impl<'a> Subject<'a> {
         };
         note.write(bundle.path())
             .map_err(|error| failed(error.into()))?;
-        self.shim.create(&self.id, bundle.path()).map(drop)
+        self.shim.create(&self.id, bundle.path())?;
+        self.creations.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     fn kill(&self, exec: &str) -> ttrpc::Result<()> {
@@ -305,7 +310,10 @@ fn settled(subject: &Subject<'_>) -> anyhow::Result<Vec<Heard>> {
             .collect()
     };
     until("all events are told", || {
-        Ok(of_it().last().is_none_or(|last| last.topic == "delete"))
+        let told = of_it();
+        let deleted = told.iter().filter(|event| event.topic == "delete");
+        Ok(deleted.count() == subject.creations.load(Ordering::Relaxed)
+            && told.last().is_none_or(|last| last.topic == "delete"))
     })?;
     Ok(of_it())
 }

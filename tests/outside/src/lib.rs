@@ -15,10 +15,10 @@ use std::thread;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use exit_monitor::process::{OpenError, Process, ProcessIdentity, parse_stat_field};
+use exit_monitor::process::{Process, ProcessIdentity, parse_stat_field};
 use exit_monitor::{
-    Adopted, Backend, BootTime, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus,
-    Guarantees, Known, Survives, UnknownReason, WatchError, Watched,
+    Backend, BootTime, Evidence, Exactness, ExitMonitor, ExitRecord, ExitStatus, Guarantees,
+    Survives, UnknownReason, WatchError, Watched,
 };
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -195,24 +195,6 @@ impl ExitMonitor for LookingMonitor {
         }
         processes.watched.insert(identity, process);
         Ok(Watched::Armed)
-    }
-
-    async fn adopt(&self, known: Vec<Known>) -> Result<Vec<Adopted>, WatchError> {
-        let mut adopted = Vec::with_capacity(known.len());
-        for known in known {
-            let identity = known.identity;
-            adopted.push(match known.open().map(Arc::new) {
-                Ok(process) => match self.watch(Arc::clone(&process)).await? {
-                    Watched::Armed => Adopted::Armed(process),
-                    Watched::Ended(record) => Adopted::Ended(record),
-                },
-                Err(OpenError::Gone { .. }) => {
-                    Adopted::Ended(ExitRecord::unknown(identity, UnknownReason::Unwatched))
-                }
-                Err(error) => return Err(error.into()),
-            });
-        }
-        Ok(adopted)
     }
 
     async fn next_exits(&self, into: &mut Vec<ExitRecord>) -> Result<(), WatchError> {

@@ -9,11 +9,12 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::suite::LIBBPF;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use testbed::image;
 use testbed::machine::find_on_path;
-use testbed::products::{cargo, strip, workspace};
+use testbed::products::{DEV_SELECTION, cargo, strip, workspace};
 
 /// The first program. It leaves the initial root, from which runc's `pivot_root(2)` is refused.
 const INIT: &str = "#!/bin/busybox sh
@@ -110,15 +111,8 @@ fn write_program(path: &Path, text: &str) -> anyhow::Result<()> {
 /// The test programs, by the names of their suites.
 fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
     let mut cargo = cargo();
-    cargo.args([
-        "test",
-        "--quiet",
-        "--package",
-        "embedshim-tests",
-        "--features",
-        "libbpf",
-        "--no-run",
-    ]);
+    cargo.args(["test", "--quiet", "--no-run"]);
+    cargo.args(DEV_SELECTION).args(["--features", LIBBPF]);
     cargo.args([
         "--test",
         "conformance",

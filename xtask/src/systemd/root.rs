@@ -1,6 +1,6 @@
 //! The guest's root file system: a minimal Debian with systemd, containerd and runc by mmdebstrap,
-//! packed as the kernel unpacks it. Kept until what it is made of changes; has nothing of ours in
-//! it.
+//! packed as the kernel unpacks it. Kept until what it is made of changes; has nothing of embedshim
+//! in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! `cargo xtask tidy`: what lints can't check. Every rule is a function that lists its violations.
 
 mod imports;
+mod references;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,14 +14,15 @@ use testbed::products::{cargo, workspace};
 use crate::api;
 use crate::package::is_published;
 
-/// Which crates of ours each may depend on (ARCHITECTURE.md, "The crates").
-const ARROWS: [(&str, &[&str]); 11] = [
+/// Which crates of the workspace each may depend on (ARCHITECTURE.md, "The crates").
+const ARROWS: [(&str, &[&str]); 13] = [
     ("exit-monitor", &[]),
     ("exit-conformance", &["exit-monitor"]),
     ("embedshim-core", &["exit-monitor"]),
     ("monitor-bpf", &["exit-monitor"]),
     ("monitor-pidfd", &["exit-monitor"]),
     ("monitor-ptrace", &["exit-monitor"]),
+    ("sandbox-api", &["embedshim-core"]),
     ("shim-api", &["embedshim-core"]),
     (
         "embedshimd",
@@ -29,10 +31,12 @@ const ARROWS: [(&str, &[&str]); 11] = [
             "monitor-bpf",
             "monitor-pidfd",
             "monitor-ptrace",
+            "sandbox-api",
             "shim-api",
         ],
     ),
     ("testbed", &[]),
+    ("embedshim-bench", &["testbed"]),
     ("xtask", &["testbed"]),
     (
         "embedshim-tests",
@@ -58,7 +62,7 @@ const PACKAGE_FIELDS: [&str; 6] = [
     "categories",
 ];
 /// What every checkout must have.
-const DOCUMENTS: [&str; 15] = [
+const DOCUMENTS: [&str; 18] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
@@ -66,11 +70,14 @@ const DOCUMENTS: [&str; 15] = [
     "SECURITY.md",
     "LICENSE",
     "deny.toml",
+    "docs/benchmarks.md",
     "docs/contract.md",
     "docs/decisions.md",
     "docs/exit-status.md",
     "docs/library.md",
     "docs/operating.md",
+    "docs/security.md",
+    "docs/sandbox.md",
     "docs/shim-contract.md",
     "docs/survival.md",
     "docs/testing.md",
@@ -97,6 +104,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     }
     justified_dependencies(&mut violations)?;
     imports::check(&workspace().join("crates"), &mut violations)?;
+    references::check(&workspace(), &mut violations)?;
     let mut all = String::new();
     for file in sources(&workspace())? {
         let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;

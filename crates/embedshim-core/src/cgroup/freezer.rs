@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::Cgroup;
+use crate::kernel_file;
 
 const STATE: &str = "freezer.state";
 const THAWED: &str = "THAWED";
@@ -16,7 +17,7 @@ impl Cgroup {
         let mut to_visit: Vec<PathBuf> = self.freezer().map(Path::to_owned).into_iter().collect();
         while let Some(directory) = to_visit.pop() {
             if is_frozen(&directory) {
-                // It is gone, or a cgroup above it is frozen, which is not ours.
+                // It is gone, or a cgroup above it is frozen, which stays as it is.
                 let _ = fs::write(directory.join(STATE), THAWED);
             }
             let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
@@ -54,7 +55,7 @@ impl Cgroup {
 
 /// Frozen or about to be, by itself or by a cgroup above it.
 fn is_frozen(directory: &Path) -> bool {
-    fs::read_to_string(directory.join(STATE)).is_ok_and(|state| state.trim() != THAWED)
+    kernel_file::read(directory.join(STATE)).is_ok_and(|state| state.trim() != THAWED)
 }
 
 #[cfg(test)]

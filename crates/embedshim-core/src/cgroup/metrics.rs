@@ -9,6 +9,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{Cgroup, CgroupError};
+use crate::kernel_file;
 
 /// Files of v1 worth reading, by controller.
 const V1: [(&str, &[&str]); 5] = [
@@ -141,7 +142,7 @@ impl Metrics {
                         metrics.read_file(directory, file);
                     }
                     if controller == "cpuacct" {
-                        let text = fs::read_to_string(directory.join("cpuacct.usage_percpu"))
+                        let text = kernel_file::read(directory.join("cpuacct.usage_percpu"))
                             .unwrap_or_default();
                         metrics.per_cpu = text.split_whitespace().filter_map(number).collect();
                     }
@@ -153,7 +154,7 @@ impl Metrics {
 
     /// A file that is missing belongs to a controller or kernel that does not count this.
     fn read_file(&mut self, directory: &Path, file: &str) {
-        if let Ok(text) = fs::read_to_string(directory.join(file)) {
+        if let Ok(text) = kernel_file::read(directory.join(file)) {
             self.parse(file, &text);
         }
     }

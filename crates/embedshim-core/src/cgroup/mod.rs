@@ -3,6 +3,7 @@
 //! configures one, the runtime does.
 
 mod freezer;
+mod hierarchies;
 mod metrics;
 mod oom;
 
@@ -10,6 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -20,10 +22,13 @@ use serde::{Deserialize, Serialize};
 pub use metrics::{DeviceCounter, Metrics};
 pub(crate) use oom::OomWatcher;
 
-use crate::mountinfo::{MountPoint, read_mountinfo};
+use crate::kernel_file;
+use crate::mountinfo::MountPoint;
 
 /// The v1 controllers whose cgroups are worth asking for a container's processes, best first.
 const FOR_PROCESSES: [&str; 5] = ["pids", "memory", "devices", "freezer", "cpu"];
+/// Where the mounts are told of.
+const MOUNTS: &str = "/proc/self/mountinfo";
 /// How long processes may take to die.
 const KILL: Duration = Duration::from_secs(2);
 const KILL_PAUSE: Duration = Duration::from_millis(10);
@@ -71,8 +76,7 @@ pub(crate) enum CgroupError {
 impl Cgroup {
     /// Finds the cgroup of a container by its init. Blocks on procfs.
     pub(crate) fn of_process(pid: i32) -> Result<Self, CgroupError> {
-        let mounts = Self::read("/proc/self/mountinfo", |_| read_mountinfo())?;
-        let found = Self::at(&pid.to_string(), &mounts)?.ok_or(CgroupError::None { pid })?;
+        let (found, mounts) = Self::find(pid)?;
         let own = Self::at("self", &mounts)?;
         let directory = found.directory().ok_or(CgroupError::None { pid })?;
         let is_root = mounts.iter().any(|mount| mount.path == directory);
@@ -87,13 +91,25 @@ impl Cgroup {
 
     /// The cgroup that a process is in, perhaps with others.
     fn containing(pid: i32) -> Result<Self, CgroupError> {
-        let mounts = Self::read("/proc/self/mountinfo", |_| read_mountinfo())?;
-        Self::at(&pid.to_string(), &mounts)?.ok_or(CgroupError::None { pid })
+        Self::find(pid).map(|(found, _)| found)
+    }
+
+    /// By the mounts that are known; if it is not there, by those of now.
+    fn find(pid: i32) -> Result<(Self, Arc<[MountPoint]>), CgroupError> {
+        let process = pid.to_string();
+        let is_there = |found: &Self| found.directory().is_some_and(Path::is_dir);
+        let mounts = Self::read(MOUNTS, |_| hierarchies::known())?;
+        if let Some(found) = Self::at(&process, &mounts)?.filter(is_there) {
+            return Ok((found, mounts));
+        }
+        let mounts = Self::read(MOUNTS, |_| hierarchies::read())?;
+        let found = Self::at(&process, &mounts)?.ok_or(CgroupError::None { pid })?;
+        Ok((found, mounts))
     }
 
     fn at(process: &str, mounts: &[MountPoint]) -> Result<Option<Self>, CgroupError> {
         let text = Self::read(&format!("/proc/{process}/cgroup"), |path| {
-            fs::read_to_string(path)
+            kernel_file::read(path)
         })?;
         Ok(locate(&text, mounts))
     }
@@ -103,6 +119,21 @@ impl Cgroup {
             path: path.into(),
             source,
         })
+    }
+
+    /// The directory that lists its processes, for people.
+    pub(crate) fn path(&self) -> Option<PathBuf> {
+        self.directory().map(Path::to_owned)
+    }
+
+    /// The memory that is charged to it; `None` where that is not counted. Blocks on the cgroup
+    /// file system.
+    pub(crate) fn memory_used(&self) -> Option<u64> {
+        let file = match self {
+            Self::V1(controllers) => controllers.get("memory")?.join("memory.usage_in_bytes"),
+            Self::V2(path) => path.join("memory.current"),
+        };
+        fs::read_to_string(file).ok()?.trim().parse().ok()
     }
 
     /// The directory that lists its processes.
@@ -121,7 +152,7 @@ impl Cgroup {
         let mut pids = Vec::new();
         let mut to_visit: Vec<PathBuf> = self.directory().map(Path::to_owned).into_iter().collect();
         while let Some(directory) = to_visit.pop() {
-            match fs::read_to_string(directory.join("cgroup.procs")) {
+            match kernel_file::read(directory.join("cgroup.procs")) {
                 Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
                 Err(e) if is_gone(&e) => continue,
                 // A threaded v2 cgroup has no list of processes; those are in its parent's.
@@ -174,12 +205,9 @@ impl Cgroup {
     /// hierarchy. Only what is empty, or will be within 2 s: the runtime's own process ends when it
     /// finds itself alone. Blocks.
     pub(crate) fn remove_left(path: &Path) -> io::Result<()> {
-        let mounts = read_mountinfo()?;
+        let mounts = hierarchies::known()?;
         let give_up = Instant::now() + KILL;
-        for mount in mounts
-            .iter()
-            .filter(|mount| mount.kind.starts_with("cgroup"))
-        {
+        for mount in mounts.iter() {
             let Some(directory) = below(mount, path).filter(|found| *found != mount.path) else {
                 continue;
             };
@@ -268,7 +296,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A v1 cgroup of our own in the given controllers, removed with everything in it.
+    /// A v1 cgroup of the test in the given controllers, removed with everything in it.
     pub(crate) struct Own {
         pub(crate) cgroup: Cgroup,
         child: Option<Child>,
@@ -277,7 +305,7 @@ pub(crate) mod tests {
     impl Own {
         pub(crate) fn new(name: &str) -> Self {
             let name = format!("embedshim-test-{name}-{}", std::process::id());
-            let mounts = read_mountinfo().unwrap();
+            let mounts = hierarchies::read().unwrap();
             let mut controllers = BTreeMap::new();
             for controller in ["pids", "memory"] {
                 let mount = mounts

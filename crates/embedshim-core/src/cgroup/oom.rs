@@ -18,6 +18,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::Cgroup;
 use super::metrics::keyed;
+use crate::kernel_file;
 use crate::sys;
 
 /// The token of the inotify instance in the epoll set; the others are the callers', which count
@@ -44,7 +45,7 @@ impl Cgroup {
     /// `None` if the kernel does not tell. Blocks.
     pub(crate) fn oom_kills(&self) -> Option<u64> {
         let (directory, file) = self.oom_file()?;
-        keyed(&fs::read_to_string(directory.join(file)).ok()?, "oom_kill")
+        keyed(&kernel_file::read(directory.join(file)).ok()?, "oom_kill")
     }
 
     /// The file that counts OOM kills.
@@ -182,7 +183,7 @@ mod tests {
     use crate::cgroup::tests::Own;
 
     #[tokio::test]
-    async fn an_oom_kill_is_told_and_counted() {
+    async fn an_oom_kill_is_reported_and_counted() {
         let mut own = Own::new("oom");
         fs::write(own.path("memory").join("memory.limit_in_bytes"), "8M").unwrap();
         let watcher = OomWatcher::new().unwrap();
@@ -190,7 +191,7 @@ mod tests {
         assert_eq!(own.cgroup.oom_kills(), Some(0));
         own.run("exec head -c 64m /dev/zero | tail");
         let told = tokio::time::timeout(Duration::from_secs(30), watcher.next()).await;
-        assert_eq!(told.expect("no OOM was told"), 7);
+        assert_eq!(told.expect("no OOM was reported"), 7);
         own.wait();
         assert!(own.cgroup.oom_kills().unwrap() >= 1);
         watcher.unwatch(7);

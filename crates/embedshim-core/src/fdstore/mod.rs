@@ -2,17 +2,25 @@
 //! names they are stored under, and [`InheritedFds`], what a predecessor has stored. Owns the
 //! names; how a store is spoken to is its implementation's.
 
+mod intake;
+mod listener;
+mod peek;
 mod process_fds;
 mod queue;
 mod role;
 mod stream_fd;
+mod sys;
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
+pub use intake::Intake;
+pub use listener::{Listener, Waiting, accept};
+pub(crate) use peek::peek;
 pub(crate) use process_fds::ProcessFds;
 pub(crate) use role::FdRole;
 pub(crate) use stream_fd::StreamFd;
@@ -26,10 +34,10 @@ use crate::process::ProcessIdentity;
 pub trait FdStore: fmt::Debug + Send + Sync {
     /// Stores duplicates of these descriptors, beside what is stored under this name already. An
     /// error means that none of them is stored.
-    fn keep(&self, name: &FdName, descriptors: &[BorrowedFd<'_>]) -> io::Result<()>;
+    fn add(&self, name: &FdName, descriptors: &[BorrowedFd<'_>]) -> io::Result<()>;
 
     /// Closes everything that is stored under this name.
-    fn forget(&self, name: &FdName) -> io::Result<()>;
+    fn remove(&self, name: &FdName) -> io::Result<()>;
 
     /// The end of this process is durable. The store's process may have it as a zombie, inherited
     /// from a daemon that died, and a zombie keeps the init of its pid namespace from ending: it
@@ -45,9 +53,31 @@ pub trait FdStore: fmt::Debug + Send + Sync {
         Ok(Vec::new())
     }
 
+    /// Whether the store's process gets what was stored, also if this one dies now. True as well if
+    /// that process does not read, since that can last.
+    fn is_settled(&self) -> bool {
+        true
+    }
+
+    /// A part of what a predecessor has left is taken over. Where the store's process limits how
+    /// long a start takes, it counts from here again.
+    fn start_goes_on(&self) {}
+
     /// Whether a successor gets what is stored here.
     fn is_durable(&self) -> bool {
         true
+    }
+}
+
+/// The longest that [`settle`] waits, if others store without pause.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// Waits until the store's process gets what was stored, also if this one dies. That takes no time
+/// but for a burst, and ends soon where that process does not read; after 2 s in any case.
+pub async fn settle(store: &dyn FdStore) {
+    let give_up = Instant::now() + SETTLE;
+    while !store.is_settled() && Instant::now() < give_up {
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
@@ -56,11 +86,11 @@ pub trait FdStore: fmt::Debug + Send + Sync {
 pub struct NoFdStore;
 
 impl FdStore for NoFdStore {
-    fn keep(&self, _: &FdName, _: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn add(&self, _: &FdName, _: &[BorrowedFd<'_>]) -> io::Result<()> {
         Ok(())
     }
 
-    fn forget(&self, _: &FdName) -> io::Result<()> {
+    fn remove(&self, _: &FdName) -> io::Result<()> {
         Ok(())
     }
 
@@ -79,6 +109,12 @@ impl FdStore for NoFdStore {
 pub enum FdName {
     /// The socket that containerd connects to: `listener`.
     Listener,
+    /// The socket of the sandbox controller: `sandbox-listener`.
+    SandboxListener,
+    /// The end that is read of the queue of accepted connections ([`Intake`]): `intake`.
+    Intake,
+    /// Its other end: `intake-sender`.
+    IntakeSender,
     /// A connection, by a number that is never used again: `c/` and the number to the base of 36.
     Connection(u64),
     /// An answer on this connection that is not sent as a whole yet: `a/` and its number.
@@ -99,6 +135,9 @@ impl fmt::Display for FdName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (kind, mut rest) = match self {
             Self::Listener => return f.write_str("listener"),
+            Self::SandboxListener => return f.write_str("sandbox-listener"),
+            Self::Intake => return f.write_str("intake"),
+            Self::IntakeSender => return f.write_str("intake-sender"),
             Self::Connection(number) => ("c/", *number),
             Self::Answer(number) => ("a/", *number),
             Self::Process(number) => ("p/", *number),
@@ -129,6 +168,9 @@ impl FromStr for FdName {
         let number = |digits: &str| u64::from_str_radix(digits, BASE).map_err(|_| invalid());
         let name = match text.split_once('/') {
             None if text == "listener" => Self::Listener,
+            None if text == "sandbox-listener" => Self::SandboxListener,
+            None if text == "intake" => Self::Intake,
+            None if text == "intake-sender" => Self::IntakeSender,
             Some(("c", digits)) => Self::Connection(number(digits)?),
             Some(("a", digits)) => Self::Answer(number(digits)?),
             Some(("p", digits)) => Self::Process(number(digits)?),
@@ -191,7 +233,13 @@ impl InheritedFds {
         numbers.into_iter().filter_map(take).collect()
     }
 
-    /// The names of what is left, for the store to forget; the descriptors are closed.
+    /// All that is stored, each with its name.
+    pub fn into_all(self) -> impl Iterator<Item = (FdName, OwnedFd)> {
+        let named = |(name, fds): (FdName, Vec<OwnedFd>)| fds.into_iter().map(move |fd| (name, fd));
+        self.0.into_iter().flat_map(named)
+    }
+
+    /// The names of what is left, for the store to remove; the descriptors are closed.
     pub fn close_rest(self) -> Vec<FdName> {
         self.0.into_keys().collect()
     }
@@ -254,7 +302,7 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_one_name_or_none(text in "(listener|(a|c|p|x)(/[0-9a-z.:]{1,20}){0,2})") {
+        fn any_text_is_one_name_or_none(text in "(listener|sandbox-listener|(a|c|p|x)(/[0-9a-z.:]{1,20}){0,2})") {
             if let Ok(name) = text.parse::<FdName>() {
                 prop_assert_eq!(name.to_string(), text);
             }

@@ -11,7 +11,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
@@ -19,10 +19,11 @@ use tracing::warn;
 use super::queue::{Emptied, Outdated, Queue, Request, Set};
 use super::role::FdRole;
 use super::stream_fd::{StreamFd, off_the_reactor};
+use super::sys::Source;
 use super::{FdName, FdStore, InheritedFds};
 use crate::failpoint;
 
-/// The descriptors of one process. Clones are of the same set. Dropping it forgets nothing, since
+/// The descriptors of one process. Clones are of the same set. Dropping it removes nothing, since
 /// that is also what the end of a daemon looks like.
 #[derive(Clone, Debug)]
 pub(crate) struct ProcessFds {
@@ -68,7 +69,7 @@ impl ProcessFds {
             }
             Err(error) => {
                 warn!(name = %self.name(), %error, "cannot read the stored descriptors of a process");
-                let _ = self.store.forget(&self.name());
+                let _ = self.store.remove(&self.name());
             }
         }
     }
@@ -94,38 +95,58 @@ impl ProcessFds {
 
     /// Adds descriptors, each in the place of the one that has its role. On failure the set is what
     /// it was.
-    pub(crate) fn keep(
+    pub(crate) fn insert(
         &self,
         descriptors: impl IntoIterator<Item = (FdRole, StreamFd)>,
     ) -> io::Result<()> {
         self.add(descriptors, true)
     }
 
-    /// Opens a file and keeps it, with no instant between the two: that its end is open is noticed
+    /// Opens a file and stores it, with no instant between the two: that its end is open is noticed
     /// by the client that waits for it, and it must not be closed again by the death of this
     /// daemon. The first error is that of opening. Blocks.
-    pub(crate) fn open_and_keep(
+    pub(crate) fn open_and_insert(
         &self,
         role: FdRole,
         path: &CStr,
         flags: libc::c_int,
     ) -> io::Result<io::Result<()>> {
+        self.obtain(role, Source::File(path, flags))
+            .map(|obtained| obtained.map(drop))
+    }
+
+    /// Accepts a connection and stores it, with no instant between the two: its peer may have
+    /// sent and gone. The first error is that of accepting, `WouldBlock` if no connection waits.
+    /// Needs a stored set.
+    pub(crate) fn accept_and_insert(
+        &self,
+        role: FdRole,
+        listener: BorrowedFd<'_>,
+    ) -> io::Result<io::Result<StreamFd>> {
+        self.obtain(role, Source::Listener(listener))
+    }
+
+    fn obtain(&self, role: FdRole, source: Source<'_>) -> io::Result<io::Result<StreamFd>> {
         let mut state = self.state();
         let left_to = state.left_to;
         let Some(queue) = state.queue.clone() else {
             return Err(io::Error::other("nothing is stored yet"));
         };
-        if let Err(error) = queue.open_and_send(&state.set, role, left_to, path, flags)? {
-            return Ok(Err(error));
-        }
+        let obtained = match queue.obtain_and_send(&state.set, role, left_to, source) {
+            Ok(obtained) => obtained,
+            Err(error) => return Ok(Err(error)),
+        };
+        obtained.sent?;
         queue.outdate();
         queue.drop_outdated();
-        let (_, set, _) = queue.peek()?;
-        let opened = set.into_iter().find(|(known, _)| *known == role);
-        state
-            .set
-            .push(opened.ok_or_else(|| io::Error::other("what was opened is not there"))?);
-        Ok(Ok(()))
+        let descriptor = StreamFd::new(obtained.descriptor);
+        state.set.push((role, descriptor.clone()));
+        Ok(Ok(descriptor))
+    }
+
+    /// Waits until the set outlives this daemon.
+    pub(crate) async fn settle(&self) {
+        super::settle(self.store.as_ref()).await;
     }
 
     /// Whether anything is stored.
@@ -133,10 +154,9 @@ impl ProcessFds {
         self.state().queue.is_some()
     }
 
-    /// The same for what was opened, or came, this moment, and has been noticed by its other end: a
-    /// daemon that dies before this returns loses it. That takes a few microseconds and cannot be
-    /// avoided, so no failpoint is there.
-    pub(crate) fn keep_at_once(&self, role: FdRole, descriptor: OwnedFd) -> io::Result<()> {
+    /// Adds a descriptor that was opened this moment while no set was stored, and whose other end
+    /// has noticed it: a daemon that dies before this returns loses it, so no failpoint is there.
+    pub(crate) fn insert_at_once(&self, role: FdRole, descriptor: OwnedFd) -> io::Result<()> {
         self.add([(role, StreamFd::new(descriptor))], false)
     }
 
@@ -154,18 +174,18 @@ impl ProcessFds {
     }
 
     /// Removes and closes what has these roles, but for what is still in use by this process.
-    pub(crate) fn forget(&self, roles: &[FdRole]) {
+    pub(crate) fn remove(&self, roles: &[FdRole]) {
         self.exchange(None, roles);
     }
 
     /// Removes and closes what has these roles, and adds a descriptor in the same step.
-    pub(crate) fn exchange(&self, kept: Option<(FdRole, StreamFd)>, forgotten: &[FdRole]) {
+    pub(crate) fn exchange(&self, added: Option<(FdRole, StreamFd)>, removed: &[FdRole]) {
         let exchanged = self.change(|set| {
-            set.retain(|(role, _)| !forgotten.contains(role));
-            set.extend(kept);
+            set.retain(|(role, _)| !removed.contains(role));
+            set.extend(added);
         });
         if let Err(error) = exchanged {
-            warn!(name = %self.name(), roles = ?forgotten, %error, "descriptors that are not needed any more stay stored");
+            warn!(name = %self.name(), roles = ?removed, %error, "cannot remove descriptors from the store");
         }
     }
 
@@ -174,7 +194,7 @@ impl ProcessFds {
     pub(crate) fn leave_to(&self, request: Option<Request>) {
         self.state().left_to = request;
         if let Err(error) = self.change(|_| {}) {
-            warn!(name = %self.name(), %error, "a set of descriptors cannot be left to its request");
+            warn!(name = %self.name(), %error, "cannot mark a set of descriptors as its request's");
         }
     }
 
@@ -187,14 +207,14 @@ impl ProcessFds {
     ///
     /// The client's ends go first: closing a pipe whose lock a container holds waits, and its
     /// client is not to wait with us for the end.
-    pub(crate) fn forget_all(&self) {
+    pub(crate) fn remove_all(&self) {
         let roles = self.state().set.clone().into_iter().map(|(role, _)| role);
         let of_client: Vec<FdRole> = roles.filter(|role| role.is_of_client()).collect();
         if !of_client.is_empty() {
             self.exchange(None, &of_client);
         }
         if let Err(error) = self.change(Vec::clear) {
-            warn!(name = %self.name(), %error, "descriptors that are not needed any more stay stored");
+            warn!(name = %self.name(), %error, "cannot remove descriptors from the store");
         }
     }
 
@@ -205,8 +225,8 @@ impl ProcessFds {
         // Until the process's record is there, this alone says whose they are.
         let left_to = other.left_to();
         self.state().left_to = left_to;
-        self.keep(set.into_iter().filter(|(role, _)| roles.contains(role)))?;
-        other.forget_all();
+        self.insert(set.into_iter().filter(|(role, _)| roles.contains(role)))?;
+        other.remove_all();
         Ok(())
     }
 
@@ -241,9 +261,9 @@ impl ProcessFds {
         let name = self.name();
         if next.is_empty() {
             if let Some(queue) = queue.take() {
-                let forgotten = self.store.forget(&name);
+                let removed = self.store.remove(&name);
                 off_the_reactor(Emptied(queue));
-                forgotten?;
+                removed?;
             }
             return Ok(());
         }
@@ -257,7 +277,7 @@ impl ProcessFds {
         let new = Queue::new()?;
         new.send(next, left_to)?;
         self.store
-            .keep(&name, &[new.receiver.as_fd(), new.sender.as_fd()])?;
+            .add(&name, &[new.receiver.as_fd(), new.sender.as_fd()])?;
         *queue = Some(Arc::new(new));
         Ok(())
     }
@@ -283,7 +303,7 @@ mod tests {
     struct Shelf(Mutex<Vec<(FdName, OwnedFd)>>);
 
     impl FdStore for Shelf {
-        fn keep(&self, name: &FdName, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        fn add(&self, name: &FdName, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
             for fd in fds {
                 self.0
                     .lock()
@@ -293,7 +313,7 @@ mod tests {
             Ok(())
         }
 
-        fn forget(&self, name: &FdName) -> io::Result<()> {
+        fn remove(&self, name: &FdName) -> io::Result<()> {
             self.0.lock().unwrap().retain(|(other, _)| other != name);
             Ok(())
         }
@@ -341,7 +361,7 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let fds = ProcessFds::new(shelf.clone(), 7);
         let ((mut out, out_end), (mut err, err_end)) = (pipe(), pipe());
-        fds.keep([
+        fds.insert([
             (FdRole::StdoutClient, out_end),
             (FdRole::StderrClient, err_end),
         ])
@@ -350,13 +370,13 @@ mod tests {
         let next = successor(&shelf);
         assert!(!is_at_end(&mut out) && !is_at_end(&mut err));
         // Nothing is asked of the store for this.
-        next.forget(&[FdRole::StdoutClient]);
+        next.remove(&[FdRole::StdoutClient]);
         assert!(ends(&mut out) && !is_at_end(&mut err));
         drop(next);
         let last = successor(&shelf);
         assert!(last.get(FdRole::StdoutClient).is_none());
         assert!(last.get(FdRole::StderrClient).is_some());
-        last.forget_all();
+        last.remove_all();
         assert!(ends(&mut err) && shelf.0.lock().unwrap().is_empty());
     }
 
@@ -365,7 +385,7 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let fds = ProcessFds::new(shelf.clone(), 7);
         let ((mut old, old_end), (mut new, new_end)) = (pipe(), pipe());
-        fds.keep([(FdRole::StdinHeld, old_end)]).unwrap();
+        fds.insert([(FdRole::StdinHeld, old_end)]).unwrap();
         // As a daemon leaves it that is killed between the two steps of a change.
         let state = fds.state();
         let next = vec![(FdRole::StdinHeld, new_end)];
@@ -374,7 +394,7 @@ mod tests {
         drop((next, fds));
         let next = successor(&shelf);
         assert!(ends(&mut old) && !is_at_end(&mut new));
-        next.forget_all();
+        next.remove_all();
         assert!(ends(&mut new));
     }
 
@@ -383,8 +403,8 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let fds = ProcessFds::new(shelf.clone(), 7);
         let (mut reader, writer) = pipe();
-        fds.keep([(FdRole::StdoutPipe, writer)]).unwrap();
-        let open = |path| fds.open_and_keep(FdRole::StdoutClient, path, libc::O_WRONLY);
+        fds.insert([(FdRole::StdoutPipe, writer)]).unwrap();
+        let open = |path| fds.open_and_insert(FdRole::StdoutClient, path, libc::O_WRONLY);
         let missing = open(c"/nonexistent/fifo").unwrap().unwrap_err();
         assert_eq!(missing.raw_os_error(), Some(libc::ENOENT));
         assert!(successor(&shelf).get(FdRole::StdoutClient).is_none());
@@ -400,7 +420,7 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let fds = ProcessFds::new(shelf.clone(), 7);
         let (_reader, writer) = pipe();
-        fds.keep([(FdRole::StdoutClient, writer)]).unwrap();
+        fds.insert([(FdRole::StdoutClient, writer)]).unwrap();
         assert_eq!(successor(&shelf).left_to(), None);
         fds.leave_to(Some((u64::MAX, u32::MAX)));
         let next = successor(&shelf);
@@ -413,15 +433,15 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let fds = ProcessFds::new(shelf.clone(), 7);
         let ((mut client, client_end), (mut other, other_end)) = (pipe(), pipe());
-        fds.keep([
+        fds.insert([
             (FdRole::StdoutClient, client_end),
             (FdRole::StdoutPipe, other_end),
         ])
         .unwrap();
-        let heir = ProcessFds::new(shelf.clone(), 8);
-        heir.adopt(&fds, &[FdRole::StdoutClient]).unwrap();
+        let successor = ProcessFds::new(shelf.clone(), 8);
+        successor.adopt(&fds, &[FdRole::StdoutClient]).unwrap();
         assert!(fds.is_empty() && ends(&mut other) && !is_at_end(&mut client));
-        heir.forget_all();
+        successor.remove_all();
         assert!(ends(&mut client));
     }
 
@@ -430,12 +450,12 @@ mod tests {
         let shelf = Arc::new(Shelf::default());
         let (_reader, writer) = pipe();
         let name = FdName::Process(7);
-        shelf.keep(&name, &[writer.as_fd()]).unwrap();
+        shelf.add(&name, &[writer.as_fd()]).unwrap();
         assert!(successor(&shelf).is_empty() && shelf.0.lock().unwrap().is_empty());
         let queue = Queue::new().unwrap();
         rustix::net::send(&queue.sender, b"2abc", rustix::net::SendFlags::empty()).unwrap();
         shelf
-            .keep(&name, &[queue.sender.as_fd(), queue.receiver.as_fd()])
+            .add(&name, &[queue.sender.as_fd(), queue.receiver.as_fd()])
             .unwrap();
         assert!(successor(&shelf).is_empty() && shelf.0.lock().unwrap().is_empty());
     }

@@ -3,22 +3,21 @@
 //! [`FdRole`]'s.
 
 use std::collections::HashSet;
-use std::ffi::CStr;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv,
-    recvmsg, sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
 };
 use nix::sys::stat::fstat;
 use rustix::io::ioctl_fionread;
 
+use super::peek::peek;
 use super::role::FdRole;
 use super::stream_fd::StreamFd;
-use crate::sys;
+use super::sys::{Obtained, Source, obtain_and_send};
 
 /// The version of a message, its first byte; then a byte for each descriptor, its role; then
 /// perhaps whom the set is left to: `@`, a connection's number, a space and the number of a request
@@ -27,8 +26,6 @@ const FORMAT: u8 = b'1';
 const LEFT_TO: char = '@';
 /// A role for each descriptor, and two numbers.
 const MAX_TEXT: usize = 128;
-/// More descriptors than roles are never in a set; the kernel passes 253 at once.
-const MAX_FDS: usize = 32;
 
 /// Descriptors and their roles.
 pub(super) type Set = Vec<(FdRole, StreamFd)>;
@@ -49,7 +46,7 @@ pub(super) struct Emptied(pub(super) Arc<Queue>);
 
 impl Drop for Emptied {
     fn drop(&mut self) {
-        // In this order: see `ProcessFds::forget_all`.
+        // In this order: see `ProcessFds::remove_all`.
         self.0.drop_outdated();
         self.0.clear();
     }
@@ -139,47 +136,24 @@ impl Queue {
         Ok(())
     }
 
-    /// Sends a set and what is opened for it, in a process of its own.
-    pub(super) fn open_and_send(
+    /// Obtains a descriptor and sends it with the set, in a process of its own.
+    pub(super) fn obtain_and_send(
         &self,
         set: &Set,
         role: FdRole,
         left_to: Option<Request>,
-        path: &CStr,
-        flags: libc::c_int,
-    ) -> io::Result<io::Result<()>> {
+        source: Source<'_>,
+    ) -> io::Result<Obtained> {
         let roles = set.iter().map(|(role, _)| *role).chain([role]);
         let fds: Vec<RawFd> = set.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
         let text = text_of(roles, left_to);
-        sys::open_and_send(path, flags, self.sender.as_fd(), &text, &fds)
+        obtain_and_send(source, self.sender.as_fd(), &text, &fds)
     }
 
     /// The oldest set, which stays where it is, and the length of its message.
     pub(super) fn peek(&self) -> io::Result<(usize, Set, Option<Request>)> {
         let mut text = [0; MAX_TEXT];
-        let mut parts = [IoSliceMut::new(&mut text)];
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-        let message = recvmsg::<()>(
-            self.receiver.as_raw_fd(),
-            &mut parts,
-            Some(&mut space),
-            flags,
-        )?;
-        let length = message.bytes;
-        let received: Vec<OwnedFd> = message
-            .cmsgs()?
-            .filter_map(|control| match control {
-                ControlMessageOwned::ScmRights(fds) => Some(fds),
-                _ => None,
-            })
-            .flatten()
-            .map(sys::own_received)
-            .collect();
-        let lacks = message.flags.contains(MsgFlags::MSG_CTRUNC);
-        if lacks {
-            return Err(io::Error::other("no descriptors are left (RLIMIT_NOFILE)"));
-        }
+        let (length, received) = peek(self.receiver.as_fd(), &mut text)?;
         let text = text
             .get(..length)
             .and_then(|text| str::from_utf8(text).ok());
@@ -220,7 +194,8 @@ fn text_of(roles: impl Iterator<Item = FdRole>, left_to: Option<Request>) -> Vec
     text
 }
 
-/// The letters of a message, and whom its set is left to; `None` if it is of another format.
+/// The letters of a message, and which request its set is left to; `None` if it is of another
+/// format.
 fn read(text: &str) -> Option<(&str, Option<Request>)> {
     let rest = text.strip_prefix(char::from(FORMAT))?;
     let Some((letters, request)) = rest.split_once(LEFT_TO) else {

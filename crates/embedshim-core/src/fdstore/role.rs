@@ -20,7 +20,7 @@ pub(crate) enum FdRole {
     StderrClient,
     /// The reading end of its error pipe.
     StderrPipe,
-    /// A pipe of ours between the two ends of its input, open for reading and writing: what is on
+    /// A pipe between the two ends of its input, open for reading and writing: what is on
     /// its way. With it no call has the lock of a pipe that a container can hold and that of the
     /// client's fifo at once.
     StdinStage,
@@ -32,12 +32,14 @@ pub(crate) enum FdRole {
     Terminal,
     /// The socket over which the OCI runtime hands over its terminal.
     Console,
+    /// The connection to that socket, with the terminal in its queue.
+    ConsoleConnection,
     /// Its pidfd.
     Pidfd,
 }
 
 impl FdRole {
-    const ALL: [(Self, u8); 14] = [
+    const ALL: [(Self, u8); 15] = [
         (Self::StdinNew, b'n'),
         (Self::StdinHeld, b'i'),
         (Self::StdinLast, b'x'),
@@ -51,6 +53,7 @@ impl FdRole {
         (Self::StderrStage, b'd'),
         (Self::Terminal, b't'),
         (Self::Console, b'c'),
+        (Self::ConsoleConnection, b'C'),
         (Self::Pidfd, b'p'),
     ];
 

@@ -146,7 +146,7 @@ pub(crate) fn end_left(bundle: &Path) {
     let give_up = Instant::now() + KILLED;
     while is_at_work(pid) {
         if Instant::now() > give_up {
-            warn!(pid, "a mount helper does not end: it may mount yet");
+            warn!(pid, "a mount helper does not end: it can still mount");
             return;
         }
         std::thread::sleep(PAUSE);

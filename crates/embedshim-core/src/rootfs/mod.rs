@@ -181,6 +181,11 @@ fn target_below(rootfs: &Path, target: &str) -> Result<Target, MountError> {
 /// Unmounts everything at and below `target`, the latest first. What is not there is unmounted
 /// already.
 pub fn unmount_recursive(target: &Path) -> Result<(), MountError> {
+    // Nearly always there is one mount and nothing below it. The kernel's list of all mounts is
+    // long, and only needed for more than that.
+    if is_unmounted_alone(target) {
+        return Ok(());
+    }
     let mut mounts: Vec<MountPoint> = read_mountinfo()
         .map_err(MountError::MountInfo)?
         .into_iter()
@@ -192,6 +197,24 @@ pub fn unmount_recursive(target: &Path) -> Result<(), MountError> {
         unmount(&mount.path)?;
     }
     Ok(())
+}
+
+/// Unmounts what is mounted at `target` itself. Whether nothing can be mounted below it then: what
+/// is left is the empty directory that it was mounted on, or nothing.
+fn is_unmounted_alone(target: &Path) -> bool {
+    loop {
+        match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
+            // Another may be below it.
+            Ok(()) | Err(Errno::EINTR) => {}
+            Err(Errno::ENOENT) => return true,
+            // It is no mount point (any more).
+            Err(Errno::EINVAL) => {
+                let mut entries = std::fs::read_dir(target).into_iter().flatten();
+                return target.is_dir() && entries.next().is_none();
+            }
+            Err(_) => return false,
+        }
+    }
 }
 
 fn unmount(target: &Path) -> Result<(), MountError> {

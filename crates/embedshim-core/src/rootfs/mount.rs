@@ -24,7 +24,7 @@ pub struct Mount {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MountError {
-    /// An option of containerd's that is not ours to interpret, or that does not fit.
+    /// An option that this crate does not interpret, or that does not fit.
     #[error("mount option {option:?} of {kind} on {target} is not supported{why}", target = .target.display())]
     Unsupported {
         /// The option.

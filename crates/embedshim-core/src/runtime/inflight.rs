@@ -1,6 +1,6 @@
 //! [`InFlightCalls`]: calls of the OCI runtime that a predecessor has left running. It was killed,
 //! they were not. Owns how they are found: by their command lines, of processes that root alone can
-//! make. A record of ours could miss one, since the predecessor can die right after it has started
+//! make. A record could miss one, since the predecessor can die right after it has started
 //! it.
 //!
 //! Everything that a process says of itself can be a lie, and reading it can take any time and
@@ -14,13 +14,16 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use tokio::io::Interest;
 use tracing::warn;
 
 use crate::process::{HostRoot, Process};
+use crate::sys::register;
 
 /// The time between two looks at whether one has ended.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -75,9 +78,7 @@ impl InFlightCalls {
 pub(crate) async fn wait_for(calls: &[Process], limit: Duration) {
     let ended = async {
         for call in calls {
-            while !call.has_ended().unwrap_or(true) {
-                tokio::time::sleep(PAUSE).await;
-            }
+            end_of(call).await;
         }
     };
     if tokio::time::timeout(limit, ended).await.is_ok() {
@@ -92,6 +93,21 @@ pub(crate) async fn wait_for(calls: &[Process], limit: Duration) {
             );
             let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
         }
+    }
+}
+
+/// Waits for the end of a process: as long as it runs, nothing is done here.
+async fn end_of(call: &Process) {
+    let pidfd = call
+        .pidfd()
+        .and_then(|pidfd| pidfd.try_clone_to_owned().ok());
+    let readable = pidfd.and_then(|pidfd| register(Arc::new(pidfd), Interest::READABLE).ok());
+    if let Some(readable) = readable {
+        let _ = readable.readable().await;
+    }
+    // Where there are no pidfds.
+    while !call.has_ended().unwrap_or(true) {
+        tokio::time::sleep(PAUSE).await;
     }
 }
 

@@ -3,7 +3,10 @@
 //! containers.
 
 mod arguments;
+mod calls;
+mod direct;
 mod failure;
+mod group;
 mod inflight;
 mod log;
 mod options;
@@ -19,13 +22,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 use tracing::warn;
 
 pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
+pub(crate) use calls::Calls;
+pub use calls::RuntimeCall;
 use failure::Failure;
 pub(crate) use inflight::{InFlightCalls, wait_for};
 pub(crate) use log::last_error;
@@ -35,7 +38,8 @@ use output::Collected;
 use crate::child_context::ChildContext;
 use crate::error::Error;
 use crate::failpoint;
-use crate::id::Namespace;
+use crate::id::TaskKey;
+use crate::process::{Process, ProcessIdentity};
 use crate::program::touch;
 use crate::reaper::Reaper;
 use crate::spec::Spec;
@@ -44,10 +48,12 @@ use crate::sys;
 
 /// How often a call that can be repeated at will is made, if its runtime is killed each time.
 const REPEATS: u32 = 4;
+const CHECKPOINT: &str = "checkpoint";
 
 /// The OCI runtime as one container uses it.
 #[derive(Clone, Debug)]
 pub(crate) struct Runtime {
+    task: TaskKey,
     binary: String,
     root: PathBuf,
     systemd_cgroup: bool,
@@ -56,6 +62,7 @@ pub(crate) struct Runtime {
     context: ChildContext,
     deadline: Duration,
     reaper: Reaper,
+    calls: Calls,
     /// Made when the program is called; see [`Exec::mark`].
     mark: Option<PathBuf>,
 }
@@ -96,20 +103,22 @@ pub(crate) enum RuntimeStatus {
 }
 
 impl Runtime {
-    /// The runtime for containers of `namespace`, by the request's options and the container's
-    /// spec.
+    /// The runtime for this container, by the request's options and the container's spec.
     ///
-    /// `deadline` bounds each call; a runtime that takes longer is killed.
+    /// `deadline` bounds each call; a runtime that takes longer is killed. Each call is listed in
+    /// `calls`.
     pub(crate) fn new(
         options: &RuntimeOptions,
-        namespace: &Namespace,
+        task: &TaskKey,
         spec: &Spec,
         deadline: Duration,
         reaper: Reaper,
+        calls: Calls,
     ) -> Self {
         Self {
+            task: task.clone(),
             binary: options.binary_or_default().to_owned(),
-            root: options.root_of(namespace),
+            root: options.root_of(&task.namespace),
             systemd_cgroup: options
                 .systemd_cgroup
                 .unwrap_or_else(|| spec.wants_systemd_cgroup() && has_systemd()),
@@ -118,6 +127,7 @@ impl Runtime {
             context: options.context.clone(),
             deadline,
             reaper,
+            calls,
             mark: None,
         }
     }
@@ -131,6 +141,11 @@ impl Runtime {
     /// The directory in which it notes what it knows of a container.
     pub(crate) fn state_of(&self, id: &str) -> PathBuf {
         self.root.join(id)
+    }
+
+    /// Whether systemd makes and removes its cgroups.
+    pub(crate) fn has_systemd_cgroup(&self) -> bool {
+        self.systemd_cgroup
     }
 
     /// What it and all others that are started for the container inherit.
@@ -167,13 +182,24 @@ impl Runtime {
         checkpoint: &Checkpoint<'_>,
         log: &Path,
     ) -> Result<(), Error> {
-        self.run("checkpoint", checkpoint.build(), Input::Null, log)
+        self.run(CHECKPOINT, checkpoint.build(), Input::Null, log)
             .await
             .map(drop)
     }
 
-    /// `start`: the init goes on to the container's program.
-    pub(crate) async fn start(&self, id: &str, log: &Path) -> Result<(), Error> {
+    /// `start`: the init goes on to the container's program. With nothing more to do than that, no
+    /// process of the runtime is needed.
+    pub(crate) async fn start(
+        &self,
+        id: &str,
+        init: Option<Arc<Process>>,
+        log: &Path,
+    ) -> Result<(), Error> {
+        if let Some(init) = init
+            && self.start_directly(id, init, log).await?
+        {
+            return Ok(());
+        }
         self.run("start", arguments::start(id), Input::Null, log)
             .await
             .map(drop)
@@ -200,7 +226,7 @@ impl Runtime {
         log: &Path,
     ) -> Result<(), Error> {
         match self
-            .invoke(arguments::kill(id, signal, all), Input::Null, log)
+            .invoke("kill", arguments::kill(id, signal, all), Input::Null, log)
             .await
         {
             Ok(_) => Ok(()),
@@ -217,6 +243,19 @@ impl Runtime {
             Err(Error::Runtime { message, .. }) if message.contains("does not exist") => Ok(()),
             other => other.map(drop),
         }
+    }
+
+    /// `delete` of a container whose `init` has ended, and with it all of its processes.
+    pub(crate) async fn delete_ended(
+        &self,
+        id: &str,
+        init: ProcessIdentity,
+        log: &Path,
+    ) -> Result<(), Error> {
+        if self.delete_directly(id, init, log).await {
+            return Ok(());
+        }
+        self.delete(id, false, log).await
     }
 
     /// `pause`: all processes are frozen.
@@ -268,11 +307,13 @@ impl Runtime {
         streams: Input,
         log: &Path,
     ) -> Result<Vec<u8>, Error> {
-        match self.invoke(arguments, streams, log).await {
+        match self.invoke(operation, arguments, streams, log).await {
             Ok(stdout) => Ok(stdout),
             Err(failure) => {
                 let is_killed = failure.is_killed();
-                let message = failure.message(&self.binary, self.deadline, log).await;
+                let message = failure
+                    .message(operation, &self.binary, self.deadline, log)
+                    .await;
                 Err(if is_killed {
                     Error::RuntimeKilled { operation, message }
                 } else {
@@ -310,11 +351,11 @@ impl Runtime {
     /// callers that read a pid file hold their own guard around the whole.
     async fn invoke(
         &self,
+        operation: &'static str,
         arguments: Vec<OsString>,
         streams: Input,
         log: &Path,
     ) -> Result<Vec<u8>, Failure> {
-        let _guard = self.reaper.guard();
         log::discard(log).await;
         let mut command = Command::new(&self.binary);
         command
@@ -327,7 +368,21 @@ impl Runtime {
         if self.systemd_cgroup {
             command.arg("--systemd-cgroup");
         }
-        command.args(arguments).process_group(0);
+        command.args(arguments);
+        self.call(operation, command, streams, log).await
+    }
+
+    /// Runs a command of the runtime's in the directory of `log`, and gives what it says.
+    async fn call(
+        &self,
+        operation: &'static str,
+        mut command: Command,
+        streams: Input,
+        log: &Path,
+    ) -> Result<Vec<u8>, Failure> {
+        let _guard = self.reaper.guard();
+        let mut in_flight = self.calls.begin(&self.task, operation);
+        command.process_group(0);
         let mut input = None;
         match streams {
             Input::Null => {
@@ -357,10 +412,9 @@ impl Runtime {
         // Where a shim of the container's own would be: wrappers read `config.json` there.
         let directory = log.parent().unwrap_or(Path::new("/")).to_owned();
         let mut child = self.spawn(command, directory).await?;
-        let output = [
-            Collected::begin(child.stdout.take()),
-            Collected::begin(child.stderr.take()),
-        ];
+        let leader = child.id();
+        let stdout = Collected::begin(child.stdout.take());
+        let stderr = child.stderr.take().map(|pipe| Collected::begin(Some(pipe)));
         let stdin = child.stdin.take();
         let ended = async {
             if let (Some(document), Some(mut stdin)) = (input, stdin) {
@@ -371,22 +425,24 @@ impl Runtime {
         };
         let left = self.deadline.saturating_sub(begun.elapsed());
         let Ok(status) = tokio::time::timeout(left, ended).await else {
-            kill_group(&child);
+            group::kill(&child);
             return Err(Failure::Late);
         };
         let status = status.map_err(Failure::NotRun)?;
         failpoint::step("after the runtime has ended");
-        let [stdout, stderr] = output;
+        if operation == CHECKPOINT && !status.success() {
+            let left = self.deadline.saturating_sub(begun.elapsed());
+            group::wait_for_end(leader, left).await;
+        }
         if status.success() {
+            in_flight.succeeded();
             return Ok(stdout.take().await);
         }
-        let stderr = String::from_utf8_lossy(&stderr.take().await)
-            .trim()
-            .to_owned();
-        Err(Failure::Exited {
-            code: status.code(),
-            stderr,
-        })
+        let stderr = match stderr {
+            Some(stderr) => Some(String::from_utf8_lossy(&stderr.take().await).into_owned()),
+            None => None,
+        };
+        Err(Failure::Exited { status, stderr })
     }
 
     /// Starts the runtime in a thread of its own: that waits for `execve`, and the file system that
@@ -413,7 +469,7 @@ impl Runtime {
             if given_up.load(Ordering::Acquire)
                 && let Ok(child) = &child
             {
-                kill_group(child);
+                group::kill(child);
             }
             child
         });
@@ -432,11 +488,4 @@ impl Runtime {
 /// asked of it.
 fn has_systemd() -> bool {
     Path::new("/run/systemd/system").is_dir()
-}
-
-/// Kills the runtime, and as it has a process group of its own, hooks and `runc init` with it.
-fn kill_group(child: &Child) {
-    if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
-        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
-    }
 }

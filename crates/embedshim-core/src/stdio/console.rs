@@ -2,29 +2,32 @@
 //! its file; what flows through the terminal is `flow`'s.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::io::Interest;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
 use super::StdioError;
 use super::non_blocking::set_non_blocking;
-use crate::fdstore::{FdRole, ProcessFds, StreamFd};
+use crate::fdstore::{self, FdRole, Listener, ProcessFds, StreamFd};
 use crate::sys;
 
 /// The directory of the sockets, below the state directory. Short: a socket's path may have 107
 /// bytes.
 const DIRECTORY: &str = "tty";
 
+/// What is in the set until the terminal is.
+const ROLES: &[FdRole] = &[FdRole::Console, FdRole::ConsoleConnection];
+
 /// The socket over which an OCI runtime sends the master of a terminal (`--console-socket`).
 #[derive(Debug)]
 pub(crate) struct ConsoleSocket {
-    listener: UnixListener,
+    listener: Listener,
     path: PathBuf,
     fds: ProcessFds,
 }
@@ -45,11 +48,11 @@ impl ConsoleSocket {
             .map_err(failed)?;
         let path = directory.join(file_name(fds));
         let _ = std::fs::remove_file(&path);
-        let listener = std::os::unix::net::UnixListener::bind(&path).map_err(failed)?;
+        let listener = UnixListener::bind(&path).map_err(failed)?;
         let stored = listener.try_clone().map_err(failed)?;
         let socket = Self::with(listener, path, fds).map_err(failed)?;
-        fds.keep([(FdRole::Console, StreamFd::new(stored))])
-            .map_err(|source| StdioError::NotKept { source })?;
+        fds.insert([(FdRole::Console, StreamFd::new(stored))])
+            .map_err(|source| StdioError::NotStored { source })?;
         Ok(socket)
     }
 
@@ -57,7 +60,7 @@ impl ConsoleSocket {
     pub(crate) fn resume(fds: &ProcessFds) -> Option<io::Result<Self>> {
         let stored = fds.get(FdRole::Console)?;
         let resumed = stored.as_fd().try_clone_to_owned().and_then(|listener| {
-            let listener = std::os::unix::net::UnixListener::from(listener);
+            let listener = UnixListener::from(listener);
             let address = listener.local_addr()?;
             let path = address.as_pathname().unwrap_or(Path::new("")).to_owned();
             Self::with(listener, path, fds)
@@ -65,14 +68,9 @@ impl ConsoleSocket {
         Some(resumed)
     }
 
-    fn with(
-        listener: std::os::unix::net::UnixListener,
-        path: PathBuf,
-        fds: &ProcessFds,
-    ) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
+    fn with(listener: UnixListener, path: PathBuf, fds: &ProcessFds) -> io::Result<Self> {
         Ok(Self {
-            listener: UnixListener::from_std(listener)?,
+            listener: Listener::new(listener)?,
             path,
             fds: fds.clone(),
         })
@@ -90,8 +88,9 @@ impl ConsoleSocket {
             source,
         };
         let received = async {
-            let (stream, _) = self.listener.accept().await?;
-            receive(&stream).await
+            let connection = self.connection().await?;
+            let connection = sys::register_stream(connection, Interest::READABLE)?;
+            receive(&connection).await
         };
         let master = tokio::time::timeout(limit, received)
             .await
@@ -104,38 +103,52 @@ impl ConsoleSocket {
         }
         set_non_blocking(&master).map_err(failed)?;
         self.fds
-            .keep_at_once(FdRole::Terminal, master)
-            .map_err(|source| StdioError::NotKept { source })?;
-        self.fds.forget(&[FdRole::Console]);
+            .insert([(FdRole::Terminal, StreamFd::new(master))])
+            .map_err(|source| StdioError::NotStored { source })?;
+        self.fds.remove(ROLES);
         Ok(())
     }
+
+    /// The connection over which the terminal comes, or has come. The runtime does not wait for its
+    /// end, so it is stored in the step that accepts it, and what it holds stays in it until the
+    /// terminal is stored.
+    async fn connection(&self) -> io::Result<StreamFd> {
+        if let Some(accepted) = self.fds.get(FdRole::ConsoleConnection) {
+            return Ok(accepted);
+        }
+        loop {
+            let fds = self.fds.clone();
+            let waiting = self.listener.readable().await?;
+            if let Some(accepted) = waiting
+                .accept(move |listener| accept(listener, &fds))
+                .await?
+            {
+                return Ok(accepted);
+            }
+        }
+    }
+}
+
+fn accept(listener: BorrowedFd<'_>, fds: &ProcessFds) -> io::Result<StreamFd> {
+    if fds.is_stored() {
+        return fds.accept_and_insert(FdRole::ConsoleConnection, listener)?;
+    }
+    fdstore::accept(listener).map(StreamFd::new)
 }
 
 impl Drop for ConsoleSocket {
     fn drop(&mut self) {
-        self.fds.forget(&[FdRole::Console]);
+        self.fds.remove(ROLES);
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// One descriptor in one message, as runc's `SendFd` writes it.
-async fn receive(stream: &UnixStream) -> io::Result<OwnedFd> {
-    stream
-        .async_io(Interest::READABLE, || {
+/// One descriptor in one message, as runc's `SendFd` writes it. The message stays where it is.
+async fn receive(connection: &AsyncFd<StreamFd>) -> io::Result<OwnedFd> {
+    connection
+        .async_io(Interest::READABLE, |connection| {
             let mut name = [0; 4096];
-            let mut parts = [io::IoSliceMut::new(&mut name)];
-            let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-            let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
-            let received: Vec<OwnedFd> = message
-                .cmsgs()?
-                .filter_map(|control| match control {
-                    ControlMessageOwned::ScmRights(fds) => Some(fds),
-                    _ => None,
-                })
-                .flatten()
-                .map(sys::own_received)
-                .collect();
+            let (_, received) = fdstore::peek(connection.as_fd(), &mut name)?;
             received
                 .into_iter()
                 .next()
@@ -154,7 +167,7 @@ pub(crate) fn remove_abandoned(state_dir: &Path, in_use: &[ProcessFds]) {
             continue;
         }
         if let Err(error) = std::fs::remove_file(entry.path()) {
-            warn!(path = %entry.path().display(), %error, "cannot remove the socket of a terminal that will not come");
+            warn!(path = %entry.path().display(), %error, "cannot remove the socket of a terminal whose runtime has ended");
         }
     }
 }
@@ -167,6 +180,7 @@ fn file_name(fds: &ProcessFds) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::os::fd::AsRawFd;
     use std::sync::Arc;
 
     use nix::pty::openpty;
@@ -208,13 +222,13 @@ mod tests {
                 sender.as_raw_fd(),
                 &name,
                 &rights,
-                MsgFlags::empty(),
+                nix::sys::socket::MsgFlags::empty(),
                 None,
             )
             .unwrap();
             assert_eq!(socket.accept(LIMIT).await.is_ok(), accepted);
             assert_eq!(set.get(FdRole::Terminal).is_some(), accepted);
-            set.forget_all();
+            set.remove_all();
             assert!(!path.exists());
         }
         let socket = ConsoleSocket::bind(dir.path(), &set).unwrap();

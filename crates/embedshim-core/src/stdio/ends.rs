@@ -18,6 +18,7 @@ use super::open;
 use super::prepare::{CLIENT_ENDS, INPUT, Of, PIPES};
 use super::pump::Way;
 use super::taken::{is_taken, wait_until_taken};
+use crate::clock::BootTime;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::sys;
 
@@ -62,7 +63,7 @@ impl Streams {
                 patience,
                 at_end: match of {
                     Of::Init => AtEnd::KeepUnread,
-                    Of::Exec => AtEnd::KeepUntilTold,
+                    Of::Exec => AtEnd::KeepUntilPublished,
                 },
                 label: Label {
                     id: Arc::clone(&label),
@@ -149,8 +150,8 @@ impl Streams {
                 input.flow = None;
             }));
         }
-        self.fds.forget(INPUT);
-        self.fds.forget(&[FdRole::StdinPipe, FdRole::StdinStage]);
+        self.fds.remove(INPUT);
+        self.fds.remove(&[FdRole::StdinPipe, FdRole::StdinStage]);
         self.outputs.iter().for_each(Flow::process_ended);
     }
 
@@ -164,14 +165,14 @@ impl Streams {
         let fds = self.fds.clone();
         let wait = move || wait_until_taken(&fds, &outputs);
         if let Err(error) = tokio::task::spawn_blocking(wait).await {
-            warn!(id = %self.label, %error, "an exit does not wait for the client to read");
+            warn!(id = %self.label, %error, "cannot wait for a client to read: an exit is published without it");
         }
     }
 
-    /// The exit is told: what is unread of an exec's outputs is not kept.
-    pub(crate) fn exit_is_told(&self) {
+    /// The exit is published: what is unread of an exec's outputs is not kept.
+    pub(crate) fn exit_is_published(&self) {
         for output in &self.outputs {
-            output.exit_is_told(&self.fds);
+            output.exit_is_published(&self.fds);
         }
     }
 
@@ -183,6 +184,20 @@ impl Streams {
             }
         };
         let _ = tokio::time::timeout(limit, all).await;
+    }
+
+    /// The streams that have bytes whose other end takes none of them, each with the time since
+    /// when. Of an input whose client's end is just being opened nothing is known.
+    pub(crate) fn blocked(&self) -> Vec<(&'static str, BootTime)> {
+        let blocked = |flow: &Flow| Some((flow.stream, flow.blocked_since()?));
+        let input = lock_if_free(&self.input);
+        let input = input.as_ref().and_then(|input| input.flow.as_ref());
+        let outputs = self.outputs.iter();
+        input
+            .into_iter()
+            .chain(outputs)
+            .filter_map(blocked)
+            .collect()
     }
 
     /// Sets the size of the terminal, in characters; without a terminal there is nothing to do.
@@ -290,7 +305,7 @@ fn settle_input(fds: &ProcessFds, is_closed: bool, id: &str) {
             fds.exchange(Some((wanted, StreamFd::new(again))), &[wanted]);
         }
         Err(error) => {
-            warn!(%id, %error, "an input cannot be opened again: it ends with its client");
+            warn!(%id, %error, "cannot open an input again: it ends with its client");
         }
     }
 }
@@ -299,9 +314,9 @@ fn settle_input(fds: &ProcessFds, is_closed: bool, id: &str) {
 /// the client has come, written and gone already. Then the input ends with what is in it.
 ///
 /// `ctr run` sends `CloseIO` at the end of its own input, but not if that comes before `NewTask`
-/// has returned, as with `echo hi | ctr run ... cat`; a writer of ours would then keep the
+/// has returned, as with `echo hi | ctr run ... cat`; the daemon's writer would then keep the
 /// container waiting. The writer of a daemon that died right after opening it looks like a client
-/// that has gone: so the decision is in the set before ours is opened.
+/// that has gone: so the decision is in the set before the daemon's is opened.
 pub(crate) fn decide_input(fds: &ProcessFds) {
     if let Some(client) = fds.get(FdRole::StdinNew) {
         let decided = if has_hung_up(&client) {

@@ -3,15 +3,17 @@
 
 use std::sync::Arc;
 
-use super::flow_state::{AtEnd, FlowPath, FlowState, forget_unread};
+use super::flow_state::{AtEnd, FlowPath, FlowState, remove_unread};
 use super::idle::Idle;
 use super::pump::Way;
 use super::run::Run;
+use crate::clock::BootTime;
 use crate::fdstore::ProcessFds;
 
 /// One direction of one stream. Dropping it ends it.
 #[derive(Debug)]
 pub(super) struct Flow {
+    pub(super) stream: &'static str,
     way: Way,
     at_end: AtEnd,
     shared: Arc<FlowState>,
@@ -22,11 +24,12 @@ pub(super) struct Flow {
 impl Flow {
     /// Begins to move bytes. Needs a tokio runtime.
     pub(super) fn start(path: FlowPath, fds: ProcessFds, idle: &Idle) -> Self {
-        let (way, at_end) = (path.way, path.at_end);
+        let (way, at_end, stream) = (path.way, path.at_end, path.label.stream);
         let shared = Arc::<FlowState>::default();
         let number = idle.number();
         Run::start(path, fds, Arc::clone(&shared), idle, number);
         Self {
+            stream,
             way,
             at_end,
             shared,
@@ -41,11 +44,11 @@ impl Flow {
         self.kick();
     }
 
-    /// Its process's exit is told: what its client has not read now, it may never read.
-    pub(super) fn exit_is_told(&self, fds: &ProcessFds) {
-        self.shared.exit_is_told();
-        if self.at_end == AtEnd::KeepUntilTold {
-            forget_unread(fds, self.way);
+    /// Its process's exit is published: what its client has not read now, it may never read.
+    pub(super) fn exit_is_published(&self, fds: &ProcessFds) {
+        self.shared.exit_is_published();
+        if self.at_end == AtEnd::KeepUntilPublished {
+            remove_unread(fds, self.way);
         }
     }
 
@@ -64,6 +67,11 @@ impl Flow {
         if !self.shared.is_done() {
             done.await;
         }
+    }
+
+    /// Since when its sink has taken nothing of what there is.
+    pub(super) fn blocked_since(&self) -> Option<BootTime> {
+        self.shared.blocked_since()
     }
 
     /// What it goes through, and how much it has moved.
@@ -99,7 +107,7 @@ impl Meter {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::io::{self, Read};
+    use std::io::{self, Read, Write};
 
     use nix::fcntl::OFlag;
     use nix::unistd::pipe2;
@@ -128,7 +136,7 @@ mod tests {
             (FdRole::StdoutStage, open::stage().unwrap()),
             (FdRole::StdoutClient, to),
         ];
-        fds.keep(ends.map(|(role, fd)| (role, StreamFd::new(fd))))
+        fds.insert(ends.map(|(role, fd)| (role, StreamFd::new(fd))))
             .unwrap();
         let path = FlowPath {
             way: OUTPUT,
@@ -179,6 +187,32 @@ mod tests {
         flow.done().await;
         // It is closed in a thread of its own.
         until(|| reader.read(&mut [0]).is_ok_and(|count| count == 0)).await;
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_blocked_for_as_long_as_its_sink_takes_nothing() {
+        let idle = Idle::new().unwrap();
+        tokio::spawn(idle.clone().serve());
+        let (flow, _fds, writer, mut reader) = flow(&idle);
+        assert_eq!(flow.blocked_since(), None);
+        let much = vec![7; 1024 * 1024];
+        let mut left = much.len();
+        let is_stuck = |since: Option<BootTime>| {
+            since.is_some_and(|since| BootTime::now().since(since) > Duration::from_millis(50))
+        };
+        until(|| {
+            left -= (&writer).write(&much[..left]).unwrap_or(0);
+            left > 0 && is_stuck(flow.blocked_since())
+        })
+        .await;
+        drop(writer);
+        let mut read = 0;
+        let mut buffer = vec![0; 64 * 1024];
+        until(|| {
+            read += reader.read(&mut buffer).unwrap_or(0);
+            read == much.len() - left && flow.blocked_since().is_none()
+        })
+        .await;
     }
 
     #[tokio::test]

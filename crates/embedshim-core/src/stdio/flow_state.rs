@@ -1,7 +1,7 @@
 //! [`FlowState`]: what a flow and its owner share, and [`FlowPath`], what it goes through. Moves
 //! nothing and waits for nothing.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 use super::append::Label;
 use super::open;
 use super::pump::{Progress, Way};
+use crate::clock::BootTime;
 use crate::fdstore::{FdRole, ProcessFds};
 
 /// The output of a terminal.
@@ -31,8 +32,9 @@ pub(super) struct FlowPath {
 pub(super) enum AtEnd {
     /// It is closed.
     Close,
-    /// It is closed, and what is unread of it is kept until the exit is told: see [`super::taken`].
-    KeepUntilTold,
+    /// It is closed, and what is unread of it is kept until the exit is published: see
+    /// [`super::taken`].
+    KeepUntilPublished,
     /// It is closed, and what is unread of it is kept for a client that comes back.
     KeepUnread,
     /// It stays open: it is another flow's too.
@@ -44,11 +46,14 @@ pub(super) enum AtEnd {
 pub(super) struct FlowState {
     /// Its process has ended.
     is_last: AtomicBool,
-    /// Its process's exit is told.
-    is_told: AtomicBool,
+    /// Its process's exit is published.
+    is_published: AtomicBool,
     /// Everything is moved and the sink is closed, or it was given up.
     is_done: AtomicBool,
     pub(super) progress: Progress,
+    /// Since when nothing was taken of what there is, in nanoseconds since boot; 0 if nothing
+    /// waits.
+    blocked_since: AtomicU64,
     /// Its process has ended, or its descriptors have changed. The flow alone waits for it.
     pub(super) changed: Notify,
     /// It is done, or its owner has dropped it.
@@ -60,8 +65,8 @@ impl FlowState {
         self.is_last.load(Ordering::Acquire)
     }
 
-    pub(super) fn is_told(&self) -> bool {
-        self.is_told.load(Ordering::SeqCst)
+    pub(super) fn is_published(&self) -> bool {
+        self.is_published.load(Ordering::SeqCst)
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -73,12 +78,29 @@ impl FlowState {
         self.progress.moved.load(Ordering::Acquire)
     }
 
+    /// It begins to move what there is, which takes no time if the sink takes it.
+    pub(super) fn pump_begins(&self) {
+        self.blocked_since
+            .store(BootTime::now().0, Ordering::Relaxed);
+    }
+
+    /// Nothing waits for the sink any more.
+    pub(super) fn nothing_waits(&self) {
+        self.blocked_since.store(0, Ordering::Relaxed);
+    }
+
+    /// Since when the sink has taken nothing of what there is.
+    pub(super) fn blocked_since(&self) -> Option<BootTime> {
+        let since = self.blocked_since.load(Ordering::Relaxed);
+        (since != 0 && !self.is_done()).then_some(BootTime(since))
+    }
+
     pub(super) fn process_ended(&self) {
         self.is_last.store(true, Ordering::Release);
     }
 
-    pub(super) fn exit_is_told(&self) {
-        self.is_told.store(true, Ordering::SeqCst);
+    pub(super) fn exit_is_published(&self) {
+        self.is_published.store(true, Ordering::SeqCst);
     }
 
     /// Its owner has dropped it: nothing is moved from here on.
@@ -96,10 +118,10 @@ impl FlowState {
 }
 
 /// Closes what keeps the unread rest of an output.
-pub(super) fn forget_unread(fds: &ProcessFds, way: Way) {
+pub(super) fn remove_unread(fds: &ProcessFds, way: Way) {
     if let Some(role) = way.sink
         && fds.get(role).is_some_and(|fd| open::is_reader(&fd))
     {
-        fds.forget(&[role]);
+        fds.remove(&[role]);
     }
 }

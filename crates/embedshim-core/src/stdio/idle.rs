@@ -83,7 +83,7 @@ impl Idle {
         run: Box<R>,
     ) -> Result<(), (io::Error, Box<R>)> {
         let mut resting = self.resting();
-        // Once: who is told first takes it out.
+        // Once: the first that is woken takes it out.
         let what = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT;
         if let Err(errno) = self.0.set.add(&source, EpollEvent::new(what, number)) {
             return Err((errno.into(), run));
@@ -124,7 +124,7 @@ impl Idle {
                 }
                 Err(Errno::EINTR) => {}
                 Err(error) => {
-                    error!(%error, "no idle stream is heard any more");
+                    error!(%error, "cannot poll idle streams: they do not flow until this daemon is replaced");
                     return;
                 }
             }

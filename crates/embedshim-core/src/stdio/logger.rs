@@ -50,7 +50,7 @@ enum Ready {
     Byte,
 }
 
-/// For whom a logger works. Its environment is the first two, as runc-v2 gives it.
+/// The process whose output a logger takes. Its environment is the first two, as runc-v2 gives it.
 #[derive(Clone, Debug)]
 pub(crate) struct LoggedProcess {
     /// The container, or for an exec the exec.

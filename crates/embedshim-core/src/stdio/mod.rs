@@ -28,6 +28,7 @@ mod prepare;
 mod pump;
 mod ready;
 mod run;
+mod splice;
 mod taken;
 
 use std::io;
@@ -116,8 +117,8 @@ pub enum StdioError {
         source: io::Error,
     },
     /// They would be lost with this program, and the process with them.
-    #[error("cannot keep the streams for the next daemon")]
-    NotKept {
+    #[error("cannot store the streams for the next daemon")]
+    NotStored {
         /// Why not.
         #[source]
         source: io::Error,

@@ -46,7 +46,7 @@ pub(super) fn output_into(
         return fifo_into(fds, role, stream, path, libc::O_RDWR);
     }
     match output(stream, wanted)? {
-        Some(file) => keep(fds, role, file),
+        Some(file) => store(fds, role, file),
         None => Ok(()),
     }
 }
@@ -86,20 +86,20 @@ fn fifo_into(
     if fds.is_stored() {
         let name = CString::new(path.as_os_str().as_bytes())
             .map_err(|error| failed(io::Error::other(error)))?;
-        let opened = fds.open_and_keep(role, &name, flags);
+        let opened = fds.open_and_insert(role, &name, flags);
         return opened
-            .map_err(|source| StdioError::NotKept { source })?
+            .map_err(|source| StdioError::NotStored { source })?
             .map_err(failed);
     }
     let mut options = OpenOptions::new();
     options.read(true).write(access == libc::O_RDWR);
     let fifo = existing(stream, path, &mut options, libc::O_NONBLOCK)?;
-    keep(fds, role, fifo.into())
+    store(fds, role, fifo.into())
 }
 
-fn keep(fds: &ProcessFds, role: FdRole, fd: OwnedFd) -> Result<(), StdioError> {
-    fds.keep_at_once(role, fd)
-        .map_err(|source| StdioError::NotKept { source })
+fn store(fds: &ProcessFds, role: FdRole, fd: OwnedFd) -> Result<(), StdioError> {
+    fds.insert_at_once(role, fd)
+        .map_err(|source| StdioError::NotStored { source })
 }
 
 /// Opens the client's end of an output; `None` if there is nothing to be opened: it is not wanted,
@@ -130,7 +130,7 @@ fn check_input(path: &Path) -> Result<(), StdioError> {
     }
 }
 
-/// The input fifo with a writer of ours, so that it does not end with its client.
+/// The input fifo with a writer of this process, so that it does not end with its client.
 pub(super) fn held_input(path: &Path) -> Result<OwnedFd, StdioError> {
     check_input(path)?;
     fifo("stdin", path)
@@ -199,7 +199,7 @@ pub(super) fn takes_splice(descriptor: &impl AsFd) -> bool {
     is_pipe(descriptor) || nix::unistd::isatty(descriptor).unwrap_or(false)
 }
 
-/// Whether it is open for writing too: a fifo of ours that keeps its own end away.
+/// Whether it is open for writing too: a fifo that has a writer in this process.
 pub(super) fn is_held(descriptor: &impl AsFd) -> bool {
     fcntl(descriptor, FcntlArg::F_GETFL).is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_RDWR)
 }

@@ -22,7 +22,7 @@ pub(super) const CLIENT_ENDS: [FdRole; 5] = [
     FdRole::StdoutClient,
     FdRole::StderrClient,
 ];
-pub(super) const PIPES: [FdRole; 8] = [
+pub(super) const PIPES: [FdRole; 9] = [
     FdRole::StdinPipe,
     FdRole::StdoutPipe,
     FdRole::StderrPipe,
@@ -31,11 +31,12 @@ pub(super) const PIPES: [FdRole; 8] = [
     FdRole::StderrStage,
     FdRole::Terminal,
     FdRole::Console,
+    FdRole::ConsoleConnection,
 ];
 /// The client's end of the input, in any of its states.
 pub(super) const INPUT: &[FdRole] = &[FdRole::StdinNew, FdRole::StdinHeld, FdRole::StdinLast];
 
-/// The streams for the process. Its starter lets go of them right after: a writer of ours would
+/// The streams for the process. The daemon closes them right after: a writer of its own would
 /// hide the end.
 #[derive(Debug)]
 pub(crate) struct ChildStdio {
@@ -84,7 +85,7 @@ pub(crate) enum Of {
 /// the owner of the pipes. `logger` are the pipes of the logger, if there is one.
 ///
 /// The client's ends come last, each stored as soon as it is open: a client whose opening has
-/// waited for ours would read the end if this daemon died in between.
+/// waited for the daemon's would read the end if this daemon died in between.
 pub(crate) fn prepare(
     plan: &Plan,
     of: Of,
@@ -134,7 +135,7 @@ pub(crate) fn prepare(
     } else {
         open::null("stdin")?
     };
-    fds.keep(pipes).map_err(not_kept)?;
+    fds.insert(pipes).map_err(not_stored)?;
     open_output(fds, FdRole::StdoutClient, "stdout", &plan.stdout)?;
     open_output(fds, FdRole::StderrClient, "stderr", &plan.stderr)?;
     if let Some(path) = &plan.stdin
@@ -186,8 +187,8 @@ fn open_output(
     open::output_into(fds, role, stream, plan)
 }
 
-fn not_kept(source: io::Error) -> StdioError {
-    StdioError::NotKept { source }
+fn not_stored(source: io::Error) -> StdioError {
+    StdioError::NotStored { source }
 }
 
 /// The same for a terminal, which the runtime makes: there is no end for the process yet.
@@ -202,13 +203,13 @@ pub(crate) fn prepare_terminal(
         Ok((role, StreamFd::new(stage)))
     });
     let stages = stages.into_iter().collect::<Result<Vec<_>, StdioError>>()?;
-    fds.keep(stages).map_err(not_kept)?;
+    fds.insert(stages).map_err(not_stored)?;
     match logger {
         // A terminal has no error output of its own: that pipe is closed here.
         Some(pipes) => {
             set_non_blocking(&pipes.stdout).map_err(failed)?;
-            fds.keep([(FdRole::StdoutClient, StreamFd::new(pipes.stdout))])
-                .map_err(not_kept)?;
+            fds.insert([(FdRole::StdoutClient, StreamFd::new(pipes.stdout))])
+                .map_err(not_stored)?;
         }
         None => open_output(fds, FdRole::StdoutClient, "stdout", &plan.stdout)?,
     }
@@ -223,7 +224,7 @@ pub(crate) fn prepare_terminal(
 /// The call of the runtime has failed, or was cut short: what is in the pipes are the runtime's own
 /// words. The client's ends stay, for another attempt.
 pub(crate) fn discard_pipes(fds: &ProcessFds) {
-    fds.forget(&PIPES);
+    fds.remove(&PIPES);
 }
 
 /// Takes over the client's ends of an attempt that was cut short.
@@ -301,5 +302,5 @@ fn take_again(fds: &ProcessFds, roles: [FdRole; 3], ends: [OwnedFd; 2]) -> Resul
     let set = roles
         .into_iter()
         .zip([client, pipe, stage].map(StreamFd::new));
-    fds.keep(set).map_err(not_kept)
+    fds.insert(set).map_err(not_stored)
 }

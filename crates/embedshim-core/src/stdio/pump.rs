@@ -5,30 +5,29 @@
 //! | --- | --- | --- |
 //! | pipe to pipe or fifo | `splice(2)`: the pages change hands within the call | loses and repeats nothing |
 //! | terminal to pipe or fifo, and back | `splice(2)` (Linux 5.11, and 5.10.11) | the same |
-//! | pipe to file | `tee(2)`, then append, then consume | repeats at most one chunk ([`CHUNK`]) |
+//! | pipe to file | `tee(2)`, then append, then consume | repeats at most one chunk ([`Scratch`]) |
 //! | terminal to file | spliced to the stage, and from there as above | the same |
 //! | terminal where it cannot be spliced | read and write | loses at most what is between the two, 4 KiB |
 //!
 //! Each pump has a thread to itself. That is needed although no descriptor blocks: a process in a
 //! container can hold the lock of a pipe that it has open for as long as it likes. So no call has
 //! the locks of both ends of a stream either: what is taken from one end is spliced to a pipe of
-//! ours, the stage, and from there to the other end. Otherwise a client that reads would wait with
-//! us. Nothing is taken before the other end has room, and where that was too little it is made:
-//! the stage is empty but for the moment between the two calls, in which only a kill of daemon and
-//! store together would lose what is in it.
+//! the daemon, the stage, and from there to the other end. Otherwise a client that reads would wait
+//! with the daemon. Nothing is taken before the other end has room, and where that was too little
+//! it is made: the stage is empty but for the moment between the two calls, in which only a kill of
+//! daemon and store together would lose what is in it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::poll::PollFlags;
 use rustix::io::Errno;
-use rustix::pipe::{SpliceFlags, splice};
 
 use super::append::{CHUNK, Dropped, Label, Scratch};
 use super::open;
 use super::ready::is_ready;
+use super::splice::splice_or_copy;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 
 /// The size of the pipes of a stream that flows without pause, since most of its cost are changes
@@ -45,8 +44,6 @@ const LINGER: u8 = 10;
 /// A kernel that calls both ends ready so often and moves nothing is not asked again at once.
 const IN_VAIN: u32 = 16;
 const PAUSE: Duration = Duration::from_millis(1);
-/// Splicing from or to a terminal has failed with EINVAL: this kernel cannot.
-static TERMINALS_CANNOT_BE_SPLICED: AtomicBool = AtomicBool::new(false);
 
 /// Why a pump has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +66,7 @@ pub(super) enum Stopped {
 pub(super) struct Way {
     /// The first of these that there is.
     pub(super) source: &'static [FdRole],
-    /// A pipe of ours between the two, unless a file takes what comes out of a pipe, or it is
+    /// A pipe between the two, unless a file takes what comes out of a pipe, or it is
     /// dropped.
     pub(super) stage: Option<FdRole>,
     /// Nothing: what comes is dropped.
@@ -194,7 +191,7 @@ impl Pump<'_> {
             let size = if role == FdRole::Terminal {
                 SMALL
             } else {
-                self.size
+                self.size.min(self.room())
             };
             return splice_or_copy(source, &stage, size);
         }
@@ -207,6 +204,19 @@ impl Pump<'_> {
             // The stream is given up.
             (Some(_), _) => Ok(0),
         }
+    }
+
+    /// How much the sink takes, but never nothing; unlimited when much flows. More would make the
+    /// sink larger ([`make_room`]), which then takes more again, up to the largest pipe.
+    fn room(&self) -> usize {
+        let sink = self.sink().filter(|_| self.size == CHUNK);
+        let size = sink.as_ref().map(rustix::pipe::fcntl_getpipe_size);
+        let (Some(sink), Some(Ok(size))) = (sink, size) else {
+            return usize::MAX;
+        };
+        let unread = rustix::io::ioctl_fionread(&sink).unwrap_or(0);
+        let unread = usize::try_from(unread).unwrap_or(size);
+        size.saturating_sub(unread).max(SMALL)
     }
 
     /// Moves what is in the stage to the sink, at most so many bytes. `None` when it is empty.
@@ -264,6 +274,9 @@ impl Pump<'_> {
         {
             self.size = LARGE;
             resize(source, LARGE);
+            if let Some(scratch) = &mut self.scratch {
+                scratch.grow();
+            }
             if let Some(sink) = self.sink() {
                 resize(&sink, LARGE);
             }
@@ -291,40 +304,6 @@ fn make_room(pipe: &StreamFd) -> bool {
 /// Sets the size of a pipe; of what is no pipe, or may not be larger, nothing.
 fn resize(pipe: &StreamFd, size: usize) -> bool {
     rustix::pipe::fcntl_setpipe_size(pipe, size).is_ok()
-}
-
-fn splice_or_copy(from: &StreamFd, to: &StreamFd, size: usize) -> rustix::io::Result<usize> {
-    let has_terminal = || !(open::is_pipe(from) && open::is_pipe(to));
-    if TERMINALS_CANNOT_BE_SPLICED.load(Ordering::Relaxed) && has_terminal() {
-        return copy(from.as_fd(), to.as_fd());
-    }
-    let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-    match splice(from, None, to, None, size, flags) {
-        Err(Errno::INVAL) if has_terminal() => {
-            TERMINALS_CANNOT_BE_SPLICED.store(true, Ordering::Relaxed);
-            copy(from.as_fd(), to.as_fd())
-        }
-        moved => moved,
-    }
-}
-
-/// Reads no more than can be written at once.
-fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<usize> {
-    if !is_ready(&to, PollFlags::POLLOUT, 0) {
-        return Err(Errno::AGAIN);
-    }
-    let mut buffer = [0; SMALL];
-    let count = rustix::io::read(from, &mut buffer)?;
-    let mut rest = buffer.get(..count).unwrap_or_default();
-    while !rest.is_empty() {
-        match rustix::io::write(to, rest) {
-            Ok(written) => rest = rest.get(written..).unwrap_or_default(),
-            Err(Errno::AGAIN) => drop(is_ready(&to, PollFlags::POLLOUT, LINGER)),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(count)
 }
 
 /// Writes everything, for tests of this folder.
@@ -355,7 +334,7 @@ mod tests {
     fn set<const N: usize>(ends: [(FdRole, OwnedFd); N]) -> ProcessFds {
         let fds = ProcessFds::new(Arc::new(NoFdStore), 1);
         let ends = ends.map(|(role, fd)| (role, StreamFd::new(fd)));
-        fds.keep(ends).unwrap();
+        fds.insert(ends).unwrap();
         fds
     }
 
@@ -414,6 +393,27 @@ mod tests {
     }
 
     #[test]
+    fn a_client_that_does_not_read_gets_no_more_than_its_pipe_holds() {
+        let ((from, mut writer), (result, to)) = (pipe(), pipe());
+        fill(&to, &vec![1; CHUNK - SMALL]);
+        let fds = staged(from, to);
+        let typing = std::thread::spawn(move || {
+            let flags = nix::fcntl::FcntlArg::F_SETFL(OFlag::empty());
+            nix::fcntl::fcntl(&writer, flags).unwrap();
+            // It is given up in the end.
+            let _ = writer.write_all(&vec![1; LARGE]);
+        });
+        for _ in 0..5 {
+            assert_eq!(run(OUTPUT, &fds), Stopped::SinkFull);
+        }
+        let unread = rustix::io::ioctl_fionread(&result).unwrap();
+        assert_eq!(unread, CHUNK as u64);
+        fds.remove_all();
+        drop(result);
+        typing.join().unwrap();
+    }
+
+    #[test]
     fn much_makes_pipes_large_and_a_pause_makes_them_small() {
         let ((from, writer), (result, to)) = (pipe(), pipe());
         let fds = staged(from, to);
@@ -434,7 +434,7 @@ mod tests {
         let source = fds.get(FdRole::StdoutPipe).unwrap();
         let size = rustix::pipe::fcntl_getpipe_size(&source).unwrap();
         assert_eq!(size, CHUNK);
-        fds.forget_all();
+        fds.remove_all();
         assert_eq!(reader.join().unwrap(), 8 * LARGE);
     }
 
@@ -459,7 +459,7 @@ mod tests {
         fill(&writer, b"more than there is room for");
         drop(writer);
         let full = File::options().write(true).open("/dev/full").unwrap();
-        fds.keep([(FdRole::StdoutClient, StreamFd::new(full))])
+        fds.insert([(FdRole::StdoutClient, StreamFd::new(full))])
             .unwrap();
         assert_eq!(run(way, &fds), Stopped::End);
     }

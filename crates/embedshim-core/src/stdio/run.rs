@@ -13,7 +13,7 @@ use tokio::io::Interest;
 use tracing::{debug, warn};
 
 use super::append::Dropped;
-use super::flow_state::{AtEnd, FlowPath, FlowState, TERMINAL, forget_unread};
+use super::flow_state::{AtEnd, FlowPath, FlowState, TERMINAL, remove_unread};
 use super::idle::{Idle, Resume};
 use super::open;
 use super::pump::{Stopped, Way, pump};
@@ -92,7 +92,12 @@ impl Run {
             if self.shared.is_last() {
                 self.peer = None;
             }
-            match self.pump().await {
+            self.shared.pump_begins();
+            let pumped = self.pump().await;
+            if !matches!(pumped, Ok((Stopped::SinkFull, _))) {
+                self.shared.nothing_waits();
+            }
+            match pumped {
                 // Its owner has dropped it, and keeps the ends.
                 _ if self.shared.progress.is_stopped() => return,
                 Ok((Stopped::End | Stopped::Asked, _)) => break,
@@ -111,7 +116,7 @@ impl Run {
                 Err(error) => {
                     let (id, stream) = (&self.path.label.id, self.path.label.stream);
                     if !is_in_trouble {
-                        warn!(%id, stream, %error, "a stream cannot be moved; trying again");
+                        warn!(%id, stream, %error, "cannot move a stream's bytes: trying again");
                     }
                     is_in_trouble = true;
                     tokio::time::sleep(TROUBLE).await;
@@ -124,7 +129,7 @@ impl Run {
         self.peer = None;
         let finish = move || self.finish();
         if let Err(error) = tokio::task::spawn_blocking(finish).await {
-            debug!(%error, "the ends of a stream are not closed");
+            debug!(%error, "cannot close the ends of a stream");
         }
     }
 
@@ -143,7 +148,7 @@ impl Run {
         let (idle, number, shared) = (self.idle.clone(), self.number, Arc::clone(&self.shared));
         if let Err((error, run)) = idle.rest(number, source, self) {
             let id = &run.path.label.id;
-            warn!(%id, %error, "a stream that is idle takes more memory than it has to");
+            warn!(%id, %error, "cannot shrink the buffers of an idle stream");
             return Err(run);
         }
         // Something may have changed before it was there to be woken.
@@ -175,7 +180,8 @@ impl Run {
                     return Next::End;
                 };
                 // An init's client may be a containerd that is down.
-                let limit = (is_last && self.path.at_end == AtEnd::KeepUntilTold).then_some(UNREAD);
+                let limit =
+                    (is_last && self.path.at_end == AtEnd::KeepUntilPublished).then_some(UNREAD);
                 // A duplicate: of a terminal both flows may wait, and a descriptor can be waited
                 // for once.
                 match self.wait(sink.duplicate(), Interest::WRITABLE, limit).await {
@@ -216,7 +222,7 @@ impl Run {
         tokio::select! {
             ready = ready => {
                 if let Err(error) = ready {
-                    warn!(id = %self.path.label.id, %error, "cannot wait for a stream; trying again");
+                    warn!(id = %self.path.label.id, %error, "cannot wait for a stream: trying again");
                     tokio::time::sleep(TROUBLE).await;
                 }
                 Next::Pump
@@ -227,7 +233,7 @@ impl Run {
     }
 
     /// A client that is slow is waited for. One that has gone leaves a fifo without a reader, once
-    /// ours is not one any more.
+    /// the daemon's own descriptor does not count as one any more.
     async fn give_up_unless_read(&self, sink: &StreamFd) -> Next {
         let (held, role) = (sink.clone(), self.path.way.sink);
         let fds = self.fds.clone();
@@ -243,7 +249,7 @@ impl Run {
         match tokio::task::spawn_blocking(look).await {
             Ok(Ok(true)) => {
                 let (id, stream) = (&self.path.label.id, self.path.label.stream);
-                warn!(%id, stream, "the output of an exec that has ended has no reader: the rest of it is dropped");
+                warn!(%id, stream, "the output of an ended exec has no reader: its rest is dropped");
                 Next::End
             }
             _ => Next::Pump,
@@ -279,17 +285,17 @@ impl Run {
     fn finish(&self) {
         let FlowPath { way, at_end, .. } = self.path;
         let is_last = self.shared.is_last();
-        let is_told = || self.shared.is_told();
+        let is_published = || self.shared.is_published();
         let keeps_unread = match at_end {
             AtEnd::KeepUnread => true,
-            AtEnd::KeepUntilTold => !is_told(),
+            AtEnd::KeepUntilPublished => !is_published(),
             AtEnd::Close | AtEnd::Leave => false,
         };
-        let mut forgotten: Vec<FdRole> = way.stage.into_iter().collect();
+        let mut removed: Vec<FdRole> = way.stage.into_iter().collect();
         // While its process lives, the input of a terminal may still flow, and closing the master
         // would be a hang-up.
         if way.source != TERMINAL || is_last {
-            forgotten.extend(way.source);
+            removed.extend(way.source);
         }
         let mut reader = None;
         if let Some(role) = way.sink.filter(|_| at_end != AtEnd::Leave) {
@@ -299,11 +305,11 @@ impl Run {
                 .filter(|fd| keeps_unread && open::is_held(fd))
                 .and_then(|fd| open::reopen(&fd, libc::O_RDONLY | libc::O_NONBLOCK).ok())
                 .map(|reader| (role, StreamFd::new(reader)));
-            forgotten.push(role);
+            removed.push(role);
         }
-        self.fds.exchange(reader, &forgotten);
-        if at_end == AtEnd::KeepUntilTold && is_told() {
-            forget_unread(&self.fds, way);
+        self.fds.exchange(reader, &removed);
+        if at_end == AtEnd::KeepUntilPublished && is_published() {
+            remove_unread(&self.fds, way);
         }
     }
 }

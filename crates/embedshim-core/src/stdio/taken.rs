@@ -4,7 +4,7 @@
 //! containerd's Go client, and with it ctr, nerdctl and every program that uses `cio`, closes its
 //! ends of the streams when it deletes a task or an exec, which it does as soon as it hears of the
 //! exit (containerd pull requests 5974 and 8334). What it has not read by then, it never reads. So
-//! an exit is told when the client has everything, or does not read.
+//! an exit is published when the client has everything, or does not read.
 
 use std::time::{Duration, Instant};
 

@@ -5,8 +5,8 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use crate::exit::ExitStatus;
-use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::exit::{Evidence, ExitStatus};
+use crate::id::{ExecId, ProcessKey, SandboxId, TaskKey};
 use crate::rootfs::Mount;
 use crate::runtime::RuntimeOptions;
 use crate::stdio::StdioPaths;
@@ -28,6 +28,10 @@ pub struct CreateTask {
     pub checkpoint: Option<PathBuf>,
     /// Opaque to us: kept with the task and given back with every event. Who is to hear of it, say.
     pub owner: String,
+    /// The sandbox that it is in, if that is one of [`Sandboxes`](crate::sandbox::Sandboxes). Its
+    /// client tells that it has given the task up by the removal of the bundle alone
+    /// ([`Node::clean_up_abandoned`](super::Node::clean_up_abandoned)).
+    pub sandbox: Option<SandboxId>,
 }
 
 /// A request for an additional process.
@@ -78,6 +82,10 @@ pub struct Exit {
     /// cannot be killed), or if a version without this field recorded it.
     #[serde(default)]
     pub status: Option<ExitStatus>,
+    /// Where the status is from. `None` if no end was seen, or if a version without this field
+    /// recorded it.
+    #[serde(default)]
+    pub evidence: Option<Evidence>,
 }
 
 /// The state of a process as the API shows it.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::event::EventSink;
 use crate::fdstore::{FdStore, NoFdStore};
+use crate::observer::Observer;
 
 /// How a [`Node`](super::Node) works.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct NodeConfig {
     pub descriptors: Arc<dyn FdStore>,
     /// Where events go; without a sink, [`Node::next_event`](super::Node::next_event) has them.
     pub events: Option<Arc<dyn EventSink>>,
+    /// Hears of exits and of calls of the runtime, to count them.
+    pub observer: Option<Arc<dyn Observer>>,
 }
 
 impl NodeConfig {
@@ -37,6 +40,7 @@ impl NodeConfig {
             reap_orphans: false,
             descriptors: Arc::new(NoFdStore),
             events: None,
+            observer: None,
         }
     }
 }

@@ -38,6 +38,9 @@ enum Init {
 impl Known {
     /// Asks the runtime, and looks at the init.
     pub(in crate::task) async fn of(task: &Arc<Task>) -> Result<Self, Error> {
+        if task.init.start_mark().is_some() {
+            task.runtime.wait_for_start(task.id()).await;
+        }
         let state = task.runtime.state(task.id(), &task.log()).await?;
         let phase = match state.status {
             // runc says so for as long as the container lives if its start was cut short right

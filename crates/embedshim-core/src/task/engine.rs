@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, watch};
 use tracing::warn;
 
-use crate::blocking::blocking;
+use crate::blocking::quickly;
 use crate::cgroup::OomWatcher;
 use crate::clock::Numbers;
 use crate::error::Error;
@@ -18,11 +18,13 @@ use crate::exit::{ExitMonitor, Survives, Watched};
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 use crate::process::{Process, ProcessIdentity};
 use crate::reaper::Reaper;
+use crate::runtime::Calls;
 use crate::stdio::Idle;
 use crate::task::config::NodeConfig;
 use crate::task::context::RequestId;
 use crate::task::process::TaskProcess;
 use crate::task::registry::Registry;
+use crate::task::standing::Recording;
 use crate::task::store::{Saved, Store};
 use crate::task::task::Task;
 
@@ -37,6 +39,7 @@ pub(crate) struct Engine {
     pub(crate) store: Store,
     pub(crate) monitor: Arc<dyn ExitMonitor>,
     pub(crate) reaper: Reaper,
+    pub(crate) calls: Calls,
     pub(crate) oom: OomWatcher,
     pub(crate) idle: Idle,
     pub(crate) registry: Registry,
@@ -69,6 +72,7 @@ impl Engine {
         events: mpsc::UnboundedSender<Event>,
     ) -> Self {
         Self {
+            calls: Calls::new(config.observer.clone()),
             config,
             boot_id,
             store,
@@ -86,15 +90,24 @@ impl Engine {
 
     /// Writes the task's record.
     pub(crate) async fn save(&self, task: &Task) -> Result<Saved, Error> {
-        let _saving = task.lock_saving().await;
+        let recording = task.lock_recording().await;
+        if *recording == Recording::Ended {
+            return Ok(Saved::without_record());
+        }
         let (store, record) = (self.store.clone(), task.record(&self.boot_id));
-        blocking(move || store.save(&record)).await?
+        quickly(move || store.save(&record)).await?
     }
 
-    /// Removes the task's record.
+    /// Removes the task's record for good: what is saved later is not written.
     pub(crate) async fn remove_record(&self, task: &Task) -> Result<(), Error> {
+        let mut recording = task.lock_recording().await;
+        if *recording == Recording::Ended {
+            return Ok(());
+        }
         let (store, key) = (self.store.clone(), task.key.clone());
-        blocking(move || store.remove(&key)).await?
+        quickly(move || store.remove(&key)).await??;
+        *recording = Recording::Ended;
+        Ok(())
     }
 
     /// Emits an event of a task, unless the task is given up. Operations call it before they save
@@ -142,17 +155,17 @@ impl Engine {
     /// again or for [`ABANDONED`].
     pub(crate) fn leave_client_ends(self: &Arc<Self>, request: Option<RequestId>, fds: ProcessFds) {
         let Some(request) = request else {
-            return fds.forget_all();
+            return fds.remove_all();
         };
         if let Some(older) = self.abandoned().insert(request, fds) {
             // Of a daemon that died while it handed them over: they are the same.
-            older.forget_all();
+            older.remove_all();
         }
         let engine = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(ABANDONED).await;
             if let Some(fds) = engine.take_client_ends(Some(request)) {
-                fds.forget_all();
+                fds.remove_all();
             }
         });
     }
@@ -176,7 +189,7 @@ impl Engine {
 
     /// Waits until no mutation is in flight.
     pub(crate) async fn quiet(&self) {
-        // The sender is a field of ours: it cannot be gone.
+        // The sender is a field of this struct: it cannot be gone.
         let _ = self
             .mutations
             .subscribe()
@@ -223,7 +236,7 @@ impl Engine {
         {
             let kept = pidfd
                 .try_clone_to_owned()
-                .and_then(|pidfd| owner.fds.keep([(FdRole::Pidfd, StreamFd::new(pidfd))]));
+                .and_then(|pidfd| owner.fds.insert([(FdRole::Pidfd, StreamFd::new(pidfd))]));
             if let Err(error) = kept {
                 warn!(
                     id = %task.id(), %error,

@@ -92,7 +92,7 @@ mod tests {
         #[test]
         fn the_init_is_last_and_once(steps in proptest::collection::vec(0..4_u8, 0..60)) {
             let mut order = ExitOrder::default();
-            let (mut running, mut has_ended, mut is_told, mut let_out) = (0_usize, false, false, 0);
+            let (mut running, mut has_ended, mut is_published, mut let_out) = (0_usize, false, false, 0);
             for step in steps {
                 match step {
                     0 => {
@@ -103,14 +103,14 @@ mod tests {
                         running -= 1;
                         let event = order.leave_exec();
                         let_out += usize::from(event.is_some());
-                        prop_assert_eq!(event.is_some(), is_told && running == 0 && let_out == 1);
+                        prop_assert_eq!(event.is_some(), is_published && running == 0 && let_out == 1);
                     }
                     2 => {
                         order.init_ended();
                         has_ended = true;
                     }
-                    3 if has_ended && !is_told => {
-                        is_told = true;
+                    3 if has_ended && !is_published => {
+                        is_published = true;
                         let event = order.init_exited(EventKind::Oom);
                         prop_assert_eq!(event.is_some(), running == 0);
                         let_out += usize::from(event.is_some());
@@ -118,7 +118,7 @@ mod tests {
                     _ => {}
                 }
                 prop_assert!(let_out <= 1);
-                prop_assert_eq!(let_out == 1, is_told && running == 0);
+                prop_assert_eq!(let_out == 1, is_published && running == 0);
             }
         }
     }

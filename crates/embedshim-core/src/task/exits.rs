@@ -5,10 +5,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::{debug, error, info, warn};
 
-use crate::blocking::blocking;
+use crate::blocking::{blocking, quickly};
 use crate::cgroup::Metrics;
 use crate::error::Error;
 use crate::event::EventKind;
@@ -46,7 +47,7 @@ impl Engine {
                     // It was deleted or its start failed meanwhile.
                     debug!(
                         pid = record.process.pid, %error,
-                        "cannot free the record of a process that no task has"
+                        "cannot free the kernel's exit record of a process without a task"
                     );
                 }
             }
@@ -114,7 +115,7 @@ impl Engine {
         let reaped = match blocking(move || store.reaped(pid)).await.ok()? {
             Ok(reaped) => reaped,
             Err(error) => {
-                warn!(pid, %error, "cannot ask the fd store's process how a process has ended");
+                warn!(pid, %error, "cannot ask the descriptor store how a process ended");
                 return None;
             }
         };
@@ -131,14 +132,17 @@ impl Engine {
         record: ExitRecord,
     ) {
         let is_init = process.exec.is_none();
+        let mut last_reading = None;
         if is_init {
             task.mark_init_ended();
+            last_reading = begin_last_reading(task);
             self.end_the_rest(task).await;
         }
         let exit = Exit {
             code: record.status.code(),
             at: record.at.to_wall(),
             status: Some(record.status),
+            evidence: Some(record.evidence),
         };
         if !process.end(exit) {
             return;
@@ -156,10 +160,13 @@ impl Engine {
         // Known, durable, visible: in this order.
         let saved = self.save(task).await;
         if let Some(streams) = streams {
-            streams.exit_is_told();
+            streams.exit_is_published();
         }
         process.publish_end(&saved);
         log(task, process, &record);
+        if let Some(observer) = &self.config.observer {
+            observer.exited(&record, is_init);
+        }
         let exited = EventKind::Exited {
             exec: process.exec.clone(),
             pid: process.now().pid,
@@ -173,6 +180,9 @@ impl Engine {
             self.emit_init_exit(task, task.leave_exec());
         }
         self.registry.untrack(record.process);
+        if let Some(reading) = last_reading {
+            self.keep_last_reading(task, reading).await;
+        }
         match saved {
             // The kernel's record is given up only for a durable one: a successor can still ask for
             // it.
@@ -180,15 +190,37 @@ impl Engine {
             Err(error) => {
                 error!(
                     id = %task.id(), %error,
-                    "an exit is not durable: it would be learned again after a restart"
+                    "cannot store an exit: a successor learns it from the kernel again"
                 );
             }
         }
     }
 
+    /// Keeps a reading for a successor, too. The exit is public by now.
+    async fn keep_last_reading(
+        &self,
+        task: &Arc<Task>,
+        reading: JoinHandle<Result<Option<Metrics>, Error>>,
+    ) {
+        let read = reading
+            .await
+            .map_err(|end| Error::Internal(end.to_string()));
+        let kept = match read.flatten() {
+            Ok(None) => return,
+            Ok(Some(metrics)) => {
+                task.keep_metrics(metrics);
+                self.save(task).await.map(drop)
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = kept {
+            warn!(id = %task.id(), %error, "cannot keep the last counters of a container");
+        }
+    }
+
     /// The exit is on disk: what else keeps it may go.
     async fn confirm(&self, process: &TaskProcess, record: &ExitRecord) {
-        process.fds.forget(&[FdRole::Pidfd]);
+        process.fds.remove(&[FdRole::Pidfd]);
         if let Err(error) = self.monitor.confirm(record.process).await {
             warn!(pid = record.process.pid, %error, "cannot free the kernel's exit record");
         }
@@ -201,7 +233,7 @@ impl Engine {
     /// A zombie that a predecessor has left may go: its end is written down.
     pub(in crate::task) fn let_be_reaped(&self, process: ProcessIdentity) {
         if let Err(error) = self.config.descriptors.reap(process) {
-            debug!(pid = process.pid, %error, "cannot ask the fd store's process to reap a zombie");
+            debug!(pid = process.pid, %error, "cannot ask the descriptor store to reap a zombie");
         }
     }
 
@@ -213,7 +245,6 @@ impl Engine {
         {
             debug!(id = %task.id(), %error, "cannot thaw a container whose init has ended");
         }
-        read_metrics(task).await;
         if task.has_own_pid_namespace {
             return;
         }
@@ -230,7 +261,7 @@ impl Engine {
             }
             Err(late) => warn!(
                 id = %task.id(), %late,
-                "its cgroup does not answer: processes of a container may be left"
+                "cannot end all processes of a container: its cgroup does not answer"
             ),
         }
     }
@@ -239,12 +270,12 @@ impl Engine {
     /// read yet (containerd 62845f4a9).
     async fn flush_oom(&self, task: &Arc<Task>) {
         let Some(cgroup) = task.cgroup() else { return };
-        match timeout(LAST_READ, blocking(move || cgroup.oom_kills())).await {
+        match timeout(LAST_READ, quickly(move || cgroup.oom_kills())).await {
             Ok(Ok(Some(kills))) if task.count_oom_kills(kills) => self.emit(task, EventKind::Oom),
             Ok(_) => {}
             Err(late) => warn!(
                 id = %task.id(), %late,
-                "its cgroup does not answer: an OOM kill may not be emitted"
+                "cannot read the OOM counter of a container: its cgroup does not answer"
             ),
         }
     }
@@ -268,25 +299,23 @@ fn log(task: &Task, process: &TaskProcess, record: &ExitRecord) {
     if let ExitStatus::Unknown { reason } = record.status {
         warn!(
             %namespace, id, exec_id, pid, %reason,
-            "ended with an unknown status: 255 is reported"
+            "process ended with an unknown status: reporting 255"
         );
     } else if exec_id.is_some() {
         // A node has as many of them as it has probes.
-        debug!(%namespace, id, exec_id, pid, status = %record.status, ?evidence, "ended");
+        debug!(%namespace, id, exec_id, pid, status = %record.status, ?evidence, "process ended");
     } else {
-        info!(%namespace, id, pid, status = %record.status, ?evidence, "ended");
+        info!(%namespace, id, pid, status = %record.status, ?evidence, "process ended");
     }
 }
 
-/// Keeps the counters for those who ask after the end, when the cgroup may be gone.
-async fn read_metrics(task: &Arc<Task>) {
-    match current_metrics(task, LAST_READ).await {
-        Ok(Some(metrics)) => task.keep_metrics(metrics),
-        Ok(None) => {}
-        Err(error) => {
-            warn!(id = %task.id(), %error, "the last counters of a container are missing");
-        }
-    }
+/// Begins to read the counters for those who ask after the end, of a cgroup that systemd removes as
+/// soon as it is empty. Others stay until the deletion.
+fn begin_last_reading(task: &Arc<Task>) -> Option<JoinHandle<Result<Option<Metrics>, Error>>> {
+    let reading = Arc::clone(task);
+    task.runtime
+        .has_systemd_cgroup()
+        .then(|| tokio::spawn(async move { current_metrics(&reading, LAST_READ).await }))
 }
 
 /// The counters now, if there is still a cgroup. Not to be read in time is no sign that there is

@@ -116,6 +116,7 @@ impl Engine {
         let path = socket.path().to_owned();
         // The runtime sends the master before it returns, and the socket's buffer keeps it: no need
         // to accept meanwhile.
+        process.fds.settle().await;
         call(Input::Null, Some(&path)).await?;
         Ok(socket.accept(CONSOLE_DEADLINE).await?)
     }
@@ -188,6 +189,7 @@ async fn with_pipes(
         // These read as soon as the runtime has begun them.
         process.decide_stdin();
     }
+    process.fds.settle().await;
     call(Input::Container(child), None).await
 }
 
@@ -196,7 +198,7 @@ pub(in crate::task) async fn find_cgroup(pid: i32) -> Option<Cgroup> {
     match blocking(move || Cgroup::of_process(pid)).await {
         Ok(Ok(cgroup)) => Some(cgroup),
         Ok(Err(error)) => {
-            warn!(pid, %error, "no cgroup: statistics and OOM events will be missing");
+            warn!(pid, %error, "cannot find the cgroup of a container: it has no statistics and OOM events");
             None
         }
         Err(_) => None,

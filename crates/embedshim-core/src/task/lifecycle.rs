@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-use crate::exit::{ExitRecord, ExitStatus, UnknownReason};
+use crate::exit::{Evidence, ExitRecord, ExitStatus, UnknownReason};
 use crate::task::api::{Exit, ProcessStatus};
 
 /// Where a process is in its life.
@@ -293,6 +293,7 @@ fn unknown_exit() -> Exit {
         code: status.code(),
         at: std::time::UNIX_EPOCH,
         status: Some(status),
+        evidence: Some(Evidence::None),
     }
 }
 

@@ -50,11 +50,13 @@ mod launch;
 mod lifecycle;
 mod node;
 mod ops;
+mod overview;
 mod process;
 mod record;
 mod recovery;
 mod registry;
 mod restores;
+mod standing;
 mod store;
 #[expect(
     clippy::module_inception,
@@ -71,10 +73,12 @@ pub use api::{
 pub use config::NodeConfig;
 pub use context::{DeleteObserver, RequestContext, RequestId};
 pub use node::Node;
+pub use overview::{BlockedStream, ProcessOverview, TaskOverview};
 
 pub use crate::bundle::BundleId;
 pub use crate::reaper::Awaited;
-pub use crate::runtime::RuntimeOptions;
+pub use crate::runtime::{RuntimeCall, RuntimeOptions};
 #[cfg(fuzzing)]
 pub(crate) use record::TaskRecord;
+pub(crate) use store::boot_id;
 pub use store::discard_record;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
+use tracing::warn;
 
 use crate::blocking::blocking;
 use crate::bundle::BundleId;
@@ -20,6 +21,7 @@ use crate::exit::ExitMonitor;
 use crate::fdstore::InheritedFds;
 use crate::id::{ProcessKey, TaskKey};
 use crate::reaper::Awaited;
+use crate::runtime::RuntimeCall;
 use crate::stdio::{Idle, StdioError};
 use crate::task::api::{
     CheckpointTask, Cleaned, CreateTask, Deleted, ExecProcess, Exit, ProcessEntry, ProcessSnapshot,
@@ -30,6 +32,7 @@ use crate::task::context::RequestContext;
 use crate::task::engine::Engine;
 use crate::task::exits::current_metrics;
 use crate::task::lifecycle::Phase;
+use crate::task::overview::TaskOverview;
 use crate::task::store::{Store, boot_id};
 
 /// How long a read may take to look into a cgroup (invariant 6): the threads for such work can be
@@ -135,7 +138,7 @@ impl Node {
     }
 
     /// Writes all records again, after their directory was removed.
-    pub async fn record_again(&self) -> Result<(), Error> {
+    pub async fn recreate_records(&self) -> Result<(), Error> {
         let store = self.engine.store.clone();
         blocking(move || store.make()).await??;
         for task in self.engine.registry.all() {
@@ -213,6 +216,21 @@ impl Node {
     pub async fn cleanup(&self, key: &TaskKey, bundle: &Path) -> Result<Cleaned, Error> {
         self.detached(self.engine().cleanup(key.clone(), bundle.to_owned()))
             .await
+    }
+
+    /// Kills and removes every task of a sandbox whose bundle is gone: its client has given it up,
+    /// and has no other way to say so. To be called now and then.
+    pub async fn clean_up_abandoned(&self) {
+        for task in self.engine.registry.all() {
+            let id = task.id().to_owned();
+            if task.sandbox.is_some()
+                && let Err(error) = self
+                    .detached(self.engine().clean_up_if_abandoned(task))
+                    .await
+            {
+                warn!(id, %error, "cannot clean up a task whose bundle is gone");
+            }
+        }
     }
 
     /// Closes our end of a process's standard input: it sees the end once the client's ends are
@@ -321,6 +339,43 @@ impl Node {
             Ok(now) => task.last_metrics().or(now).ok_or(Error::NoCgroup),
             Err(late) => task.last_metrics().ok_or(late),
         }
+    }
+
+    /// All tasks at this moment, those that are being created included, by name. Reads what is in
+    /// memory; may be called from any thread, and waits for nothing.
+    pub fn overview(&self) -> Vec<TaskOverview> {
+        let tasks = self.engine.registry.all_even_unfinished();
+        let mut all: Vec<_> = tasks.iter().map(|task| TaskOverview::of(task)).collect();
+        all.sort_by(|one, other| one.key.cmp(&other.key));
+        all
+    }
+
+    /// One task at this moment, also while it is being created.
+    pub fn overview_of(&self, key: &TaskKey) -> Option<TaskOverview> {
+        let task = self.engine.registry.task_even_unfinished(key)?;
+        Some(TaskOverview::of(&task))
+    }
+
+    /// How much memory the task's processes use, as its cgroup counts it. Blocks on the cgroup file
+    /// system.
+    pub fn memory_used(&self, key: &TaskKey) -> Option<u64> {
+        let task = self.engine.registry.task_even_unfinished(key)?;
+        task.cgroup()?.memory_used()
+    }
+
+    /// The calls of OCI runtimes that are in flight, the oldest first.
+    pub fn runtime_calls(&self) -> Vec<RuntimeCall> {
+        self.engine.calls.all()
+    }
+
+    /// How many tasks there are, those that are being created included.
+    pub fn task_count(&self) -> usize {
+        self.engine.registry.count()
+    }
+
+    /// How many processes are watched.
+    pub fn watched(&self) -> usize {
+        self.engine.registry.tracked_count()
     }
 
     /// The next event, in order. Never answers if [`NodeConfig::events`] has a sink. Meant for one

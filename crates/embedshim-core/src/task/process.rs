@@ -16,7 +16,7 @@ use crate::stdio::{self, Of, PipeInodes, StdioPaths, Streams};
 use crate::task::api::Exit;
 use crate::task::context::{RequestContext, RequestId};
 use crate::task::lifecycle::{Effect, Lifecycle, Operation, Phase, Refusal, Transition};
-use crate::task::record::{ProcessRecord, StartMark};
+use crate::task::record::{FailedStart, ProcessRecord, StartMark};
 use crate::task::store::Saved;
 
 /// A process of a task.
@@ -63,9 +63,10 @@ struct Facts {
     stdin_closed: bool,
     logger: Option<ProcessIdentity>,
     spec: Option<String>,
-    /// For whom the runtime was called to start it. It stays, so that the same request is
-    /// recognised when it comes again.
+    /// The request for which the runtime was called to start it. It stays, so that
+    /// the same request is recognised when it comes again.
     start: Option<StartMark>,
+    failed_start: Option<FailedStart>,
 }
 
 impl TaskProcess {
@@ -104,6 +105,7 @@ impl TaskProcess {
             pipes: record.pipes,
             logger: record.logger,
             start: record.start,
+            failed_start: record.failed_start,
             ..Facts::default()
         };
         Self {
@@ -172,6 +174,7 @@ impl TaskProcess {
     /// work.
     pub(crate) fn mark_start(&self, request: Option<RequestId>) {
         let mut facts = self.facts();
+        facts.failed_start = None;
         facts.start = Some(StartMark {
             request,
             ticks: BootTime::now().ticks(),
@@ -184,7 +187,7 @@ impl TaskProcess {
         self.facts().start = None;
     }
 
-    /// For whom the runtime was called to start it, if it was.
+    /// The request for which the runtime was called to start it, if it was.
     pub(crate) fn start_mark(&self) -> Option<StartMark> {
         self.facts().start.clone()
     }
@@ -194,6 +197,20 @@ impl TaskProcess {
         self.start_mark()
             .is_some_and(|mark| context.is_retry_of(mark.request))
             && (self.now().phase() != Phase::Created)
+    }
+
+    /// Its start has failed. To be saved before [`fail_start`](Self::fail_start) lets waiters see
+    /// it: they are told that it never ran, so the request must not start it after a restart.
+    pub(crate) fn note_failed_start(&self, failed: FailedStart) {
+        let mut facts = self.facts();
+        facts.start = None;
+        facts.failed_start = Some(failed);
+    }
+
+    /// What this request was refused with, before a restart.
+    pub(crate) fn refusal_of(&self, context: &RequestContext) -> Option<Error> {
+        let failed = self.facts().failed_start.clone()?;
+        context.is_retry_of(failed.request).then(|| failed.error())
     }
 
     /// An operation begins that makes, starts or examines it: an exit waits until
@@ -251,7 +268,7 @@ impl TaskProcess {
         facts.streams = None;
         facts.start = None;
         drop(facts);
-        self.fds.forget_all();
+        self.fds.remove_all();
         // A process that has ended stays ended.
         let _ = self.apply(how);
     }
@@ -275,7 +292,7 @@ impl TaskProcess {
         facts.streams = None;
         drop(facts);
         stdio::discard_pipes(&self.fds);
-        self.fds.forget(&[FdRole::Pidfd]);
+        self.fds.remove(&[FdRole::Pidfd]);
         let _ = self.apply(Transition::Unmake);
         self.state.send_modify(|state| state.pid = 0);
     }
@@ -306,7 +323,7 @@ impl TaskProcess {
             streams.end_of_process();
         }
         if lifecycle.exit().is_some() {
-            streams.exit_is_told();
+            streams.exit_is_published();
         }
         facts.streams = Some(Arc::new(streams));
     }
@@ -319,7 +336,7 @@ impl TaskProcess {
     /// Lets go of its streams, for good.
     pub(crate) fn disconnect(&self) {
         self.facts().streams = None;
-        self.fds.forget_all();
+        self.fds.remove_all();
     }
 
     /// Closes our end of its input, now or as soon as there is one.
@@ -433,7 +450,8 @@ impl TaskProcess {
             number: self.fds.number(),
             made_by: self.made_by,
             start: facts.start.clone(),
-            start_failed: failed.is_some(),
+            start_failed: failed.is_some() || facts.failed_start.is_some(),
+            failed_start: facts.failed_start.clone(),
             may_have_run: failed.unwrap_or(false),
         }
     }
@@ -459,6 +477,7 @@ fn never_ran() -> Exit {
             .checked_sub(GO_ZERO_BEFORE_EPOCH)
             .unwrap_or(UNIX_EPOCH),
         status: None,
+        evidence: None,
     }
 }
 

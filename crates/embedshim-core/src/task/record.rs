@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::Bundle;
 use crate::cgroup::{Cgroup, Metrics};
-use crate::id::{ContainerId, ExecId, Namespace};
+use crate::error::{Error, ErrorKind, chain};
+use crate::id::{ContainerId, ExecId, Namespace, SandboxId, TaskKey};
 use crate::process::ProcessIdentity;
 use crate::rootfs::Mount;
 use crate::runtime::RuntimeOptions;
@@ -20,6 +21,7 @@ use crate::task::lifecycle::Phase;
 /// The format this program writes. A reader refuses what is newer and keeps fields it does not
 /// know.
 pub(crate) const VERSION: u32 = 1;
+
 /// Everything the daemon has to remember about a task.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct TaskRecord {
@@ -29,12 +31,15 @@ pub(crate) struct TaskRecord {
     pub(crate) id: ContainerId,
     pub(crate) bundle: Bundle,
     pub(crate) owner: String,
+    /// The sandbox that it is in, if embedshim is its controller.
+    #[serde(default)]
+    pub(crate) sandbox: Option<SandboxId>,
     pub(crate) runtime: RuntimeOptions,
     pub(crate) rootfs: Vec<Mount>,
     /// The image that `Start` restores.
     #[serde(default)]
     pub(crate) checkpoint: Option<PathBuf>,
-    /// `create` has come to its end: what lacks this is debris of a daemon that died in it.
+    /// `create` has come to its end: what lacks this is what a daemon left that died within it.
     pub(crate) complete: bool,
     pub(crate) init: ProcessRecord,
     #[serde(default)]
@@ -50,6 +55,16 @@ pub(crate) struct TaskRecord {
     pub(crate) unknown: serde_json::Map<String, serde_json::Value>,
 }
 
+impl TaskRecord {
+    /// The task's name.
+    pub(crate) fn key(&self) -> TaskKey {
+        TaskKey {
+            namespace: self.namespace.clone(),
+            id: self.id.clone(),
+        }
+    }
+}
+
 /// The runtime was about to start the process, or has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StartMark {
@@ -63,6 +78,38 @@ pub(crate) struct StartMark {
     pub(crate) program: Option<PathBuf>,
 }
 
+/// The start of an exec has failed, as the client is told or was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FailedStart {
+    /// Who asked for it.
+    pub(crate) request: Option<RequestId>,
+    pub(crate) kind: ErrorKind,
+    /// The error with its causes, of which the beginning is kept.
+    pub(crate) text: String,
+}
+
+impl FailedStart {
+    /// Runtimes say less than this.
+    const MAX_TEXT: usize = 16 * 1024;
+
+    pub(crate) fn new(request: Option<RequestId>, error: &Error) -> Self {
+        let mut text = chain(error);
+        text.truncate(text.floor_char_boundary(Self::MAX_TEXT));
+        Self {
+            request,
+            kind: error.kind(),
+            text,
+        }
+    }
+
+    pub(crate) fn error(self) -> Error {
+        Error::Refused {
+            kind: self.kind,
+            text: self.text,
+        }
+    }
+}
+
 /// What there is to remember about one process.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct ProcessRecord {
@@ -72,7 +119,7 @@ pub(crate) struct ProcessRecord {
     pub(crate) identity: Option<ProcessIdentity>,
     #[serde(default)]
     pub(crate) exit: Option<Exit>,
-    /// No writer of ours keeps its input open any more.
+    /// The daemon has no writer of its input any more.
     #[serde(default)]
     pub(crate) stdin_closed: bool,
     /// Its pipes, by inode.
@@ -96,6 +143,9 @@ pub(crate) struct ProcessRecord {
     /// This exec could not be started: its waiters are let go.
     #[serde(default)]
     pub(crate) start_failed: bool,
+    /// How, in the record of a version that notes it.
+    #[serde(default)]
+    pub(crate) failed_start: Option<FailedStart>,
     /// Its runtime was killed before it said whether this exec runs: it is not started again.
     #[serde(default)]
     pub(crate) may_have_run: bool,

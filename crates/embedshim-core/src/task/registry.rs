@@ -128,6 +128,16 @@ impl Registry {
         self.processes().contains_key(&pid)
     }
 
+    /// How many tasks there are, those that are being created included.
+    pub(crate) fn count(&self) -> usize {
+        self.tasks().len()
+    }
+
+    /// How many processes are watched.
+    pub(crate) fn tracked_count(&self) -> usize {
+        self.processes().values().map(Vec::len).sum()
+    }
+
     fn tasks(&self) -> MutexGuard<'_, HashMap<TaskKey, Arc<Task>>> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -28,7 +28,7 @@ impl Engine {
                 self.unwatch(task, identity).await;
             }
             task.init.unmake();
-            task.init.fds.forget_all();
+            task.init.fds.remove_all();
             end_logger(&task.init).await;
             remove_half_restored(task).await;
         }

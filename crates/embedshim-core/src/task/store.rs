@@ -23,6 +23,13 @@ const SUFFIX: &str = ".json";
 #[derive(Debug)]
 pub(crate) struct Saved(());
 
+impl Saved {
+    /// The task is removed, and with it its record: no successor says anything of it.
+    pub(crate) fn without_record() -> Self {
+        Self(())
+    }
+}
+
 /// The directory of the records.
 #[derive(Clone, Debug)]
 pub(crate) struct Store {
@@ -205,6 +212,7 @@ mod tests {
                 inode: 2,
             },
             owner: String::new(),
+            sandbox: None,
             runtime: RuntimeOptions::default(),
             rootfs: Vec::new(),
             checkpoint: None,
@@ -215,6 +223,7 @@ mod tests {
                     code: 9,
                     at: std::time::SystemTime::UNIX_EPOCH,
                     status: None,
+                    evidence: None,
                 }),
                 ..ProcessRecord::default()
             },

@@ -15,7 +15,7 @@ use crate::cgroup::{Cgroup, Metrics};
 use crate::error::Error;
 use crate::event::EventKind;
 use crate::fdstore::ProcessFds;
-use crate::id::{ExecId, TaskKey};
+use crate::id::{ExecId, SandboxId, TaskKey};
 use crate::rootfs::Mount;
 use crate::runtime::{Runtime, RuntimeOptions};
 use crate::task::api::CreateTask;
@@ -23,6 +23,7 @@ use crate::task::context::RequestId;
 use crate::task::exit_order::ExitOrder;
 use crate::task::process::TaskProcess;
 use crate::task::record::{TaskRecord, VERSION};
+use crate::task::standing::{Recording, Stage, Standing};
 
 /// Numbers tasks for the OOM watcher.
 static SERIAL: AtomicU64 = AtomicU64::new(1);
@@ -34,6 +35,8 @@ pub(crate) struct Task {
     pub(crate) serial: u64,
     pub(crate) bundle: Bundle,
     pub(crate) owner: String,
+    /// Its client has no clean-up for it but the removal of its bundle.
+    pub(crate) sandbox: Option<SandboxId>,
     pub(crate) rootfs: Vec<Mount>,
     pub(crate) runtime: Runtime,
     /// The image that `Start` restores: until then the container does not exist.
@@ -48,30 +51,7 @@ pub(crate) struct Task {
     /// The order of exits has come to its end.
     emitted: Notify,
     standing: watch::Sender<Standing>,
-    saving: tokio::sync::Mutex<()>,
-}
-
-/// Where a task is between the reservation of its id and the release of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Standing {
-    stage: Stage,
-    /// A clean-up removes it: nothing is told of it any more.
-    is_given_up: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    /// Its `Create` is in flight: clients cannot see it.
-    Creating,
-    /// Its `Create` was cut short by the death of a daemon. Whether the container is taken over or
-    /// removed is being found out: who wants the id waits.
-    HalfCreated,
-    /// It was taken over, and clients see it. What has to follow from that is in flight.
-    Adopted,
-    /// It is a task.
-    Live,
-    /// Its id is free.
-    Released,
+    recording: tokio::sync::Mutex<Recording>,
 }
 
 #[derive(Debug, Default)]
@@ -99,6 +79,7 @@ impl Task {
             runtime: options,
             owner,
             checkpoint,
+            sandbox,
             ..
         } = request;
         let init = TaskProcess::new(None, stdio, None, made_by, fds);
@@ -112,7 +93,11 @@ impl Task {
             has_own_pid_namespace,
             init,
         );
-        Self { checkpoint, ..task }
+        Self {
+            sandbox,
+            checkpoint,
+            ..task
+        }
     }
 
     #[expect(
@@ -134,6 +119,7 @@ impl Task {
             serial: SERIAL.fetch_add(1, Ordering::Relaxed),
             bundle,
             owner,
+            sandbox: None,
             rootfs,
             runtime,
             checkpoint: None,
@@ -148,7 +134,7 @@ impl Task {
                 stage: Stage::Creating,
                 is_given_up: false,
             }),
-            saving: tokio::sync::Mutex::default(),
+            recording: tokio::sync::Mutex::new(Recording::On),
         }
     }
 
@@ -159,10 +145,7 @@ impl Task {
         has_own_pid_namespace: bool,
         fds: impl Fn(u64) -> ProcessFds,
     ) -> Self {
-        let key = TaskKey {
-            namespace: record.namespace,
-            id: record.id,
-        };
+        let key = record.key();
         let own = fds(record.init.number);
         let init = TaskProcess::restored(None, record.init, own);
         let task = Self::with(
@@ -189,14 +172,13 @@ impl Task {
             .into_iter()
             .map(|(id, exec)| {
                 let own = fds(exec.number);
-                (
-                    id.clone(),
-                    Arc::new(TaskProcess::restored(Some(id), exec, own)),
-                )
+                let exec = TaskProcess::restored(Some(id.clone()), exec, own);
+                (id, Arc::new(exec))
             })
             .collect();
         Self {
             checkpoint: record.checkpoint,
+            sandbox: record.sandbox,
             ..task
         }
     }
@@ -211,6 +193,7 @@ impl Task {
             id: self.key.id.clone(),
             bundle: self.bundle.clone(),
             owner: self.owner.clone(),
+            sandbox: self.sandbox.clone(),
             runtime: self.options.clone(),
             checkpoint: self.checkpoint.clone(),
             rootfs: self.rootfs.clone(),
@@ -229,8 +212,8 @@ impl Task {
     }
 
     /// Only one record of it is written at a time: an older picture must not replace a newer one.
-    pub(crate) async fn lock_saving(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.saving.lock().await
+    pub(crate) async fn lock_recording(&self) -> tokio::sync::MutexGuard<'_, Recording> {
+        self.recording.lock().await
     }
 
     /// The container's id.
@@ -327,13 +310,13 @@ impl Task {
         let _ = standing.wait_for(|standing| !standing.is_undecided()).await;
     }
 
-    /// A clean-up removes it: nothing is told of it any more, its end is told by who gave it up.
+    /// A clean-up removes it: nothing is reported of it any more, the clean-up reports its end.
     pub(crate) fn give_up(&self) {
         self.standing
             .send_modify(|standing| standing.is_given_up = true);
     }
 
-    /// Whether nothing is to be told of it.
+    /// Whether nothing is to be reported of it.
     pub(crate) fn is_given_up(&self) -> bool {
         self.standing.borrow().is_given_up
     }
@@ -460,6 +443,11 @@ impl Task {
         grew
     }
 
+    /// The kernel's count of OOM kills, as far as it was noted.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        self.facts().oom_kills
+    }
+
     /// The last reading of its counters.
     pub(crate) fn last_metrics(&self) -> Option<Metrics> {
         self.facts().last_metrics.clone()
@@ -480,11 +468,5 @@ impl Task {
 
     fn order(&self) -> MutexGuard<'_, ExitOrder> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Standing {
-    fn is_undecided(self) -> bool {
-        matches!(self.stage, Stage::HalfCreated | Stage::Adopted)
     }
 }

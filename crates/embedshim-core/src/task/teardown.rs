@@ -20,7 +20,7 @@ impl Engine {
         if runtime_was_called
             && let Err(error) = task.runtime.delete(task.id(), true, &task.log()).await
         {
-            // The runtime is missing, say, which is what the client is told already.
+            // The runtime is missing, say, which the client learns from its own error.
             warn!(id = %task.id(), %error, "cannot delete a container that was not created");
         }
         if runtime_was_called {

@@ -1,4 +1,4 @@
-//! The process of an exec that the OCI runtime has started and not told of: the runtime was killed
+//! The process of an exec that the OCI runtime has started and not reported: the runtime was killed
 //! before it wrote the pid file. Owns how it is recognised among the processes of its container;
 //! never starts or ends one.
 
@@ -42,7 +42,8 @@ pub(in crate::task) async fn find(task: &Arc<Task>, process: &Arc<TaskProcess>) 
 enum Sight {
     Nothing,
     One(Process, Executes),
-    /// Some of them execute the runtime's code: it has several on its way.
+    /// Some of them execute the runtime's code, or have the exec's pipes as it has: the runtime has
+    /// several on its way.
     Several,
 }
 
@@ -119,7 +120,8 @@ impl Search {
         match process {
             Some(process) if is_runtime(&process) => Sight::One(process, Executes::Runtime),
             Some(process) => Sight::One(process, Executes::Exec),
-            None if its.iter().chain(&others).any(is_runtime) => Sight::Several,
+            // A wrapper of the runtime, such as a shell, has the exec's pipes as well.
+            None if its.len() > 1 || its.iter().chain(&others).any(is_runtime) => Sight::Several,
             None => Sight::Nothing,
         }
     }

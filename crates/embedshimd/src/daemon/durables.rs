@@ -8,18 +8,22 @@ use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
-use embedshim_core::fdstore::FdStore;
+use embedshim_core::fdstore::{FdName, FdStore, Listener};
 use embedshim_core::task::Node;
 use nix::fcntl::Flock;
 use shim_api::events::Outboxes;
 use shim_api::server::Server;
 use shim_api::services::Services;
-use tokio::net::UnixListener;
 use tracing::warn;
 
 use super::listener;
+use super::oversight::Oversight;
+use super::pods::PodService;
+use crate::admin::Admin;
+use crate::metrics::Observed;
 use crate::service_manager::ServiceManager;
 use crate::state_dir::durable::Durable;
+use crate::state_dir::lives::Lives;
 use crate::state_dir::lock;
 
 /// How long the connections have to write their journals again.
@@ -29,18 +33,20 @@ const JOURNALS_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct Parts<'a> {
     pub(super) state_dir: &'a Path,
     pub(super) socket: &'a Path,
-    pub(super) server: &'a Server<Services>,
+    pub(super) server: &'a Server<Observed<Services>>,
     pub(super) node: &'a Node,
     pub(super) outboxes: &'a Outboxes,
     pub(super) store: &'a dyn FdStore,
     pub(super) manager: Option<&'a ServiceManager>,
+    pub(super) oversight: &'a Oversight,
+    pub(super) pods: Option<&'a PodService>,
 }
 
 /// Everything durable. In the order in which it is recreated: a client that finds the socket finds
 /// the rest. A recreated listener is put into `new_listener`.
 pub(super) fn all<'a>(
     parts: &Parts<'a>,
-    new_listener: &'a RefCell<Option<UnixListener>>,
+    new_listener: &'a RefCell<Option<Listener>>,
 ) -> Vec<Box<dyn Durable + 'a>> {
     let state_dir = parts.state_dir;
     let mut all: Vec<Box<dyn Durable + 'a>> = vec![
@@ -67,6 +73,23 @@ pub(super) fn all<'a>(
             new_listener,
         }),
     ];
+    let oversight = parts.oversight;
+    all.push(Box::new(History {
+        lives: &oversight.lives,
+    }));
+    if let Some(admin) = &oversight.admin {
+        all.push(Box::new(AdminSocket { admin }));
+    }
+    if let Some(pods) = parts.pods {
+        all.push(Box::new(SandboxRecords {
+            path: state_dir.join("sandboxes"),
+            pods,
+        }));
+        all.push(Box::new(SandboxSocket {
+            pods,
+            store: parts.store,
+        }));
+    }
     if let Some(manager) = parts.manager {
         all.push(Box::new(KeeperFiles { manager }));
     }
@@ -121,14 +144,14 @@ impl Durable for TaskRecords<'_> {
     }
 
     async fn recreate(&self) -> anyhow::Result<()> {
-        Ok(self.node.record_again().await?)
+        Ok(self.node.recreate_records().await?)
     }
 }
 
 /// The journals of connections, with the requests that are not answered yet.
 struct Journals<'a> {
     path: PathBuf,
-    server: &'a Server<Services>,
+    server: &'a Server<Observed<Services>>,
 }
 
 #[async_trait(?Send)]
@@ -142,7 +165,7 @@ impl Durable for Journals<'_> {
     }
 
     async fn recreate(&self) -> anyhow::Result<()> {
-        match self.server.note_again(JOURNALS_LIMIT).await {
+        match self.server.recreate_journals(JOURNALS_LIMIT).await {
             // A connection writes its journal again when its client has read: that is no failure.
             Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
                 warn!(
@@ -182,7 +205,7 @@ impl Durable for Events<'_> {
 struct Socket<'a> {
     path: &'a Path,
     store: &'a dyn FdStore,
-    new_listener: &'a RefCell<Option<UnixListener>>,
+    new_listener: &'a RefCell<Option<Listener>>,
 }
 
 #[async_trait(?Send)]
@@ -200,9 +223,103 @@ impl Durable for Socket<'_> {
     }
 
     async fn recreate(&self) -> anyhow::Result<()> {
-        let listener = listener::recreate(self.path, self.store)?;
+        let listener = listener::recreate(&FdName::Listener, self.path, self.store)?;
         *self.new_listener.borrow_mut() = Some(listener);
         Ok(())
+    }
+}
+
+/// The records of sandboxes that a successor takes over.
+struct SandboxRecords<'a> {
+    path: PathBuf,
+    pods: &'a PodService,
+}
+
+#[async_trait(?Send)]
+impl Durable for SandboxRecords<'_> {
+    fn name(&self) -> &'static str {
+        "the sandbox records"
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+
+    async fn recreate(&self) -> anyhow::Result<()> {
+        Ok(self.pods.sandboxes().recreate_records().await?)
+    }
+}
+
+/// The socket of the sandbox controller.
+struct SandboxSocket<'a> {
+    pods: &'a PodService,
+    store: &'a dyn FdStore,
+}
+
+#[async_trait(?Send)]
+impl Durable for SandboxSocket<'_> {
+    fn name(&self) -> &'static str {
+        "the sandbox controller's socket"
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(self.pods.socket())
+    }
+
+    fn is_single_file(&self) -> bool {
+        true
+    }
+
+    async fn recreate(&self) -> anyhow::Result<()> {
+        self.pods.recreate_listener(self.store)
+    }
+}
+
+/// What is known of former daemons.
+struct History<'a> {
+    lives: &'a Lives,
+}
+
+#[async_trait(?Send)]
+impl Durable for History<'_> {
+    fn name(&self) -> &'static str {
+        "the history of daemons"
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(self.lives.path())
+    }
+
+    fn is_single_file(&self) -> bool {
+        true
+    }
+
+    async fn recreate(&self) -> anyhow::Result<()> {
+        Ok(self.lives.recreate()?)
+    }
+}
+
+/// The socket on which operators are answered.
+struct AdminSocket<'a> {
+    admin: &'a Admin,
+}
+
+#[async_trait(?Send)]
+impl Durable for AdminSocket<'_> {
+    fn name(&self) -> &'static str {
+        "the admin socket"
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(self.admin.path())
+    }
+
+    fn is_single_file(&self) -> bool {
+        true
+    }
+
+    async fn recreate(&self) -> anyhow::Result<()> {
+        Ok(self.admin.recreate()?)
     }
 }
 

@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use embedshim_core::chain;
-use tokio::net::UnixListener;
+use embedshim_core::fdstore::Listener;
 use tracing::{error, info, warn};
 
 use super::durables::{self, Parts};
@@ -17,7 +17,7 @@ use crate::state_dir::durable::DurableSet;
 /// Serves until `end` completes.
 pub(super) async fn serve<T>(
     parts: &Parts<'_>,
-    mut listener: UnixListener,
+    mut listener: Listener,
     end: impl Future<Output = T>,
 ) -> T {
     tokio::pin!(end);
@@ -78,7 +78,7 @@ impl Upkeep<'_> {
                     error!(
                         %state_dir,
                         error = failure,
-                        "state directory: cannot recreate its files: trying again"
+                        "state directory: cannot recreate files: trying again"
                     );
                 }
                 self.last_failure = Some(failure);

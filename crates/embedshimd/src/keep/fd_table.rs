@@ -1,15 +1,18 @@
 //! [`FdTable`]: the stored descriptors, by name. Owns how many there can be: as many as a successor
 //! can be given.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::service_manager::activation::MAX_NAMES_LENGTH;
 use crate::state_dir::file_id::FileId;
 
-/// The stored descriptors, in the order in which they came.
+/// The stored descriptors by name, those of one name in the order in which they came.
 #[derive(Debug, Default)]
 pub(super) struct FdTable {
-    entries: Vec<(String, OwnedFd)>,
+    entries: BTreeMap<String, Vec<OwnedFd>>,
+    /// The number of all descriptors.
+    stored: usize,
     /// The length of all names with a colon after each.
     names_length: usize,
 }
@@ -37,11 +40,10 @@ impl FdTable {
         descriptor: OwnedFd,
         limit: u64,
     ) -> Result<(), Full> {
-        let stored = self.entries.len();
-        if self
-            .descriptors(name)
-            .any(|other| is_same(other, descriptor.as_fd()))
-        {
+        let stored = self.stored;
+        let of_name = self.entries.get(name);
+        let is_known = |other: &OwnedFd| is_same(other.as_fd(), descriptor.as_fd());
+        if of_name.is_some_and(|of_name| of_name.iter().any(is_known)) {
             return Ok(());
         }
         if stored >= max_stored(limit) {
@@ -51,31 +53,32 @@ impl FdTable {
             return Err(Full::Names { stored });
         }
         self.names_length += name.len() + 1;
-        self.entries.push((name.into(), descriptor));
+        self.stored += 1;
+        self.entries
+            .entry(name.into())
+            .or_default()
+            .push(descriptor);
         Ok(())
     }
 
     /// Closes all that are stored under this name.
     pub(super) fn remove(&mut self, name: &str) {
-        let before = self.entries.len();
-        self.entries.retain(|(other, _)| other != name);
-        self.names_length -= (before - self.entries.len()) * (name.len() + 1);
+        let closed = self.entries.remove(name).map_or(0, |closed| closed.len());
+        self.stored -= closed;
+        self.names_length -= closed * (name.len() + 1);
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
-        self.entries
-            .iter()
-            .map(|(name, descriptor)| (name.as_str(), descriptor.as_fd()))
+        self.entries.iter().flat_map(|(name, descriptors)| {
+            let name = name.as_str();
+            descriptors
+                .iter()
+                .map(move |descriptor| (name, descriptor.as_fd()))
+        })
     }
 
     pub(super) fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    fn descriptors(&self, name: &str) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.iter()
-            .filter(move |(other, _)| *other == name)
-            .map(|(_, descriptor)| descriptor)
+        self.stored
     }
 }
 

@@ -8,11 +8,11 @@ use embedshim_core::chain;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
-use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, waitid};
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use tracing::{error, info, warn};
 
 use super::backoff::Backoff;
-use super::daemon::{Daemon, Running};
+use super::daemon::{Daemon, Ended, Running};
 use super::fd_table::{FdTable, max_stored};
 use super::files::Files;
 use super::handover;
@@ -53,6 +53,8 @@ pub(super) struct Keeper {
     was_ever_ready: bool,
     /// The keeper was asked to end, and waits for its daemon.
     is_ending: bool,
+    /// How the last daemon ended, for the next one.
+    last_end: Option<String>,
     refusals: Refusals,
 }
 
@@ -74,6 +76,7 @@ impl Keeper {
             backoff: Backoff::default(),
             was_ever_ready: false,
             is_ending: false,
+            last_end: None,
             refusals: Refusals::default(),
         }
     }
@@ -83,7 +86,7 @@ impl Keeper {
         self.was_ever_ready = true;
         self.write_status();
         if let Some(pid) = pid.and_then(Pid::from_raw) {
-            self.daemon = Daemon::Running(Running::new(pid, true));
+            self.daemon = Daemon::Running(Running::serving(pid));
             self.daemon.ask_to_leave(Signal::SIGTERM);
         }
         info!(
@@ -141,8 +144,13 @@ impl Keeper {
             Daemon::Running(running) => {
                 let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
                 match waitid(WaitId::Pid(running.pid), options) {
-                    Ok(None) => running.enforce_limits(now),
-                    Ok(Some(status)) => return self.daemon_ended(&status),
+                    Ok(None) => {
+                        running.enforce_limits(now);
+                        if running.is_held_up(now) {
+                            return self.daemon_ended(Ended::HeldUp);
+                        }
+                    }
+                    Ok(Some(status)) => return self.daemon_ended(Ended::of(&status)),
                     Err(errno) => {
                         let pid = running.pid.as_raw_nonzero();
                         error!(
@@ -169,9 +177,10 @@ impl Keeper {
             &self.fds,
             max_stored(self.parts.limit),
             self.files.inbox_path(),
+            self.last_end.as_deref(),
         );
         self.daemon = match started {
-            Ok(pid) => Daemon::Running(Running::new(pid, false)),
+            Ok(pid) => Daemon::Running(Running::starting(pid, self.parts.watchdog)),
             Err(failure) => {
                 error!("cannot start embedshimd: {}", chain(failure.as_ref()));
                 if !self.was_ever_ready {
@@ -191,31 +200,41 @@ impl Keeper {
     }
 
     /// The daemon has ended: another one is due. A code ends the keeper, too.
-    fn daemon_ended(&mut self, status: &WaitIdStatus) -> Option<Code> {
+    fn daemon_ended(&mut self, how: Ended) -> Option<Code> {
         // What it stored last is perhaps still in the socket, and its successor needs it.
         self.handle_datagrams();
         let Daemon::Running(running) = &self.daemon else {
             return None;
         };
         let pid = running.pid.as_raw_nonzero();
+        self.last_end = Some(how.to_string());
         self.zombies.leave_alone();
         if !self.was_ever_ready && !self.is_ending {
             // It has logged why, and nothing is logged after that: the launcher shows the last
             // line.
-            return Some(status.exit_status().map_or(Code::Failed, Code::from_number));
+            return Some(match how {
+                Ended::Exited(code) => Code::from_number(code),
+                Ended::Killed(_) | Ended::HeldUp => Code::Failed,
+            });
         }
 
         // How long to wait for the next one.
         let now = Instant::now();
         let lived = now.saturating_duration_since(running.since);
         let mut pause = self.backoff.pause(lived, running.was_ready);
-        match (status.exit_status(), status.terminating_signal()) {
-            (Some(0), _) => {
+        match how {
+            Ended::Exited(0) => {
                 pause = Duration::ZERO;
-                info!(pid, "embedshimd has left");
+                info!(pid, "embedshimd has ended");
             }
-            (Some(code), _) => warn!(pid, code, again_in = ?pause, "embedshimd has failed"),
-            (None, signal) => warn!(pid, signal, again_in = ?pause, "embedshimd was killed"),
+            Ended::Exited(code) => warn!(pid, code, again_in = ?pause, "embedshimd has failed"),
+            Ended::Killed(signal) => warn!(pid, signal, again_in = ?pause, "embedshimd was killed"),
+            Ended::HeldUp => warn!(
+                pid,
+                again_in = ?pause,
+                "embedshimd was killed, and is held up by a file system that does not answer: \
+                 starting another"
+            ),
         }
         self.daemon = Daemon::Due(now + pause);
         self.write_status();
@@ -314,7 +333,7 @@ impl Keeper {
             }
         }
         if ignored > 0 {
-            warn!(ignored, "datagrams are ignored, the last because {reason}");
+            warn!(ignored, "ignoring datagrams, the last because {reason}");
         }
     }
 
@@ -349,6 +368,9 @@ impl Keeper {
                 self.write_status();
             }
             Message::Alive => running.mark_alive(self.parts.watchdog),
+            Message::ExtendStart { microseconds } => {
+                running.extend_start(Duration::from_micros(microseconds), self.parts.watchdog);
+            }
             Message::Reaped { pid } => {
                 let text = self.zombies.reaped(pid);
                 for pipe in received.descriptors {
@@ -358,7 +380,7 @@ impl Keeper {
             }
             Message::RecreateFiles => self.recreate_lock(),
             // The pipe of a barrier is closed right here, after all datagrams before it.
-            Message::Barrier | Message::Other => {}
+            Message::Barrier | Message::Status(_) | Message::Other => {}
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use rustix::process::Pid;
 use super::fd_table::FdTable;
 use super::handover::Format;
 use crate::cli::{Keep, Locations, Serve, UNDERSTANDS, WATCHDOG, WATCHDOG_VARIABLE};
+use crate::service_manager::activation::PREDECESSOR;
 use crate::state_dir::file_id::FileId;
 
 /// The file that this process runs, also if it was replaced at its path.
@@ -74,17 +75,19 @@ impl Program {
         &self.path
     }
 
-    /// Starts the daemon with all stored descriptors. `max_stored` is the most that can be stored.
+    /// Starts the daemon with all stored descriptors. `max_stored` is the most that can be stored,
+    /// `last_end` says how the daemon before it ended.
     pub(super) fn start_daemon(
         &self,
         fds: &FdTable,
         max_stored: usize,
         inbox: &Path,
+        last_end: Option<&str>,
     ) -> anyhow::Result<Pid> {
-        let child = match self.spawn(self.path.as_os_str(), fds, max_stored, inbox) {
+        let child = match self.spawn(self.path.as_os_str(), fds, max_stored, inbox, last_end) {
             // It is perhaps being replaced right now: the file that this process runs still exists.
             Err(error) if error.is_missing() => {
-                self.spawn(OsStr::new(SELF), fds, max_stored, inbox)
+                self.spawn(OsStr::new(SELF), fds, max_stored, inbox, last_end)
             }
             result => result,
         };
@@ -101,6 +104,7 @@ impl Program {
         fds: &FdTable,
         max_stored: usize,
         inbox: &Path,
+        last_end: Option<&str>,
     ) -> Result<u32, NotStarted> {
         let mut names = String::new();
         let mut mappings = Vec::with_capacity(fds.len());
@@ -134,6 +138,7 @@ impl Program {
                 self.watchdog.saturating_mul(1_000_000).to_string(),
             )
             .env_remove("WATCHDOG_PID")
+            .envs(last_end.map(|how| (PREDECESSOR, how)))
             .stdin(Stdio::null())
             // Ctrl-C is for the keeper alone, which then asks the daemon to leave.
             .process_group(0);

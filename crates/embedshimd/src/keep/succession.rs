@@ -4,11 +4,14 @@
 
 use std::convert::Infallible;
 use std::fs::File;
+use std::io;
+use std::ops::DerefMut;
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command};
 
 use anyhow::Context;
-use embedshim_core::task::Node;
 use nix::fcntl::Flock;
+use nix::sched::{CloneFlags, unshare};
 use tracing::error;
 
 use super::fd_table::FdTable;
@@ -29,11 +32,14 @@ pub(crate) struct Succession {
 }
 
 impl Succession {
-    /// Takes the keeper's lock and socket. Blocks on the state directory and on a run of this
-    /// program.
-    pub(crate) fn prepare(options: &Serve, node: &Node) -> anyhow::Result<Self> {
+    /// Takes the keeper's lock and socket. `spawn` starts a child that nothing else waits for.
+    /// Blocks on the state directory and on a run of this program.
+    pub(crate) fn prepare<C: DerefMut<Target = Child>>(
+        options: &Serve,
+        spawn: impl Fn(&mut Command) -> io::Result<C>,
+    ) -> anyhow::Result<Self> {
         let program = Program::of_daemon(options).context("cannot find our own program")?;
-        let format = program::check(program.path(), |command| node.spawn(command), || {})?;
+        let format = program::check(program.path(), spawn, || {})?;
         let state_dir = &options.locations.state_dir;
         let lock = lock::take(state_dir, &lock::keeper_path(state_dir))?
             .context("another keeper has taken the state directory")?;
@@ -49,8 +55,6 @@ impl Succession {
     }
 
     /// Becomes the keeper of these descriptors; returns only if that fails.
-    ///
-    /// No other thread may start a program at the same time: it would inherit all of them.
     pub(crate) fn become_keeper(
         self,
         descriptors: impl IntoIterator<Item = (String, OwnedFd)>,
@@ -61,6 +65,9 @@ impl Succession {
                 error!(name, "cannot store a descriptor: {full}; it is lost");
             }
         }
+        // Other threads may start programs until this one executes its own. With a table of its own
+        // it alone has the descriptors inheritable.
+        unshare(CloneFlags::CLONE_FILES).context("cannot separate its open files")?;
         let ends = (self.inbox.socket.as_fd(), self.lock.as_fd());
         // A daemon has no statuses of processes that it reaped before they were asked for.
         let open = handover::Open::new(self.format, ends, None, &fds, &Zombies::default())?;

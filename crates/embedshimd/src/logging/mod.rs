@@ -14,14 +14,16 @@ use crate::config::{Log, LogFormat};
 use crate::outcome::{Code, Failure};
 use file::LogFile;
 
-/// Starts logging of `info` and above, as text: for the keeper, which reads no configuration file.
+/// Starts logging of `info` and above, as text, unless logging has started: for the keeper, which
+/// reads no configuration file, and for a daemon that could not.
 pub(crate) fn start_plain(state_dir: &Path) {
-    tracing_subscriber::fmt()
+    // Fails if it has started.
+    let _ = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::INFO)
         .with_target(false)
         .with_ansi(stderr().is_terminal())
         .with_writer(LogFile::new(state_dir))
-        .init();
+        .try_init();
 }
 
 /// Starts logging as configured; `level` overrides the configured level.

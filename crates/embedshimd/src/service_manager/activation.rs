@@ -16,10 +16,16 @@ use crate::sys;
 /// KiB, and `LISTEN_FDNAMES=` with all names is one: with a longer one no successor could start.
 pub(crate) const MAX_NAMES_LENGTH: usize = 128 * 1024 - 64;
 
+/// The variable by which a keeper tells how the daemon before has ended.
+pub(crate) const PREDECESSOR: &str = "EMBEDSHIM_PREDECESSOR";
+
 /// The number of the first descriptor, `SD_LISTEN_FDS_START`.
 const FIRST: RawFd = 3;
 /// The name that `sd_listen_fds_with_names(3)` gives a descriptor without one.
 const DEFAULT_NAME: &str = "unknown";
+
+/// How long a keeper that is not the parent of this process may take to have ended.
+const ENDING: Duration = Duration::from_millis(100);
 
 /// What came with the start of this process.
 #[derive(Debug, Default)]
@@ -36,6 +42,8 @@ pub(crate) struct Activation {
     pub(crate) keeper: Option<i32>,
     /// The time within which the manager has to hear that this process is alive.
     pub(crate) watchdog: Option<Duration>,
+    /// How the daemon before this one has ended, as the keeper has seen it.
+    pub(crate) predecessor: Option<String>,
 }
 
 impl Activation {
@@ -50,6 +58,8 @@ impl Activation {
             .map(|name| sys::take_variable(name)?.to_str()?.parse().ok());
         let mut activation = Self {
             store_limit: limits.into_iter().flatten().next(),
+            predecessor: sys::take_variable(PREDECESSOR)
+                .map(|how| how.to_string_lossy().into_owned()),
             notify_socket: sys::take_variable("NOTIFY_SOCKET").filter(|path| !path.is_empty()),
             ..Self::default()
         };
@@ -103,17 +113,26 @@ fn is_for_us(pid: Option<&str>, parent: Option<&str>) -> bool {
         (Some(pid), _) => number(pid) == Some(getpid()),
         (None, Some(parent)) => number(parent).is_some_and(|parent| {
             // A keeper that was killed right after it started this process is not its parent now.
-            parent == getppid() || has_ended(parent)
+            parent == getppid() || ends(parent)
         }),
         (None, None) => false,
     }
 }
 
-fn has_ended(pid: Pid) -> bool {
-    match Process::open(pid.as_raw()) {
-        Ok(process) => process.has_ended().unwrap_or(false),
-        Err(error) => matches!(error, OpenError::Gone { .. }),
-    }
+/// Whether this process has ended. One that is about to is waited for: its children get another
+/// parent right before that.
+fn ends(pid: Pid) -> bool {
+    let process = match Process::open(pid.as_raw()) {
+        Ok(process) => process,
+        Err(error) => return matches!(error, OpenError::Gone { .. }),
+    };
+    (0..ENDING.as_millis()).any(|_| {
+        let has_ended = process.has_ended().unwrap_or(false);
+        if !has_ended {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        has_ended
+    })
 }
 
 #[cfg(test)]

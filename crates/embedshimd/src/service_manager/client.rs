@@ -7,6 +7,7 @@ use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use embedshim_core::failpoint;
 use embedshim_core::fdstore::{FdName, FdStore, InheritedFds};
@@ -14,6 +15,7 @@ use embedshim_core::process::ProcessIdentity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use tracing::warn;
 
 use super::message::Message;
 use super::outgoing::Outgoing;
@@ -26,11 +28,19 @@ const ANSWER_LIMIT: u16 = 30_000;
 /// The most bytes that are read of an answer: more than the keeper ever writes.
 const MAX_ANSWER: u64 = 16 * 1024;
 
+/// How long a start may take from one part of it to the next. systemd counts the first from the
+/// start of the process, by `TimeoutStartSec=`.
+pub(crate) const START_LIMIT: Duration = Duration::from_secs(90);
+/// The most often that the manager is told that a start goes on.
+const START_NOTE: Duration = Duration::from_secs(1);
+
 /// The connection to the service manager, and what its descriptor store holds.
 #[derive(Debug)]
 pub(crate) struct ServiceManager {
     outgoing: Outgoing,
     usage: Mutex<StoreUsage>,
+    /// When the manager was last told that the start goes on.
+    start_noted: Mutex<Instant>,
 }
 
 impl ServiceManager {
@@ -57,14 +67,11 @@ impl ServiceManager {
             connected => connected?,
         }
         let mut usage = StoreUsage::new(limit, is_keeper);
-        for (name, descriptors) in inherited.iter() {
-            let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-            let duplicates = usage.duplicate(&descriptors)?;
-            usage.add(name, descriptors.len(), duplicates);
-        }
+        usage.take_over(inherited)?;
         Ok(Self {
             outgoing: Outgoing::new(socket),
             usage: Mutex::new(usage),
+            start_noted: Mutex::new(Instant::now()),
         })
     }
 
@@ -80,6 +87,11 @@ impl ServiceManager {
     /// Says that the daemon is alive. It has to be repeated within the watchdog's period.
     pub(crate) fn notify_alive(&self) -> io::Result<()> {
         self.send(Message::Alive, &[])
+    }
+
+    /// Says in a line what the daemon does, for `systemctl status`.
+    pub(crate) fn notify_status(&self, text: &str) -> io::Result<()> {
+        self.send(Message::Status(text), &[])
     }
 
     /// Says that the daemon leaves. Returns when the manager has handled everything that was sent;
@@ -130,13 +142,18 @@ impl ServiceManager {
         duplicates.into_iter().flat_map(named).collect()
     }
 
+    /// How many descriptors the manager stores, and how many it stores at most, if it says so.
+    pub(crate) fn stored(&self) -> (usize, Option<usize>) {
+        self.usage().stored()
+    }
+
     fn usage(&self) -> MutexGuard<'_, StoreUsage> {
         self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl FdStore for ServiceManager {
-    fn keep(&self, name: &FdName, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn add(&self, name: &FdName, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut usage = self.usage();
         usage
             .check_room(name, descriptors.len())
@@ -149,13 +166,33 @@ impl FdStore for ServiceManager {
         Ok(())
     }
 
-    fn forget(&self, name: &FdName) -> io::Result<()> {
+    fn remove(&self, name: &FdName) -> io::Result<()> {
         failpoint::step("before FDSTOREREMOVE");
         let mut usage = self.usage();
         let removed = self.send(Message::Remove(&name.to_string()), &[]);
         usage.remove(name);
         failpoint::step("after FDSTOREREMOVE");
         removed
+    }
+
+    fn is_settled(&self) -> bool {
+        self.outgoing.is_settled()
+    }
+
+    fn start_goes_on(&self) {
+        let now = Instant::now();
+        let mut noted = self
+            .start_noted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if now.duration_since(*noted) < START_NOTE {
+            return;
+        }
+        *noted = now;
+        let microseconds = u64::try_from(START_LIMIT.as_micros()).unwrap_or(u64::MAX);
+        if let Err(error) = self.send(Message::ExtendStart { microseconds }, &[]) {
+            warn!(%error, "cannot notify the service manager: the start goes on");
+        }
     }
 
     fn reap(&self, process: ProcessIdentity) -> io::Result<()> {
@@ -182,5 +219,35 @@ impl FdStore for ServiceManager {
             Some((start_ticks.parse().ok()?, status.parse().ok()?))
         };
         Ok(text.lines().filter_map(line).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    #[test]
+    fn a_start_that_goes_on_is_told_of_once_a_second_at_most() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("notify");
+        let theirs = UnixDatagram::bind(&path).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let inherited = InheritedFds::default();
+        let manager =
+            ServiceManager::connect(&path.into_os_string(), None, &inherited, false).unwrap();
+        *manager.start_noted.lock().unwrap() -= START_NOTE;
+        let mut told = 0;
+        let mut buffer = [0; 64];
+        for _ in 0..10_000 {
+            manager.start_goes_on();
+            if let Ok(length) = theirs.recv(&mut buffer) {
+                assert_eq!(&buffer[..length], b"EXTEND_TIMEOUT_USEC=90000000\n");
+                told += 1;
+            }
+        }
+        // A loaded machine takes longer than a second for this.
+        assert!((1..100).contains(&told), "{told}");
     }
 }

@@ -30,11 +30,15 @@ pub(crate) enum Message<'a> {
     Stopping,
     /// The daemon is alive.
     Alive,
+    /// What the daemon does, in a line for people. The keeper ignores it.
+    Status(&'a str),
+    /// The daemon still starts, and may take so many microseconds more until it says so again.
+    ExtendStart { microseconds: u64 },
     /// Reap the zombie with this pid that began at this tick: its status is no longer needed.
     Reap { pid: i32, start_ticks: u64 },
     /// Write to the pipe that comes with it how the reaped processes with this pid have ended.
     Reaped { pid: i32 },
-    /// Nothing that the keeper acts on, such as `STATUS=`.
+    /// Nothing that the keeper acts on.
     Other,
 }
 
@@ -54,6 +58,11 @@ impl<'a> Message<'a> {
                 ("READY", "1") => message = Self::Ready,
                 ("STOPPING", "1") => message = Self::Stopping,
                 ("WATCHDOG", "1") => message = Self::Alive,
+                ("EXTEND_TIMEOUT_USEC", value) => {
+                    message = Self::ExtendStart {
+                        microseconds: value.parse().ok()?,
+                    };
+                }
                 (RECREATE_FILES, "1") => message = Self::RecreateFiles,
                 (REAP, value) => {
                     let (pid, start_ticks) = value.split_once(' ')?;
@@ -92,6 +101,10 @@ impl fmt::Display for Message<'_> {
             Self::Ready => f.write_str("READY=1\n"),
             Self::Stopping => f.write_str("STOPPING=1\n"),
             Self::Alive => f.write_str("WATCHDOG=1\n"),
+            Self::Status(text) => writeln!(f, "STATUS={text}"),
+            Self::ExtendStart { microseconds } => {
+                writeln!(f, "EXTEND_TIMEOUT_USEC={microseconds}")
+            }
             Self::Reap { pid, start_ticks } => writeln!(f, "{REAP}={pid} {start_ticks}"),
             Self::Reaped { pid } => writeln!(f, "{REAPED}={pid}"),
             Self::Other => Ok(()),
@@ -129,6 +142,12 @@ mod tests {
             (Message::Stopping, "STOPPING=1\n"),
             (Message::Alive, "WATCHDOG=1\n"),
             (
+                Message::ExtendStart {
+                    microseconds: 90_000_000,
+                },
+                "EXTEND_TIMEOUT_USEC=90000000\n",
+            ),
+            (
                 Message::Reap { pid, start_ticks },
                 "X_EMBEDSHIM_REAP=42 4711\n",
             ),
@@ -139,6 +158,13 @@ mod tests {
             assert_eq!(message.to_string(), text);
             assert_eq!(Message::parse(text.as_bytes()), Some(message), "{text}");
         }
+    }
+
+    #[test]
+    fn what_the_daemon_does_is_for_people_alone() {
+        let text = Message::Status("serving 2 tasks").to_string();
+        assert_eq!(text, "STATUS=serving 2 tasks\n");
+        assert_eq!(Message::parse(text.as_bytes()), Some(Message::Other));
     }
 
     #[test]

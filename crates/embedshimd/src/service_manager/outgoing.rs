@@ -8,6 +8,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::io::Errno;
@@ -21,6 +22,8 @@ const MAX_FDS: usize = 4;
 /// How long to wait for the socket before it is tried again, in milliseconds: it does not say that
 /// the manager has ended.
 const RETRY_PERIOD: u16 = 1000;
+/// A manager that has taken nothing for so long is stopped, and not waited for.
+const STOPPED: Duration = Duration::from_millis(500);
 
 /// The socket and the queue; clones share them.
 #[derive(Clone, Debug)]
@@ -30,6 +33,8 @@ pub(super) struct Outgoing(Arc<Inner>);
 struct Inner {
     socket: OwnedFd,
     queue: Mutex<VecDeque<Datagram>>,
+    /// When the manager has taken something last, since the queue was empty.
+    taken: Mutex<Instant>,
     has_ended: AtomicBool,
 }
 
@@ -45,8 +50,16 @@ impl Outgoing {
         Self(Arc::new(Inner {
             socket,
             queue: Mutex::default(),
+            taken: Mutex::new(Instant::now()),
             has_ended: AtomicBool::new(false),
         }))
+    }
+
+    /// Whether the manager gets all that was sent, also if this process dies now. True as well if
+    /// it does not read.
+    pub(super) fn is_settled(&self) -> bool {
+        let taken = *lock(&self.0.taken);
+        self.0.queue().is_empty() || taken.elapsed() > STOPPED
     }
 
     /// Sends a datagram, now or when the manager reads again. An error means that it is never sent.
@@ -71,7 +84,10 @@ impl Outgoing {
             descriptors: descriptors.collect::<io::Result<_>>()?,
         });
         if is_first {
-            warn!("service manager does not read its socket: is it stopped? datagrams are queued");
+            inner.note_taken();
+            warn!(
+                "the service manager does not read its socket: is it stopped? datagrams are queued"
+            );
             let this = self.clone();
             let spawned = std::thread::Builder::new()
                 .name("notify".into())
@@ -119,7 +135,7 @@ impl Inner {
         }
         // Containers that run go on, and new ones are as safe as those: so this is no failure.
         if !self.has_ended.swap(true, Ordering::Relaxed) {
-            warn!("service manager has ended: notifications and descriptors are dropped");
+            warn!("the service manager has ended: notifications and descriptors are dropped");
         }
         Ok(())
     }
@@ -142,23 +158,31 @@ impl Inner {
                     Ok(()) => {}
                 }
                 queue.pop_front();
+                self.note_taken();
             }
             if queue.is_empty() {
-                info!("service manager reads again: all queued datagrams are sent");
+                info!("the service manager reads again: all queued datagrams are sent");
                 return;
             }
         }
     }
 
-    fn queue(&self) -> MutexGuard<'_, VecDeque<Datagram>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn note_taken(&self) {
+        *lock(&self.taken) = Instant::now();
     }
+
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Datagram>> {
+        lock(&self.queue)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixDatagram;
-    use std::time::Duration;
 
     use super::*;
 
@@ -189,6 +213,9 @@ mod tests {
             .send("FDSTOREREMOVE=1\nFDNAME=p/1\n".into(), &[])
             .unwrap();
         outgoing.send("READY=1\n".into(), &[]).unwrap();
+        assert!(!outgoing.is_settled());
+        std::thread::sleep(STOPPED);
+        assert!(outgoing.is_settled(), "a stopped manager is not waited for");
         let mut buffer = [0; 64];
         for text in texts.iter().map(String::as_str).chain(["READY=1\n"]) {
             let length = theirs.recv(&mut buffer).unwrap();

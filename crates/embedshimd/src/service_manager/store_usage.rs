@@ -6,11 +6,11 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use embedshim_core::fdstore::FdName;
+use embedshim_core::fdstore::{FdName, InheritedFds};
 use tracing::warn;
 
 use super::activation::MAX_NAMES_LENGTH;
-use crate::limits::open_files;
+use crate::limits::{Count, OpenFiles};
 
 /// Descriptors that are left for requests in flight and for the start of a successor.
 const RESERVE: u64 = 32;
@@ -49,6 +49,7 @@ pub(super) struct StoreUsage {
     names_length: usize,
     /// The most descriptors that the service manager stores, if it says so.
     limit: Option<usize>,
+    open_files: OpenFiles,
 }
 
 impl StoreUsage {
@@ -62,8 +63,30 @@ impl StoreUsage {
         }
     }
 
+    /// How many descriptors are stored, and how many at most, if that is known.
+    pub(super) fn stored(&self) -> (usize, Option<usize>) {
+        (self.total, self.limit)
+    }
+
+    /// Counts what a predecessor has stored, and duplicates it if this process holds duplicates.
+    pub(super) fn take_over(&mut self, inherited: &InheritedFds) -> io::Result<()> {
+        let total = inherited.counts().map(|(_, count)| count).sum();
+        self.check_duplicates(total);
+        for (name, descriptors) in inherited.iter() {
+            let duplicates = match &self.duplicates {
+                Some(_) => descriptors
+                    .iter()
+                    .map(OwnedFd::try_clone)
+                    .collect::<io::Result<_>>()?,
+                None => Vec::new(),
+            };
+            self.add(name, descriptors.len(), duplicates);
+        }
+        Ok(())
+    }
+
     /// Refuses `count` more descriptors of this name if a successor could not be given them.
-    pub(super) fn check_room(&self, name: &FdName, count: usize) -> Result<(), StoreFull> {
+    pub(super) fn check_room(&mut self, name: &FdName, count: usize) -> Result<(), StoreFull> {
         let total = self.total;
         if let Some(limit) = self.limit
             && total + count > limit
@@ -73,25 +96,36 @@ impl StoreUsage {
         if self.names_length + count * name_length(name) > MAX_NAMES_LENGTH {
             return Err(StoreFull::Names { total });
         }
-        if *name != FdName::Listener
-            && let Some((open, limit)) = open_files()
-            && open + RESERVE > limit
+        let is_the_daemons = matches!(
+            name,
+            FdName::Listener | FdName::SandboxListener | FdName::Intake | FdName::IntakeSender
+        );
+        if !is_the_daemons
+            && let Some(Count { open, limit }) = self.open_files.exceeding(RESERVE, |limit| limit)
         {
             return Err(StoreFull::OpenFiles { open, limit });
         }
         Ok(())
     }
 
-    /// Duplicates descriptors that are about to be stored; none if this process holds none. Where
-    /// few files may be open, requests need them more: then all duplicates are closed.
+    /// Duplicates descriptors that are about to be stored; none if this process holds none.
     pub(super) fn duplicate(&mut self, descriptors: &[BorrowedFd<'_>]) -> io::Result<Vec<OwnedFd>> {
+        self.check_duplicates(descriptors.len());
         if self.duplicates.is_none() {
             return Ok(Vec::new());
         }
-        if let Some((open, limit)) = open_files()
-            && open > limit / 2
-            && !self.is_successor
-        {
+        let duplicates = descriptors.iter().map(BorrowedFd::try_clone_to_owned);
+        duplicates.collect()
+    }
+
+    /// Closes all duplicates where `more` of them leave too few files for requests, which need them
+    /// more.
+    fn check_duplicates(&mut self, more: usize) {
+        if self.duplicates.is_none() || self.is_successor {
+            return;
+        }
+        let more = u64::try_from(more).unwrap_or(u64::MAX);
+        if let Some(Count { open, limit }) = self.open_files.exceeding(more, |limit| limit / 2) {
             warn!(
                 open,
                 limit,
@@ -99,10 +133,7 @@ impl StoreUsage {
                  are; raise the limit of open files (RLIMIT_NOFILE)"
             );
             self.duplicates = None;
-            return Ok(Vec::new());
         }
-        let duplicates = descriptors.iter().map(BorrowedFd::try_clone_to_owned);
-        duplicates.collect()
     }
 
     /// Counts descriptors that were stored, and takes their duplicates.
@@ -143,7 +174,41 @@ fn name_length(name: &FdName) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
+
+    /// Before Linux 6.2 each count looks at all of them.
+    #[test]
+    fn open_files_are_not_counted_for_each_descriptor_that_is_taken_over_or_stored() {
+        static COUNTS: AtomicU64 = AtomicU64::new(0);
+        let counted = OpenFiles::counted_by(|| {
+            COUNTS.fetch_add(1, Ordering::Relaxed);
+            Some(Count {
+                open: 30_000,
+                limit: 1 << 20,
+            })
+        });
+        let (pipe, _) = io::pipe().unwrap();
+        let mut inherited = InheritedFds::default();
+        for number in 0..100 {
+            inherited.insert(FdName::Process(number), pipe.try_clone().unwrap().into());
+        }
+        let mut usage = StoreUsage {
+            open_files: counted,
+            ..StoreUsage::new(None, true)
+        };
+        usage.take_over(&inherited).unwrap();
+        for number in 100..5_100 {
+            let name = FdName::Process(number);
+            usage.check_room(&name, 1).unwrap();
+            let duplicates = usage.duplicate(&[]).unwrap();
+            usage.add(name, 1, duplicates);
+        }
+        assert_eq!(usage.take_duplicates().len(), 5_100);
+        let counts = COUNTS.load(Ordering::Relaxed);
+        assert!(counts < 10, "{counts} counts");
+    }
 
     #[test]
     fn what_cannot_be_handed_to_a_successor_is_refused_by_name() {

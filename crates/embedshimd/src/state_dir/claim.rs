@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use embedshim_core::process::HostRoot;
+use embedshim_core::process::{HostRoot, Process};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
@@ -47,6 +47,8 @@ impl Claim {
                 _socket: Some(socket),
             }),
             Ok(Taken::Theirs) => None,
+            // It says no more than the lock, which that process has, too.
+            Ok(Taken::Killed) => Some(Self::none()),
             Ok(Taken::Strangers(pid)) => {
                 warn!(
                     state_dir = %state_dir.display(),
@@ -66,6 +68,8 @@ impl Claim {
 enum Taken {
     Ours(OwnedFd),
     Theirs,
+    /// An `embedshimd` that was killed has it, and is held up in its end.
+    Killed,
     Strangers(i32),
 }
 
@@ -90,11 +94,16 @@ fn try_take(state_dir: &Path, role: Role) -> io::Result<Taken> {
     match connect(other.as_raw_fd(), &address) {
         Ok(()) => {
             let pid = getsockopt(&other, PeerCredentials)?.pid();
-            Ok(if is_embedshimd(pid) {
-                Taken::Theirs
-            } else {
-                Taken::Strangers(pid)
-            })
+            let process = Process::open(pid);
+            Ok(
+                if process.is_ok_and(|process| process.is_held_up_in_its_end()) {
+                    Taken::Killed
+                } else if is_embedshimd(pid) {
+                    Taken::Theirs
+                } else {
+                    Taken::Strangers(pid)
+                },
+            )
         }
         Err(errno) => Err(errno.into()),
     }

@@ -5,13 +5,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use embedshim_core::process::Process;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use tracing::warn;
 
 use super::file_id::FileId;
 
@@ -52,6 +54,53 @@ pub(crate) fn take(state_dir: &Path, path: &Path) -> anyhow::Result<Option<Flock
     };
     write_owner(&lock, "").with_context(|| format!("cannot write {}", path.display()))?;
     Ok(Some(lock))
+}
+
+/// Takes the daemon's lock from a process that was killed and is held up in its end: by a lock file
+/// in the place of the one that it has. `None` if another process has that lock as well, a child of
+/// it that is not another program yet (invariant 18).
+pub(crate) fn take_from_killed(
+    state_dir: &Path,
+    path: &Path,
+) -> anyhow::Result<Option<Flock<File>>> {
+    let Some(owner) = read_owner(path)? else {
+        return take(state_dir, path);
+    };
+    let process = Process::open(owner.pid);
+    if !process.is_ok_and(|process| process.is_held_up_in_its_end()) || is_open(path, owner.pid)? {
+        return Ok(None);
+    }
+    let new = path.with_extension("new");
+    let Some(lock) = take(state_dir, &new)? else {
+        return Ok(None);
+    };
+    std::fs::rename(&new, path).with_context(|| format!("cannot replace {}", path.display()))?;
+    warn!(
+        pid = owner.pid,
+        "state directory: the former embedshimd was killed and is held up by a file system that \
+         does not answer: taking its place"
+    );
+    Ok(Some(lock))
+}
+
+/// Whether a process has the file at this path open, but for this process and `killed`. Only what
+/// the kernel says of descriptors is read: their files could be those that do not answer.
+fn is_open(path: &Path, killed: i32) -> anyhow::Result<bool> {
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    let entries = std::fs::read_dir("/proc")?.flatten();
+    let others = entries.filter(|entry| {
+        let pid = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        pid.is_some_and(|pid: i32| pid != own && pid != killed)
+    });
+    let mut descriptors = others
+        .filter_map(|process| std::fs::read_dir(process.path().join("fd")).ok())
+        .flat_map(Iterator::flatten);
+    Ok(descriptors.any(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link == name)))
 }
 
 /// Whether the file of this lock is at this path, that is, was not removed or replaced.

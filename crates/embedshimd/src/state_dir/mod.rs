@@ -5,4 +5,5 @@
 pub(crate) mod claim;
 pub(crate) mod durable;
 pub(crate) mod file_id;
+pub(crate) mod lives;
 pub(crate) mod lock;

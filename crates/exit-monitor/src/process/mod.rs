@@ -3,6 +3,7 @@
 //! (before 5.3, or behind a seccomp filter) the identity alone is compared, right before and after
 //! each use of the number.
 
+mod dying;
 mod host_root;
 mod stat;
 
@@ -171,7 +172,7 @@ impl Process {
     /// last thread is the end.
     fn has_ended_by_stat(&self) -> io::Result<bool> {
         const THREADS: usize = 20;
-        let stat = match fs::read(format!("/proc/{}/stat", self.identity.pid)) {
+        let stat = match stat::read(self.identity.pid) {
             Err(error) if is_gone(&error) => return Ok(true),
             other => other?,
         };
@@ -185,7 +186,7 @@ impl Process {
     /// The number of its parent, of one that is not reaped.
     pub fn parent(&self) -> Option<i32> {
         const PARENT: usize = 4;
-        let stat = fs::read(format!("/proc/{}/stat", self.identity.pid)).ok()?;
+        let stat = stat::read(self.identity.pid).ok()?;
         let is_its = parse_stat_field(&stat, START_TIME) == Some(self.identity.start_ticks);
         let parent = is_its.then(|| parse_stat_field(&stat, PARENT)).flatten()?;
         i32::try_from(parent).ok()
@@ -243,6 +244,15 @@ impl Process {
         });
         // The file was read by number.
         is_pending && self.is_reaped().is_ok_and(|is_reaped| !is_reaped)
+    }
+
+    /// Whether it was killed, and what is left of it sleeps uninterruptibly in the kernel. None of
+    /// its threads executes an instruction of its program again, however long that lasts: each ends
+    /// where it would return from the kernel. A system call that it is in may still take effect.
+    /// Not if it has ended.
+    pub fn is_held_up_in_its_end(&self) -> bool {
+        // The files are read by number.
+        dying::is_held_up(self.identity.pid) && !self.has_ended().unwrap_or(true)
     }
 
     fn is_reaped(&self) -> io::Result<bool> {

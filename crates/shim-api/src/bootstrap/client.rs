@@ -2,7 +2,6 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use protobuf::Message;
@@ -10,17 +9,16 @@ use ttrpc::{Code, Request, Response};
 
 use crate::frame::{self, HEADER, Header, MAX_PAYLOAD};
 
-/// Calls a method of one of the daemon's services; the outer error is the connection's, the inner
-/// one the daemon's refusal.
+/// Calls a method of one of the daemon's services, on a new connection; the outer error is the
+/// connection's, the inner one the daemon's refusal.
 pub(super) fn call(
-    socket: &Path,
+    mut stream: UnixStream,
     service: &str,
     method: &str,
     payload: Vec<u8>,
     limit: Duration,
 ) -> io::Result<Result<Vec<u8>, String>> {
     let deadline = Instant::now() + limit;
-    let mut stream = UnixStream::connect(socket)?;
     let request = Request {
         service: service.into(),
         method: method.into(),

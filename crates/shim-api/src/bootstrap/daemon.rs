@@ -41,26 +41,29 @@ impl Place {
         Ok(Self { state_dir, socket })
     }
 
-    /// Whether a process listens: a daemon, or the keeper while it replaces one.
-    fn is_served(&self) -> bool {
-        UnixStream::connect(&self.socket).is_ok()
+    /// A connection to what listens: a daemon, or the keeper while it replaces one.
+    pub(super) fn connect(&self) -> Option<UnixStream> {
+        UnixStream::connect(&self.socket).ok()
     }
 
-    /// Returns when a daemon listens, which is started if none does, or fails after `limit`.
-    pub(super) fn ensure_served(&self, limit: Duration) -> Result<(), Failure> {
-        if self.is_served() {
-            return Ok(());
+    /// Connects to a daemon, which is started if none listens, or fails after `limit`.
+    pub(super) fn ensure_served(&self, limit: Duration) -> Result<UnixStream, Failure> {
+        if let Some(stream) = self.connect() {
+            return Ok(stream);
         }
         let deadline = Instant::now() + limit;
         make_state_dir(&self.state_dir)?;
         let _lock = lock(&self.state_dir.join("launch.lock"), deadline)?;
-        if self.is_served() {
-            return Ok(());
+        if let Some(stream) = self.connect() {
+            return Ok(stream);
         }
         let mut log = open_log(&self.state_dir.join("embedshimd.log"))?;
         let before = log.seek(SeekFrom::End(0)).unwrap_or(0);
         let mut child = self.spawn(&log)?;
-        while !self.is_served() {
+        loop {
+            if let Some(stream) = self.connect() {
+                return Ok(stream);
+            }
             if let Ok(Some(status)) = child.try_wait()
                 && status.code() != Some(ALREADY_RUNNING)
             {
@@ -77,7 +80,6 @@ impl Place {
             }
             sleep(PAUSE);
         }
-        Ok(())
     }
 
     fn spawn(&self, log: &File) -> Result<Child, Failure> {

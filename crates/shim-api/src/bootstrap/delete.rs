@@ -2,6 +2,7 @@
 //! connection. The daemon knows which; without a daemon the runtime and the kernel are asked. Owns
 //! that it is done within containerd's 5 seconds, and that it can be done twice.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
@@ -42,8 +43,8 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, Failure> {
     let bundle = bundle(flags)?;
     let place = Place::from_environment()?;
     let answer = match place.ensure_served(START_LIMIT) {
-        Ok(()) => ask(
-            &place,
+        Ok(stream) => ask(
+            stream,
             &namespace,
             &id,
             &bundle,
@@ -66,7 +67,11 @@ pub(super) fn run(flags: &Flags) -> Result<Vec<u8>, Failure> {
                 .max(LATE_ASK_LIMIT);
             // A daemon may have started meanwhile, and loaded the container's record before the
             // container was removed.
-            if !matches!(ask(&place, &namespace, &id, &bundle, limit), Ok(Some(_))) {
+            let asked = match place.connect() {
+                Some(stream) => ask(stream, &namespace, &id, &bundle, limit),
+                None => Ok(None),
+            };
+            if !matches!(asked, Ok(Some(_))) {
                 discard_record(&place.state_dir, &TaskKey { namespace, id })?;
             }
             response
@@ -95,7 +100,7 @@ fn bundle(flags: &Flags) -> Result<PathBuf, Failure> {
 
 /// Asks the daemon; `None` if none answers.
 fn ask(
-    place: &Place,
+    stream: UnixStream,
     namespace: &Namespace,
     id: &ContainerId,
     bundle: &Path,
@@ -107,7 +112,7 @@ fn ask(
         bundle: bundle.into(),
     };
     let request = serde_json::to_vec(&request).map_err(|error| Failure::Streams(error.into()))?;
-    match client::call(&place.socket, NAME, CLEANUP, request, limit) {
+    match client::call(stream, NAME, CLEANUP, request, limit) {
         Ok(Ok(answer)) => serde_json::from_slice(&answer)
             .map(Some)
             .map_err(|error| Failure::Refused(error.to_string())),

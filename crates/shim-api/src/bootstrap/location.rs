@@ -20,6 +20,15 @@ pub fn state_dir() -> PathBuf {
 
 /// The socket in a state directory, if a socket can have that path.
 pub fn socket(state_dir: &Path) -> io::Result<PathBuf> {
+    socket_named(state_dir, "shim.sock")
+}
+
+/// The socket in a state directory that answers operators, if a socket can have that path.
+pub fn admin_socket(state_dir: &Path) -> io::Result<PathBuf> {
+    socket_named(state_dir, "admin.sock")
+}
+
+fn socket_named(state_dir: &Path, name: &str) -> io::Result<PathBuf> {
     let invalid = |what: String| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     if !state_dir.is_absolute() {
         return invalid(format!(
@@ -27,7 +36,7 @@ pub fn socket(state_dir: &Path) -> io::Result<PathBuf> {
             state_dir.display()
         ));
     }
-    let path = state_dir.join("shim.sock");
+    let path = state_dir.join(name);
     let length = path.as_os_str().len();
     if length > MAX_SOCKET_PATH {
         return invalid(format!(

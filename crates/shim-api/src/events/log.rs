@@ -68,7 +68,7 @@ impl EventLog {
                 Ok((_, events)) if events.is_empty() => drop(fs::remove_file(&path)),
                 Ok(resumed) => all.push(resumed),
                 Err(error) => {
-                    warn!(path = %path.display(), %error, "events: the event log cannot be read: it is renamed to *.damaged, and its events are lost");
+                    warn!(path = %path.display(), %error, "events: cannot read the event log: it is renamed to *.damaged, and its events are lost");
                     let _ = set_aside(&path);
                 }
             }
@@ -212,7 +212,7 @@ impl EventLog {
         match log.compact(&header(&self.address, HEADER), &[needed]) {
             Ok(_) => (self.first, self.noted_first) = (HEADER, HEADER),
             Err(error) => {
-                warn!(path = %self.path.display(), %error, "events: the event log cannot be compacted");
+                warn!(path = %self.path.display(), %error, "events: cannot compact the event log");
             }
         }
     }

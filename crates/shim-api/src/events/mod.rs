@@ -2,6 +2,7 @@
 //! it. Owns one outbox for each address, on disk; an address on which nothing listens delays no
 //! other.
 
+mod backlog;
 mod format;
 mod log;
 mod message;
@@ -28,6 +29,7 @@ use ttrpc::Status;
 
 use crate::services::timestamp;
 use crate::{state_dir, status};
+pub use backlog::Backlog;
 use log::EventLog;
 use queue::Outbox;
 use sender::Sender;
@@ -126,6 +128,19 @@ impl Outboxes {
         Ok(())
     }
 
+    /// What waits for each containerd at this moment, by address.
+    pub fn backlogs(&self) -> Vec<Backlog> {
+        let outboxes: Vec<_> = {
+            let destinations = self.destinations();
+            let all = destinations.by_address.values();
+            all.map(|destination| Arc::clone(&destination.outbox))
+                .collect()
+        };
+        let mut backlogs: Vec<_> = outboxes.iter().map(|outbox| outbox.backlog()).collect();
+        backlogs.sort_by(|one, other| one.address.cmp(&other.address));
+        backlogs
+    }
+
     fn destinations(&self) -> MutexGuard<'_, Destinations> {
         let locked = self.destinations.lock();
         locked.unwrap_or_else(PoisonError::into_inner)
@@ -155,13 +170,13 @@ impl EventSink for Outboxes {
         }
         let address = event.owner.strip_prefix("unix://").unwrap_or(&event.owner);
         if address.len() > format::LONGEST_ADDRESS {
-            warn!(id = %event.id, address, "events: one is not sent: the address is longer than a socket's can be");
+            warn!(id = %event.id, address, "events: cannot send an event: the address is longer than a socket's can be");
             return;
         }
         match encode(&event) {
             Ok(envelope) => self.outbox(address).push(&event, envelope),
             Err(status) => {
-                warn!(id = %event.id, error = status.message, "events: one is not sent: it cannot be encoded");
+                warn!(id = %event.id, error = status.message, "events: cannot encode an event: it is not sent");
             }
         }
     }

@@ -11,6 +11,7 @@ use embedshim_core::id::TaskKey;
 use tokio::sync::Notify;
 use tracing::warn;
 
+use super::backlog::{Backlog, time_of};
 use super::log::{EventLog, StoredEvent};
 use super::undeleted_exits::UndeletedExits;
 
@@ -38,6 +39,10 @@ struct Contents {
     next: u64,
     log: EventLog,
     undeleted: UndeletedExits,
+    /// How many events were acknowledged since this process began.
+    acknowledged: u64,
+    /// How many were given up since then, because too many waited.
+    lost: u64,
 }
 
 /// An event that is not acknowledged.
@@ -66,6 +71,8 @@ impl Outbox {
             next: 0,
             log,
             undeleted: UndeletedExits::default(),
+            acknowledged: 0,
+            lost: 0,
         };
         for (span, envelope) in stored {
             contents.push(span, envelope.into());
@@ -109,12 +116,33 @@ impl Outbox {
             .is_some_and(|first| first.number == event.number)
         {
             contents.pop();
+            contents.acknowledged += 1;
         }
     }
 
     /// Creates its file again, if that was removed.
     pub(super) fn recreate(&self) {
         self.contents().log.recreate();
+    }
+
+    /// What waits in it at this moment.
+    pub(super) fn backlog(&self) -> Backlog {
+        let contents = self.contents();
+        let oldest = contents
+            .waiting
+            .front()
+            .map(|first| Arc::clone(&first.envelope));
+        let mut backlog = Backlog {
+            address: self.address.clone(),
+            events: contents.waiting.len(),
+            bytes: contents.size,
+            oldest: None,
+            acknowledged: contents.acknowledged,
+            lost: contents.lost,
+        };
+        drop(contents);
+        backlog.oldest = oldest.and_then(|envelope| time_of(&envelope));
+        backlog
     }
 
     /// Completes when an event was added since the last time.
@@ -154,9 +182,10 @@ impl Contents {
         while self.waiting.len() > CAPACITY || (self.size > LARGEST && self.waiting.len() > 1) {
             warn!(
                 address = self.log.address(),
-                "events: too many wait for containerd: the oldest is lost"
+                "events: too many events wait for containerd: the oldest is lost"
             );
             self.pop();
+            self.lost += 1;
         }
     }
 

@@ -87,12 +87,16 @@ impl Sender {
         let Ok(envelope) = Envelope::parse_from_bytes(&event.envelope) else {
             warn!(
                 address = self.outbox.address(),
-                "events: one cannot be decoded: it is lost"
+                "events: cannot decode an event: it is lost"
             );
             return self.outbox.acknowledge(event);
         };
         let topic = envelope.topic.clone();
-        debug!(topic, namespace = envelope.namespace, "events: sending one");
+        debug!(
+            topic,
+            namespace = envelope.namespace,
+            "events: sending an event"
+        );
         let is_reused = self.connection.is_some();
         let why = match self.attempt(envelope).await {
             Attempt::Delivered => {
@@ -106,7 +110,7 @@ impl Sender {
                     address,
                     topic,
                     error = why,
-                    "events: containerd refuses one: it is dropped"
+                    "events: containerd refuses an event: it is dropped"
                 );
                 return self.outbox.acknowledge(event);
             }
@@ -123,7 +127,7 @@ impl Sender {
                 address,
                 topic,
                 error = why,
-                "events: containerd does not take them: trying again until it does"
+                "events: containerd does not accept events: trying again until it does"
             );
         }
         sleep(self.next_pause()).await;
@@ -154,7 +158,7 @@ impl Sender {
         if let Attempt::Failed(why) = self.attempt(envelope).await {
             debug!(
                 error = why,
-                "events: containerd does not take an exit again"
+                "events: containerd does not accept an exit that is sent again"
             );
             self.connection = None;
         }

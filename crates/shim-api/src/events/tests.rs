@@ -198,6 +198,30 @@ async fn an_event_that_cannot_be_noted_is_sent_nevertheless() {
 }
 
 #[tokio::test]
+async fn a_backlog_tells_what_waits_since_when_and_what_was_acknowledged() {
+    let (_directory, store, socket) = scene();
+    let outboxes = Outboxes::open(store).unwrap();
+    outboxes.start();
+    let first = event(&socket, "c", started(1));
+    let began = first.at;
+    outboxes.accept(first);
+    outboxes.accept(event(&socket, "c", started(2)));
+    let told = || outboxes.backlogs().pop().unwrap();
+    let before = told();
+    assert_eq!((before.events, before.acknowledged, before.lost), (2, 0, 0));
+    assert_eq!(before.address, socket.to_str().unwrap());
+    assert_eq!(before.oldest, Some(began));
+    let listener = Listener::listen(&socket);
+    listener.wait_for(&[1, 2]).await;
+    until(|| told().events == 0).await;
+    let after = told();
+    assert_eq!(
+        (after.bytes, after.acknowledged, after.oldest),
+        (0, 2, None)
+    );
+}
+
+#[tokio::test]
 async fn of_too_many_events_the_oldest_are_lost_on_disk_too() {
     let (_directory, state, socket) = scene();
     let outboxes = Outboxes::open(state.clone()).unwrap();

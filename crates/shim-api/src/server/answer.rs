@@ -53,14 +53,14 @@ impl AnswerStore {
         // At an offset, so that the file's position stays at the beginning.
         file.write_all_at(answer, 0)?;
         self.store
-            .keep(&FdName::Answer(self.connection), &[file.as_fd()])?;
+            .add(&FdName::Answer(self.connection), &[file.as_fd()])?;
         failpoint::step("after an answer was stored");
         Ok(StoredAnswer(file))
     }
 
     /// Removes an answer that is sent, after that is noted.
     pub(super) fn remove(&self) -> io::Result<()> {
-        self.store.forget(&FdName::Answer(self.connection))
+        self.store.remove(&FdName::Answer(self.connection))
     }
 }
 

@@ -180,7 +180,7 @@ impl Connection {
                     self.refuse_unknown(&frame).await?;
                     if let Err((stream, refusal)) = self.receive(frame, handler) {
                         let connection = self.number();
-                        warn!(connection, stream, code = ?refusal.code(), error = refusal.message, "connection: a frame is refused");
+                        warn!(connection, stream, code = ?refusal.code(), error = refusal.message, "connection: refusing a frame");
                         self.answer(stream, Err(refusal)).await?;
                     }
                 }
@@ -283,7 +283,7 @@ impl Connection {
                 debug!(
                     connection = self.number(),
                     ?header,
-                    "connection: a frame is ignored"
+                    "connection: ignoring a frame"
                 );
                 return Ok(());
             }
@@ -335,7 +335,7 @@ impl Connection {
             Ok(answer) => self.answer.insert(answer).send(&self.stream).await,
             Err(error) => {
                 let connection = answers.connection;
-                warn!(connection, %error, "connection: a long answer is not durable: cannot store it: the connection is lost if this daemon is killed while it is sent");
+                warn!(connection, %error, "connection: cannot store a long answer: the connection is lost if this daemon is killed while it is sent");
                 self.write(frame).await
             }
         }
@@ -352,7 +352,7 @@ impl Connection {
         if let Some(answers) = answers.filter(|_| self.answer.take().is_some())
             && let Err(error) = answers.remove()
         {
-            debug!(connection = answers.connection, %error, "connection: an answer that is sent cannot be removed from the descriptor store");
+            debug!(connection = answers.connection, %error, "connection: cannot remove a sent answer from the descriptor store");
         }
     }
 

@@ -2,46 +2,61 @@
 //! holds their sockets, and their journals. Owns their numbers, which no successor gives again.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use embedshim_core::clock::Numbers;
-use embedshim_core::failpoint;
-use embedshim_core::fdstore::{FdName, FdStore};
-use tokio::net::UnixStream;
+use embedshim_core::fdstore::{self, FdName, FdStore, Intake};
 use tracing::debug;
 
 use super::answer::AnswerStore;
 use super::journal::Journals;
 use super::state::RecreatedJournals;
 
+/// Where connections are stored, so that they outlive this process.
+#[derive(Debug)]
+pub struct ConnectionStorage {
+    /// The descriptor store, which holds their sockets.
+    pub store: Arc<dyn FdStore>,
+    /// Where a connection is before that: it is accepted into this queue.
+    pub intake: Intake,
+    /// A directory for their journals alone, on tmpfs.
+    pub journals: PathBuf,
+}
+
 /// The connections of a server that outlive it.
 #[derive(Debug)]
 pub(super) struct StoredConnections {
     store: Arc<dyn FdStore>,
+    pub(super) intake: Intake,
     pub(super) journals: Journals,
     pub(super) numbers: Numbers,
     pub(super) recreated: Arc<RecreatedJournals>,
 }
 
 impl StoredConnections {
-    /// With this store, and journals in this directory, which is created if it is missing.
-    pub(super) fn open(store: Arc<dyn FdStore>, directory: PathBuf) -> io::Result<Self> {
+    /// With journals in this directory, which is created if it is missing.
+    pub(super) fn open(storage: ConnectionStorage) -> io::Result<Self> {
         Ok(Self {
-            store,
-            journals: Journals::open(directory)?,
+            store: storage.store,
+            intake: storage.intake,
+            journals: Journals::open(storage.journals)?,
             numbers: Numbers::default(),
             recreated: Arc::default(),
         })
     }
 
     /// Puts a connection's socket into the store.
-    pub(super) fn store(&self, number: u64, stream: &UnixStream) -> io::Result<()> {
-        failpoint::step("before a connection is stored");
+    pub(super) fn store(&self, number: u64, connection: &OwnedFd) -> io::Result<()> {
         self.store
-            .keep(&FdName::Connection(number), &[stream.as_fd()])
+            .add(&FdName::Connection(number), &[connection.as_fd()])
+    }
+
+    /// Waits until what was stored outlives this process.
+    pub(super) async fn settle(&self) {
+        fdstore::settle(self.store.as_ref()).await;
     }
 
     /// Removes a connection's socket from the store.
@@ -87,7 +102,7 @@ impl ServedConnection {
 }
 
 fn remove(store: &dyn FdStore, connection: u64) {
-    if let Err(error) = store.forget(&FdName::Connection(connection)) {
-        debug!(connection, %error, "connection: its socket cannot be removed from the descriptor store");
+    if let Err(error) = store.remove(&FdName::Connection(connection)) {
+        debug!(connection, %error, "connection: cannot remove its socket from the descriptor store");
     }
 }

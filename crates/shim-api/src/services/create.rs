@@ -15,14 +15,17 @@ use ttrpc::Code;
 
 use super::context::{Answer, CallContext, required};
 use super::options;
+use super::pods::Pods;
 use crate::bundle::BundleNote;
 use crate::server::{Call, Creation};
 use crate::status;
 
-/// Creates the task that a request asks for; `node` acts on behalf of the call.
+/// Creates the task that a request asks for; `node` acts on behalf of the call. A container of one
+/// of the `pods` joins it.
 pub(super) async fn create(
     call: &Call,
     node: &Node,
+    pods: Option<&Pods>,
     request: api::CreateTaskRequest,
 ) -> Answer<api::CreateTaskResponse> {
     if let Some(why) = call.session.not_stored.get() {
@@ -34,12 +37,21 @@ pub(super) async fn create(
     }
     // Whose task it is: the namespace is in the note if it is not in the call.
     let bundle = PathBuf::from(&request.bundle);
-    let (launcher_note, unnamed) = read_note(call, &bundle).await;
+    let (mut launcher_note, unnamed) = read_note(call, &bundle).await;
     let context = CallContext::new(call, node).map_err(|error| match unnamed {
         Some(why) if error.code() == Code::FAILED_PRECONDITION => required(&why),
         _ => error,
     })?;
     let key = context.key(&request.id)?;
+    let mut sandbox = None;
+    if let Some(pods) = pods
+        && let Some((joined, note)) = pods
+            .admit(&key.namespace, &bundle, launcher_note.as_ref())
+            .await?
+    {
+        sandbox = Some(joined);
+        launcher_note = Some(note);
+    }
     if let Some(bundle) = bundle_id(&bundle).await {
         let id = key.id.clone();
         *call.session.creation() = Some(Creation { id, bundle });
@@ -68,6 +80,7 @@ pub(super) async fn create(
         runtime,
         checkpoint: (!request.checkpoint.is_empty()).then(|| request.checkpoint.into()),
         owner,
+        sandbox,
     };
     let pid = node.create(request).await.map_err(status::from)?;
     Ok(api::CreateTaskResponse {
@@ -109,7 +122,7 @@ async fn read_note(call: &Call, bundle: &Path) -> (Option<BundleNote>, Option<St
         },
         Ok(None) => (None, Some(format!("the launcher has left no note in {at}"))),
         Err(error) => {
-            warn!(bundle = %at, %error, "launcher's note: cannot be read: no events are sent for this task");
+            warn!(bundle = %at, %error, "launcher's note: cannot read it: no events are sent for this task");
             let text = format!("the launcher's note in {at} cannot be read: {error}");
             (None, Some(text))
         }
@@ -127,7 +140,7 @@ async fn complete_note(
     note.runtime_root = runtime.root_of(namespace).to_string_lossy().into_owned();
     let path = bundle.to_owned();
     if let Err(error) = blocking(move || note.write(&path)).await {
-        warn!(bundle = %bundle.display(), %error, "launcher's note: cannot be completed: the launcher's delete does not know the OCI runtime");
+        warn!(bundle = %bundle.display(), %error, "launcher's note: cannot complete it: the launcher's delete does not know the OCI runtime");
     }
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod create;
 pub(crate) mod launcher;
 mod metrics;
 pub(crate) mod options;
+mod pods;
 mod task;
 pub(crate) mod timestamp;
 
@@ -16,6 +17,7 @@ use ttrpc::{Code, Status};
 
 use crate::server::{Call, Handler};
 use launcher::LauncherService;
+pub use pods::Pods;
 use task::TaskService;
 
 /// The Task service has two names and the same messages: containerd 1.x calls the first, and 2.x
@@ -36,6 +38,12 @@ impl Services {
             task: TaskService::new(node.clone()),
             launcher: LauncherService::new(node),
         }
+    }
+
+    /// The same, which create containers in these pods as well.
+    pub fn with_pods(self, pods: Pods) -> Self {
+        let task = self.task.with_pods(pods);
+        Self { task, ..self }
     }
 }
 

@@ -85,9 +85,7 @@ pub(crate) fn decode_checkpoint(options: Option<&Any>) -> Result<CheckpointOptio
 
 fn of_runc(options: Options) -> RuntimeOptions {
     if !options.shim_cgroup.is_empty() {
-        debug!(
-            "runtime options: ShimCgroup is ignored: there is no shim process for this container"
-        );
+        debug!("runtime options: ignoring ShimCgroup: there is no shim process for this container");
     }
     RuntimeOptions {
         binary: options.binary_name,
@@ -207,7 +205,7 @@ fn of_toml(of: &str, body: &str) -> Result<RuntimeOptions, Status> {
         .keys()
         .filter(|key| key.as_str() != "ShimCgroup")
     {
-        warn!(key, "runtime options: an unknown one is ignored");
+        warn!(key, "runtime options: ignoring an unknown option");
     }
     Ok(RuntimeOptions {
         binary: body.binary_name,

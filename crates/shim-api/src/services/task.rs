@@ -16,6 +16,7 @@ use tracing::warn;
 
 use super::context::{Answer, CallContext, invalid_id};
 use super::create::create;
+use super::pods::Pods;
 use super::{any, metrics, options, timestamp};
 use crate::server::{Call, Outcomes};
 use crate::status;
@@ -24,11 +25,18 @@ use crate::status;
 #[derive(Debug)]
 pub(crate) struct TaskService {
     node: Node,
+    pods: Option<Pods>,
 }
 
 impl TaskService {
     pub(crate) fn new(node: Node) -> Self {
-        Self { node }
+        Self { node, pods: None }
+    }
+
+    /// The same, which creates containers in these pods as well.
+    pub(crate) fn with_pods(self, pods: Pods) -> Self {
+        let pods = Some(pods);
+        Self { pods, ..self }
     }
 
     pub(crate) async fn call(&self, call: &Call) -> Answer<Vec<u8>> {
@@ -36,7 +44,10 @@ impl TaskService {
         let context = || CallContext::new(call, &node);
         match call.method.as_str() {
             "State" => encode(&state(&context()?, decode(call)?)?),
-            "Create" => encode(&create(call, &node, decode(call)?).await?),
+            "Create" => {
+                let pods = self.pods.as_ref();
+                encode(&create(call, &node, pods, decode(call)?).await?)
+            }
             "Start" => encode(&start(&context()?, decode(call)?).await?),
             "Delete" => encode(&delete(&context()?, decode(call)?).await?),
             "Pids" => encode(&pids(&context()?, decode(call)?).await?),

@@ -37,7 +37,7 @@ pub fn clean_up_all() {
     for directory in &live {
         clean_up(directory);
     }
-    // Only now, when no daemon of ours can be about to make its own directory in it.
+    // Only now, when no daemon of the sandbox can be about to make its own directory in it.
     let _ = fs::remove_dir(PINS);
 }
 

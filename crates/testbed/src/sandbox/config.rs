@@ -31,7 +31,8 @@ impl Sandbox {
     }
 
     /// The CRI with three handlers: `embed` by our own runtime type, `path` by runc-v2's with the
-    /// path of our launcher, `runc-v2` by its own.
+    /// path of our launcher, `runc-v2` by its own; and `pauseless` by our sandbox controller, after
+    /// [`Sandbox::enable_sandboxer`].
     fn cri(&self) -> String {
         let launcher = self.binaries.join("containerd-shim-embed-v1");
         let options = |handler: &str| {
@@ -47,6 +48,7 @@ impl Sandbox {
             })
         };
         let [embed, path, runc_v2] = ["embed", "path", "runc-v2"].map(options);
+        let pauseless = self.sandboxer();
         let (launcher, directory, image) =
             (launcher.display(), self.directory.display(), image::NAME);
         format!(
@@ -70,8 +72,43 @@ impl Sandbox {
       runtime_path = "{launcher}"
 {path}    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc-v2]
       runtime_type = "{RUNC_V2}"
-{runc_v2}"#
+{runc_v2}{pauseless}"#
         )
+    }
+
+    /// Our daemon as a sandbox controller, and the handler of its pods.
+    fn sandboxer(&self) -> String {
+        if !self.has_sandboxer {
+            return String::new();
+        }
+        let socket = self.state_dir().join("pods.sock");
+        format!(
+            r#"    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.pauseless]
+      runtime_type = "{RUNC_V2}"
+      sandboxer = "embed"
+[proxy_plugins.embed]
+  type = "sandbox"
+  address = "{}"
+"#,
+            socket.display()
+        )
+    }
+
+    /// Configures daemon and containerd for pods without a pause container, from their next start
+    /// on.
+    pub fn enable_sandboxer(&mut self) -> anyhow::Result<()> {
+        let directory = self.directory.clone();
+        let config = directory.join("embedshim.toml");
+        let text = format!(
+            "[sandbox]\nenabled = true\ncri_root = \"{0}/root/io.containerd.grpc.v1.cri\"\n\
+             cri_state = \"{0}/state/io.containerd.grpc.v1.cri\"\n\
+             containerd = \"{0}/c.sock\"\nevents = \"{0}/c.sock.ttrpc\"\n",
+            directory.display()
+        );
+        fs::write(&config, text)?;
+        self.set_environment("EMBEDSHIM_CONFIG", &config.to_string_lossy());
+        self.has_sandboxer = true;
+        self.enable_cri()
     }
 
     /// Configures the CRI for the next start of containerd.

@@ -43,13 +43,14 @@ impl Sandbox {
         (self.daemon_pid() == Some(pid)).then_some(pid)
     }
 
-    /// Ends everything of ours: the keeper by SIGKILL, which would start the daemon again, and the
+    /// Ends keeper and daemon: the keeper by SIGKILL, which would start the daemon again, and the
     /// daemon with this signal, before it takes the keeper's place.
     pub fn end_daemon(&self, signal: Signal) -> anyhow::Result<()> {
         let daemon = self.daemon_pid();
         let pid = daemon.map(Pid::from_raw);
         if let Some(pid) = pid {
-            kill(pid, Signal::SIGSTOP).context("cannot stop embedshimd")?;
+            // Not yet stopped, it would see the keeper's end.
+            stop(pid).context("cannot stop embedshimd")?;
         }
         self.end_keeper()?;
         let ended = pid.map_or(Ok(()), |pid| {
@@ -120,6 +121,22 @@ impl Sandbox {
         until("embedshimd serves", || Ok(self.ready_daemon().is_some()))
             .with_context(|| self.daemon_log())
     }
+}
+
+/// Stops a process, and waits until each of its threads has stopped: the signal takes its time.
+pub fn stop(process: Pid) -> anyhow::Result<()> {
+    kill(process, Signal::SIGSTOP)?;
+    until("it has stopped", || Ok(has_stopped(process.as_raw())))
+}
+
+/// Whether no thread of a process runs.
+fn has_stopped(pid: i32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    threads.into_iter().flatten().flatten().all(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        let state = stat.rsplit(')').next().and_then(|rest| rest.chars().nth(1));
+        matches!(state, None | Some('T' | 'Z' | 'X'))
+    })
 }
 
 fn end(what: &str, pid: Option<i32>, signal: Signal) -> anyhow::Result<()> {

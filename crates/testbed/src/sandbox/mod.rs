@@ -17,6 +17,7 @@ use anyhow::{Context, bail};
 use nix::sys::signal::Signal;
 
 pub use cleanup::{clean_up_all, clean_up_on_signals};
+pub use daemon::stop;
 pub use process::{Finished, Running};
 pub use tasks::Task;
 pub use wait::{PATIENCE, until};
@@ -38,6 +39,7 @@ pub struct Sandbox {
     programs: Option<PathBuf>,
     shims: Option<PathBuf>,
     oci_runtime: Option<PathBuf>,
+    has_sandboxer: bool,
     containerd: Option<Running>,
     environment: Vec<(String, String)>,
 }
@@ -74,6 +76,7 @@ impl Sandbox {
             programs: None,
             shims: None,
             oci_runtime: None,
+            has_sandboxer: false,
             containerd: None,
             environment: Vec::new(),
         };

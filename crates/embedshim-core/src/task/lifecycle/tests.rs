@@ -25,6 +25,7 @@ fn exit(code: u32) -> Exit {
         code,
         at: std::time::UNIX_EPOCH,
         status: None,
+        evidence: None,
     }
 }
 

@@ -3,14 +3,17 @@
 
 use std::sync::Arc;
 
+use tracing::warn;
+
 use crate::blocking::blocking;
 use crate::error::Error;
 use crate::id::TaskKey;
 use crate::runtime::Checkpoint;
 use crate::task::api::CheckpointTask;
+use crate::task::cut_short::Known;
 use crate::task::engine::Engine;
 use crate::task::launch::CRIU_WORK;
-use crate::task::lifecycle::Operation;
+use crate::task::lifecycle::{Operation, Phase};
 use crate::task::task::Task;
 
 /// What CRIU writes last of an image.
@@ -29,6 +32,10 @@ impl Engine {
         if is_replay && request.exit && is_checkpointed(&task, &request).await? {
             // It ended because that was asked for.
             return Ok(());
+        }
+        if is_replay {
+            // The daemon before has died between the failure and this.
+            thaw_left(&task).await;
         }
         task.init.now().lifecycle.admit(Operation::Checkpoint)?;
         if !request.image.is_absolute() {
@@ -53,6 +60,9 @@ impl Engine {
         };
         let result = task.runtime.checkpoint(&call, &task.log()).await;
         let failed = result.is_err();
+        if failed {
+            thaw_left(&task).await;
+        }
         let log = task.bundle.path.join("criu-dump.log");
         let (kept, work) = (log.clone(), work.clone());
         let is_own = request.work.is_none();
@@ -66,6 +76,19 @@ impl Engine {
             message: error.to_string(),
             log,
         })
+    }
+}
+
+/// A runtime or a CRIU that is killed leaves the container frozen that it has frozen.
+async fn thaw_left(task: &Arc<Task>) {
+    if task.init.now().phase() != Phase::Running {
+        return;
+    }
+    let known = Known::of(task).await;
+    if known.is_ok_and(|known| known.phase() == Some(Phase::Paused))
+        && let Err(error) = task.runtime.resume(task.id(), &task.log()).await
+    {
+        warn!(id = %task.id(), %error, "cannot thaw a container that a failed checkpoint has frozen");
     }
 }
 

@@ -31,6 +31,26 @@ impl Engine {
         if !is_bundle_of(&task, &bundle).await? {
             return Ok(Cleaned::Replaced);
         }
+        self.clean_up_task(task).await
+    }
+
+    /// The same for a task of a sandbox whose bundle is gone: containerd has removed it after it
+    /// lost the task's connection, and tells no launcher of it.
+    pub(in crate::task) async fn clean_up_if_abandoned(
+        self: Arc<Self>,
+        task: Arc<Task>,
+    ) -> Result<(), Error> {
+        let bundle = task.bundle.clone();
+        let is_there = move || Bundle::open(&bundle.path).is_ok_and(|found| found == bundle);
+        if task.sandbox.is_none() || blocking(is_there).await? {
+            return Ok(());
+        }
+        warn!(id = %task.id(), "the bundle of a task in a sandbox is gone: containerd has given it up");
+        self.clean_up_task(task).await.map(drop)
+    }
+
+    async fn clean_up_task(self: Arc<Self>, task: Arc<Task>) -> Result<Cleaned, Error> {
+        let key = task.key.clone();
         task.give_up();
         let _mutation = task.init.lock_mutations().await?;
         if self
@@ -91,6 +111,7 @@ async fn end_all(task: &Arc<Task>) -> Result<Exit, Error> {
             code: 137,
             at: SystemTime::now(),
             status: None,
+            evidence: None,
         }),
     }
 }

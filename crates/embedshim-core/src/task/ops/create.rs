@@ -39,10 +39,11 @@ impl Engine {
         let (bundle, spec) = read_bundle(&request).await?;
         let runtime = Runtime::new(
             &request.runtime,
-            &request.key.namespace,
+            &request.key,
             &spec,
             self.config.runtime_deadline,
             self.reaper.clone(),
+            self.calls.clone(),
         );
         let task = Arc::new(Task::new(
             request,
@@ -107,7 +108,7 @@ impl Engine {
     ) -> Result<u32, Error> {
         if let Some(left) = left {
             stdio::adopt_client_ends(&task.init.fds, &left)
-                .map_err(|source| StdioError::NotKept { source })?;
+                .map_err(|source| StdioError::NotStored { source })?;
         }
         // On disk before anything is made, so that a successor removes it.
         self.save(task).await?;

@@ -43,7 +43,7 @@ impl Engine {
             if let Err(unsaved) = self.save(&task).await {
                 warn!(
                     id = %task.id(), error = %unsaved,
-                    "that a container was not paused is not durable"
+                    "cannot store that a container is not paused"
                 );
             }
             return Err(error);

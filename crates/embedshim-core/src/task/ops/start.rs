@@ -19,6 +19,7 @@ use crate::task::exec_files::ExecFiles;
 use crate::task::launch::{open_reported, read_pid};
 use crate::task::lifecycle::{Operation, Phase, Transition};
 use crate::task::process::TaskProcess;
+use crate::task::record::FailedStart;
 use crate::task::task::Task;
 use crate::task::teardown::end_logger;
 use crate::task::unreported;
@@ -38,6 +39,9 @@ impl Engine {
         let _mutation = process.lock_mutations().await?;
         if process.was_started_by(&context) {
             return Ok(process.now().pid);
+        }
+        if let Some(refused) = process.refusal_of(&context) {
+            return Err(refused);
         }
         match process.exec.clone() {
             None => self.start_init(&task, context.request).await,
@@ -111,7 +115,9 @@ impl Engine {
                 Ok(pid)
             }
             Err(error) => {
-                self.undo_exec_start(task, process, exec, &files).await;
+                let failed = FailedStart::new(request, &error);
+                self.undo_exec_start(task, process, exec, &files, failed)
+                    .await;
                 Err(error)
             }
         }
@@ -180,6 +186,7 @@ impl Engine {
         process: &Arc<TaskProcess>,
         exec: &ExecId,
         files: &ExecFiles,
+        failed: FailedStart,
     ) {
         if process.identity().is_none() {
             kill_unwatched(task, process, files).await;
@@ -191,22 +198,25 @@ impl Engine {
                 let _ = unwatched.signal(libc::SIGKILL);
             }
         }
-        process.fail_start();
-        // First: the init's exit may wait for this, and a logger may take its 12 s.
-        self.emit_init_exit(task, task.leave_exec());
+        process.note_failed_start(failed);
         if let Err(unsaved) = self.save(task).await {
             warn!(
                 id = %task.id(), exec_id = %exec, error = %unsaved,
-                "that an exec could not be started is not durable"
+                "cannot store that an exec could not be started"
             );
         }
+        // Not before it is durable that its request is refused (invariant 16).
+        process.fail_start();
+        // First: the init's exit may wait for this, and a logger may take its 12 s.
+        self.emit_init_exit(task, task.leave_exec());
         end_logger(process).await;
     }
 }
 
 /// Calls the runtime. One that was killed may have started the init: then the start is done.
 async fn start_by_runtime(task: &Arc<Task>) -> Result<(), Error> {
-    let started = task.runtime.start(task.id(), &task.log()).await;
+    let init = task.init.process();
+    let started = task.runtime.start(task.id(), init, &task.log()).await;
     let Err(error) = started else { return Ok(()) };
     match cut_short::phase_after(task, &error).await {
         // It has ended, and so it ran.

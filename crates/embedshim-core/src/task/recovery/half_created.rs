@@ -53,13 +53,13 @@ impl HalfCreated {
             Ok(pid) => {
                 info!(
                     namespace = %task.key.namespace, id = %task.id(), pid,
-                    "created by a predecessor"
+                    "container created by a predecessor"
                 );
                 engine.release_exit(task, &task.init);
                 task.mark_adopted();
             }
             Err(reason) => {
-                warn!(id = %task.id(), %reason, "removing a task whose creation was cut short");
+                warn!(id = %task.id(), %reason, "removing a half-created task");
                 self.remove().await;
             }
         }

@@ -63,11 +63,15 @@ impl Engine {
         self: &Arc<Self>,
         inherited: &mut InheritedFds,
     ) -> Result<(), Error> {
-        let store = self.store.clone();
+        let (store, descriptors) = (self.store.clone(), Arc::clone(&self.config.descriptors));
         // All of it in one go: a change of threads for each of 500 tasks would take longer than the
         // work.
         let (loaded, mut calls) = blocking(move || {
-            let loaded: Vec<LoadedTask> = store.load()?.into_iter().map(LoadedTask::of).collect();
+            let load = |record| {
+                descriptors.start_goes_on();
+                LoadedTask::of(record)
+            };
+            let loaded: Vec<LoadedTask> = store.load()?.into_iter().map(load).collect();
             // No call is in flight where there is no record.
             let calls = if loaded.is_empty() {
                 InFlightCalls::default()
@@ -79,6 +83,7 @@ impl Engine {
         .await??;
         let mut found = Found::default();
         for loaded in loaded {
+            self.config.descriptors.start_goes_on();
             let calls = calls.take(&loaded.record.bundle.path);
             let is_of_this_boot = loaded.record.boot_id == self.boot_id;
             if let Some(task) = self.restore_task(loaded, &calls).await? {
@@ -106,10 +111,11 @@ impl Engine {
         } = loaded;
         let runtime = Runtime::new(
             &record.runtime,
-            &record.namespace,
+            &record.key(),
             &spec,
             self.config.runtime_deadline,
             self.reaper.clone(),
+            self.calls.clone(),
         );
         let own_pid_namespace = spec.has_own_pid_namespace();
         let fds = |number| self.fds_of(number);
@@ -165,7 +171,7 @@ impl Engine {
         if let Some(identity) = process.identity() {
             self.let_be_reaped(identity);
         }
-        process.fds.forget(&[FdRole::Pidfd]);
+        process.fds.remove(&[FdRole::Pidfd]);
         reconnect(&self.idle, task, process);
         if let Some(streams) = process.streams() {
             streams.end_of_process();
@@ -195,7 +201,7 @@ impl Engine {
             pidfd: recorded.pidfd.take(),
         });
         let adopted = self.monitor.adopt(known.collect()).await?;
-        info!(processes = adopted.len(), "watches taken over");
+        info!(processes = adopted.len(), "exit monitor resumed");
         // First: it keeps ends back that must not come before what they end.
         for unfinished in unfinished {
             unfinished.finish(self);
@@ -242,7 +248,12 @@ impl Engine {
             .counts()
             .filter_map(|(name, _)| match name {
                 FdName::Process(number) => Some(number),
-                FdName::Listener | FdName::Connection(_) | FdName::Answer(_) => None,
+                FdName::Listener
+                | FdName::SandboxListener
+                | FdName::Intake
+                | FdName::IntakeSender
+                | FdName::Connection(_)
+                | FdName::Answer(_) => None,
             })
             .collect();
         for number in numbers {
@@ -268,7 +279,7 @@ impl Engine {
             .collect();
         let removed = blocking(move || stdio::remove_abandoned(&state_dir, &in_use));
         if let Err(error) = removed.await {
-            warn!(%error, "cannot remove the sockets of terminals that will not come");
+            warn!(%error, "cannot remove the sockets of terminals whose runtimes have ended");
         }
     }
 }
@@ -309,14 +320,14 @@ fn examine_process(
         // A restore that was cut short: its client reads on.
         stdio::discard_pipes(&process.fds);
     } else {
-        process.fds.forget_all();
+        process.fds.remove_all();
     }
 }
 
 /// A process of an earlier boot whose end is not recorded.
 fn examine_lost(task: &Arc<Task>, process: Arc<TaskProcess>, found: &mut Found) {
     let Some(identity) = recorded_identity(&process) else {
-        return process.fds.forget_all();
+        return process.fds.remove_all();
     };
     enter_if_exec(task, &process);
     found

@@ -45,7 +45,7 @@ pub(super) fn reconnect(idle: &Idle, task: &Arc<Task>, process: &Arc<TaskProcess
 pub(super) fn connect(idle: &Idle, task: &Task, process: &TaskProcess) {
     let is_lost = process.stdio.terminal && process.fds.get(FdRole::Terminal).is_none();
     if is_lost && process.now().exit().is_none() {
-        warn!(id = %task.id(), exec_id = ?process.exec, "its terminal is lost: it went with the daemon that held it");
+        warn!(id = %task.id(), exec_id = ?process.exec, "a process has lost its terminal: no descriptor store had it");
     }
     if !Streams::has_any(&process.fds) {
         return;
@@ -75,6 +75,6 @@ async fn find_pipes(task: &Task, process: &TaskProcess) {
         Ok::<_, Error>(())
     };
     if let Err(error) = found.await {
-        warn!(id = %task.id(), %error, "cannot go on with the streams of a container");
+        warn!(id = %task.id(), %error, "cannot resume the streams of a container");
     }
 }

@@ -74,7 +74,7 @@ impl Unfinished {
 
     fn hold_back(&mut self, exec: &Arc<TaskProcess>) {
         if let Err(error) = exec.begin() {
-            debug!(id = %self.task.id(), exec_id = ?exec.exec, %error, "its start is over");
+            debug!(id = %self.task.id(), exec_id = ?exec.exec, %error, "cannot begin the start of an exec: it is over");
         }
         self.locks.extend(exec.try_lock_mutations());
     }
@@ -95,7 +95,7 @@ impl Unfinished {
             && let Err(error) = self.task.init.begin()
         {
             // The start of the init comes before its end, whenever that was.
-            debug!(id = %self.task.id(), %error, "the end of an init is not held back");
+            debug!(id = %self.task.id(), %error, "cannot begin the start of an init: it is over");
         }
         tokio::spawn(async move {
             engine.finish_work(&self).await;
@@ -123,7 +123,7 @@ impl Engine {
                     id = %task.id(), exec_id = ?exec.exec, %error,
                     "cannot finish the start of an exec"
                 );
-                exec.fds.forget_all();
+                exec.fds.remove_all();
                 self.release_exit(task, exec);
                 self.emit_init_exit(task, task.leave_exec());
             }
@@ -142,7 +142,7 @@ impl Engine {
         if let Err(error) = self.complete_exec_start(task, process, &exec).await {
             warn!(
                 id = %task.id(), exec_id = %exec, %error,
-                "that an exec was started is not durable"
+                "cannot store that an exec was started"
             );
         }
     }
@@ -172,13 +172,13 @@ impl Engine {
                 let phase = init.now().phase();
                 info!(
                     namespace = %task.key.namespace, id = %task.id(), ?phase,
-                    "a predecessor has done this"
+                    "a predecessor has completed an operation"
                 );
                 if let Some(event) = event {
                     self.emit(task, event);
                 }
                 if let Err(error) = self.save(task).await {
-                    warn!(id = %task.id(), %error, "a container's state is not durable");
+                    warn!(id = %task.id(), %error, "cannot store a container's state");
                 }
             }
         }
@@ -206,7 +206,7 @@ impl Engine {
                     // It is tried again, and given up when the call has ended.
                     Err(error) => debug!(
                         id = %task.id(), exec_id = ?process.exec, %error,
-                        "cannot watch an exec yet"
+                        "cannot watch an exec: trying again"
                     ),
                 }
             }
@@ -255,7 +255,7 @@ impl Engine {
     }
 
     /// The runtime tells by the pid file whether it has started the exec. One that was never called
-    /// has not; of one that was killed before it told, the process is looked for.
+    /// has not; of one that was killed before it reported, the process is looked for.
     async fn finish_exec(
         self: &Arc<Self>,
         task: &Arc<Task>,
@@ -344,7 +344,7 @@ impl Engine {
     ) -> Result<(), Error> {
         warn!(
             id = %task.id(), exec_id = ?process.exec,
-            "an exec may have run: its runtime was killed before it told"
+            "an exec may have run: its runtime was killed before it reported a pid"
         );
         process.fail_as_maybe_run();
         // Before the files go which say the same.

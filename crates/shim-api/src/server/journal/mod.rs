@@ -13,7 +13,7 @@ mod recovery;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -54,7 +54,7 @@ impl Journals {
     /// What another daemon left of a connection, and the journal to go on with.
     pub(super) fn resume(&self, connection: u64) -> (Journal, Recovered) {
         self.try_resume(connection).unwrap_or_else(|error| {
-            warn!(connection, %error, "connection journal: cannot be read: the requests that are not answered are lost");
+            warn!(connection, %error, "connection journal: cannot read it: unanswered requests are lost");
             (self.begin(connection), Recovered::nothing())
         })
     }
@@ -86,7 +86,7 @@ impl Journals {
     }
 
     /// Removes the journals of all connections but these.
-    pub(super) fn keep_only(&self, connections: &[u64]) {
+    pub(super) fn remove_all_but(&self, connections: &HashSet<u64>) {
         for entry in fs::read_dir(&self.0).into_iter().flatten().flatten() {
             let number = entry
                 .file_name()
@@ -201,7 +201,7 @@ impl Journal {
         if let Some(log) = &self.log
             && let Err(error) = log.write_header(0, &header(identity))
         {
-            warn!(connection = self.connection, path = %log.path().display(), %error, "connection journal: cannot note the connection's namespace and bundle");
+            warn!(connection = self.connection, path = %log.path().display(), %error, "connection journal: cannot write the connection's namespace and bundle");
         }
     }
 
@@ -381,7 +381,7 @@ impl Journal {
         match compacted {
             Ok(places) => self.pending = self.pending.keys().copied().zip(places).collect(),
             Err(error) => {
-                warn!(connection = self.connection, path = %log.path().display(), %error, "connection journal: cannot be compacted");
+                warn!(connection = self.connection, path = %log.path().display(), %error, "connection journal: cannot compact it");
             }
         }
     }

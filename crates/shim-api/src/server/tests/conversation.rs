@@ -40,10 +40,10 @@ impl Handler for Misbehaving {
 
 fn serve(handler: Misbehaving) -> UnixStream {
     let (ours, theirs) = Blocking::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
     theirs.set_nonblocking(true).unwrap();
-    let server = Server::new(handler);
-    server.admit(UnixStream::from_std(ours).unwrap());
+    Server::new(handler)
+        .admit(None, ours.into(), Ok(()))
+        .unwrap();
     UnixStream::from_std(theirs).unwrap()
 }
 

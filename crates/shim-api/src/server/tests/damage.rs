@@ -126,7 +126,7 @@ fn answers(left: &Left, journal: &[u8]) -> Result<Due, String> {
     std::fs::write(path.join("4"), journal).unwrap();
     io::Write::write_all(&mut &ours, &left.unread).unwrap();
     store
-        .keep(&FdName::Connection(4), &[theirs.as_fd()])
+        .add(&FdName::Connection(4), &[theirs.as_fd()])
         .unwrap();
     drop(theirs);
     generation(&store, directory.path(), None, async || {

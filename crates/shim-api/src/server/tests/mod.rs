@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use embedshim_core::fdstore::{FdName, FdStore};
+use embedshim_core::fdstore::{FdName, FdStore, InheritedFds, Intake, NoFdStore};
 use protobuf::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -22,7 +22,7 @@ use ttrpc::{Code, Request, Response, Status};
 use super::answer::AnswerStore;
 use super::handler::{Call, Handler};
 use super::journal::{Identity, Journal, Journals};
-use super::{Keeping, Server, nonblocking};
+use super::{ConnectionStorage, Server, nonblocking};
 use crate::frame::{self, HEADER, Header};
 
 async fn send(client: &mut UnixStream, stream: u32, method: &str, timeout_nano: i64) {
@@ -50,7 +50,7 @@ async fn answer(client: &mut UnixStream) -> io::Result<(u32, Response)> {
 struct Store(Mutex<Vec<(FdName, OwnedFd)>>);
 
 impl FdStore for Store {
-    fn keep(&self, name: &FdName, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn add(&self, name: &FdName, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         for descriptor in descriptors {
             let kept = descriptor.try_clone_to_owned()?;
             self.0.lock().unwrap().push((*name, kept));
@@ -58,7 +58,7 @@ impl FdStore for Store {
         Ok(())
     }
 
-    fn forget(&self, name: &FdName) -> io::Result<()> {
+    fn remove(&self, name: &FdName) -> io::Result<()> {
         self.0.lock().unwrap().retain(|(kept, _)| kept != name);
         Ok(())
     }
@@ -117,14 +117,18 @@ fn generation<T>(
         .build()
         .unwrap();
     let talked = runtime.block_on(async {
-        let keeping = Keeping {
+        let storage = ConnectionStorage {
             store: Arc::<Store>::clone(store),
-            directory: directory.join("connections"),
+            intake: Intake::open(&mut InheritedFds::default(), &NoFdStore).unwrap(),
+            journals: directory.join("connections"),
         };
-        let server = Server::keeping(Mortal, keeping).unwrap();
+        let server = Server::durable(Mortal, storage).unwrap();
         server.resume(store.connections());
         if let Some(pair) = new {
-            server.admit(nonblocking(pair.into()).unwrap());
+            let stored = server.stored.as_ref().unwrap();
+            let number = stored.numbers.draw();
+            let admitted = server.store_and_admit(stored, number, pair.into());
+            admitted.await.unwrap();
         }
         talk().await
     });

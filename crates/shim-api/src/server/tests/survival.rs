@@ -36,6 +36,20 @@ fn a_request_that_was_read_is_answered_by_the_next_daemon() {
     });
 }
 
+/// Launchers ask so, twice for each container; containerd's connection may be silent for long.
+#[test]
+fn a_silent_connection_is_stored_and_one_that_was_closed_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Arc::<Store>::default();
+    let (ours, theirs) = Blocking::pair().unwrap();
+    drop(ours);
+    generation(&store, directory.path(), Some(theirs), async || ());
+    assert!(store.connections().is_empty());
+    let (_ours, theirs) = Blocking::pair().unwrap();
+    generation(&store, directory.path(), Some(theirs), async || ());
+    assert_eq!(store.connections().len(), 1);
+}
+
 /// The frame is longer than what a socket holds, and its pieces end anywhere.
 #[test]
 fn a_frame_in_pieces_is_put_together_by_several_daemons() {
@@ -84,7 +98,7 @@ fn what_was_noted_and_not_consumed_counts_once() {
     // It was noted when it was there as a whole, and is not consumed.
     io::Write::write_all(&mut &ours, &bytes).unwrap();
     store
-        .keep(&FdName::Connection(4), &[theirs.as_fd()])
+        .add(&FdName::Connection(4), &[theirs.as_fd()])
         .unwrap();
     generation(&store, directory.path(), None, async || {
         let mut client = client(&ours);
@@ -157,7 +171,7 @@ fn what_the_kernel_took_of_an_answer_is_not_sent_again() {
     };
     drop(answers.store(&frame).unwrap());
     store
-        .keep(&FdName::Connection(4), &[theirs.as_fd()])
+        .add(&FdName::Connection(4), &[theirs.as_fd()])
         .unwrap();
     let (_, _, stored) = store.connections().remove(0);
     let sent = rustix::fs::sendfile(&theirs, stored.unwrap(), None, 50_000).unwrap();

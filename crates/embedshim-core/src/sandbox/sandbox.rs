@@ -1,0 +1,154 @@
+//! [`Sandbox`]: one pod in memory: what was asked for, how far it is, who waits for its end. Owns
+//! its record's content; writes no file.
+
+use std::collections::BTreeMap;
+use std::time::{Instant, SystemTime};
+
+use tokio::sync::{Mutex, watch};
+
+use crate::id::SandboxKey;
+use crate::sandbox::api::{CreateSandbox, Ended, Network, Processes, Reach, SandboxSnapshot};
+use crate::sandbox::place::Place;
+use crate::sandbox::record::{Phase, SandboxRecord, VERSION};
+use crate::sandbox::spec::Shared;
+
+/// How far a sandbox is, as its clients see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// It was created; nothing of it is on disk.
+    Created(Instant),
+    /// It has everything that containers need.
+    Ready,
+    /// Its containers cannot be started any more.
+    Ended(Ended),
+    /// It was removed.
+    Gone,
+}
+
+/// One pod.
+#[derive(Debug)]
+pub(super) struct Sandbox {
+    pub(super) key: SandboxKey,
+    pub(super) name: String,
+    pub(super) network: Network,
+    pub(super) ipc: Reach,
+    pub(super) processes: Processes,
+    pub(super) place: Place,
+    /// What its start needs; `None` after a daemon has taken it over.
+    pub(super) request: Option<CreateSandbox>,
+    /// Held while it is started, stopped or removed.
+    pub(super) mutation: Mutex<()>,
+    state: watch::Sender<State>,
+    created_at: SystemTime,
+    labels: BTreeMap<String, String>,
+    unknown: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Sandbox {
+    /// A sandbox that is to be started.
+    pub(super) fn new(request: CreateSandbox, place: Place) -> Self {
+        Self {
+            key: request.key.clone(),
+            name: request.name.clone(),
+            network: request.network.clone(),
+            ipc: request.ipc,
+            processes: request.processes,
+            place,
+            labels: request.labels.clone(),
+            request: Some(request),
+            mutation: Mutex::default(),
+            state: watch::Sender::new(State::Created(Instant::now())),
+            created_at: SystemTime::now(),
+            unknown: serde_json::Map::new(),
+        }
+    }
+
+    /// What a predecessor has left, in the state that was found out.
+    pub(super) fn restored(record: SandboxRecord, place: Place, state: State) -> Self {
+        Self {
+            key: record.key,
+            name: record.name,
+            network: record.network,
+            ipc: record.ipc,
+            processes: record.processes,
+            place,
+            request: None,
+            mutation: Mutex::default(),
+            state: watch::Sender::new(state),
+            created_at: record.created_at,
+            labels: record.labels,
+            unknown: record.unknown,
+        }
+    }
+
+    pub(super) fn state(&self) -> State {
+        *self.state.borrow()
+    }
+
+    pub(super) fn set(&self, state: State) {
+        self.state.send_replace(state);
+    }
+
+    /// Waits for the end. A sandbox that is removed without one has ended then.
+    pub(super) async fn ended(&self) -> Ended {
+        let mut state = self.state.subscribe();
+        let over = |state: &State| matches!(state, State::Ended(_) | State::Gone);
+        match state.wait_for(over).await.as_deref() {
+            Ok(State::Ended(ended)) => *ended,
+            _ => Ended {
+                code: 0,
+                at: SystemTime::now(),
+            },
+        }
+    }
+
+    /// Whether a client waits for its end: that client knows it.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.state.receiver_count() > 0
+    }
+
+    pub(super) fn snapshot(&self) -> SandboxSnapshot {
+        let state = self.state();
+        SandboxSnapshot {
+            created_at: self.created_at,
+            is_ready: state == State::Ready,
+            ended: match state {
+                State::Ended(ended) => Some(ended),
+                _ => None,
+            },
+            labels: self.labels.clone(),
+            network: self.network.clone(),
+        }
+    }
+
+    /// What its containers join.
+    pub(super) fn shared(&self) -> Shared {
+        Shared {
+            network: self.network.clone(),
+            ipc: self.ipc,
+            processes: self.processes,
+            ipc_pin: self.place.pin("ipc"),
+            uts_pin: self.place.pin("uts"),
+        }
+    }
+
+    pub(super) fn record(&self, boot_id: &str, phase: Phase) -> SandboxRecord {
+        SandboxRecord {
+            version: VERSION,
+            boot_id: boot_id.to_owned(),
+            key: self.key.clone(),
+            phase,
+            created_at: self.created_at,
+            ended: match self.state() {
+                State::Ended(ended) => Some(ended),
+                _ => None,
+            },
+            name: self.name.clone(),
+            network: self.network.clone(),
+            ipc: self.ipc,
+            processes: self.processes,
+            labels: self.labels.clone(),
+            unknown: self.unknown.clone(),
+        }
+    }
+}

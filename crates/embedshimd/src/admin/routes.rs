@@ -1,0 +1,81 @@
+//! Which document a path names. Owns the paths; fills no document.
+
+use serde::Serialize;
+
+use super::http::Answer;
+use super::view::View;
+use crate::metrics::CONTENT_TYPE;
+
+/// Answers a request for this path, of root.
+pub(super) fn answer(view: &View, path: &str) -> Answer {
+    let path = without_query(path);
+    match path {
+        "/metrics" => metrics(view),
+        "/healthz" => health(view),
+        "/v1/status" => json(&view.status()),
+        "/v1/tasks" => json(&view.tasks()),
+        _ => match path
+            .strip_prefix("/v1/tasks/")
+            .and_then(|rest| rest.split_once('/'))
+        {
+            Some((namespace, id)) => task(view, namespace, id),
+            None => Answer::text(
+                404,
+                "there are /v1/status, /v1/tasks, /v1/tasks/NAMESPACE/ID, /metrics and /healthz",
+            ),
+        },
+    }
+}
+
+/// Answers a request for this path, of any client.
+pub(super) fn answer_stranger(view: &View, path: &str) -> Answer {
+    match without_query(path) {
+        "/metrics" => metrics(view),
+        "/healthz" => health(view),
+        _ => Answer::text(404, "there are /metrics and /healthz"),
+    }
+}
+
+fn without_query(path: &str) -> &str {
+    path.split_once('?').map_or(path, |(path, _)| path)
+}
+
+fn metrics(view: &View) -> Answer {
+    let Some(metrics) = view.metrics() else {
+        return Answer::text(503, "the daemon starts");
+    };
+    match metrics.text(&view.status()) {
+        Ok(text) => Answer {
+            status: 200,
+            content_type: CONTENT_TYPE,
+            body: text.into_bytes(),
+        },
+        Err(error) => Answer::text(503, &format!("cannot write the metrics: {error}")),
+    }
+}
+
+fn health(view: &View) -> Answer {
+    if view.status().problems.is_empty() {
+        Answer::text(200, "ok")
+    } else {
+        Answer::text(503, "something needs attention: see `embedshimd status`")
+    }
+}
+
+fn task(view: &View, namespace: &str, id: &str) -> Answer {
+    match view.task(namespace, id) {
+        Some(detail) => json(&detail),
+        None => Answer::text(404, "there is no such task"),
+    }
+}
+
+fn json(document: &impl Serialize) -> Answer {
+    match serde_json::to_vec(document) {
+        Ok(body) => Answer {
+            status: 200,
+            content_type: "application/json",
+            body,
+        },
+        Err(error) => Answer::text(503, &format!("cannot write the document: {error}")),
+    }
+}
