@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::thread::scope;
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Shim, Stage, Test};
@@ -12,17 +13,21 @@ use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
-use testbed::sandbox::{Sandbox, stop, until};
+use testbed::sandbox::{Sandbox, is_alive, stop, until};
 
 use crate::guardians::{becomes_keeper, end, started_after};
+use crate::half_done::SlowRuntime;
+use crate::operators::ask;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(WithoutContainerd:
+pub(crate) const TESTS: [Test; 7] = tests!(WithoutContainerd:
     a_keeper_that_is_killed_while_a_daemon_takes_over_is_replaced,
     a_daemon_that_cannot_start_takes_the_place_of_a_killed_keeper,
     a_daemon_whose_directory_is_locked_takes_the_place_of_a_killed_keeper,
     a_stopped_daemon_takes_the_place_of_a_killed_keeper,
     a_daemon_that_stands_still_while_it_starts_is_replaced,
+    a_daemon_that_is_to_end_does_not_become_the_keeper,
+    a_daemon_that_makes_way_takes_the_place_of_a_killed_keeper,
 );
 
 /// A fifo in the place of a file that a daemon reads while it starts.
@@ -177,6 +182,65 @@ fn a_daemon_that_stands_still_while_it_starts_is_replaced(stage: &Stage) -> anyh
     let log = sandbox.daemon_log();
     ensure!(log.contains("does not answer the watchdog"), "{log}");
     ensure!(sandbox.keeper_pid() == Some(keeper), "another keeper");
+    ensure!(shim.state("c")?.pid == pid, "another task");
+    end(&shim)
+}
+
+/// A daemon that waits for the runtime before it leaves, what it is asked for then, and the runtime's
+/// end.
+fn leaves_within_a_call(
+    sandbox: &Sandbox,
+    shim: &Shim,
+    leaves: impl FnOnce(i32) -> anyhow::Result<()>,
+) -> anyhow::Result<i32> {
+    let runtime = SlowRuntime::new(sandbox, "create", true)?;
+    let bundle = Bundle::new(sandbox, "slow", &["true"])?;
+    let daemon = sandbox.daemon_pid().context("no daemon")?;
+    scope(|scope| {
+        // Without an answer if its connection ends with the daemon.
+        scope.spawn(|| shim.create_with("slow", bundle.path(), |request| runtime.choose(request)));
+        let going = sandbox.directory().join("going");
+        until("the runtime is in its call", || Ok(going.exists()))?;
+        let left = leaves(daemon);
+        fs::remove_file(&going)?;
+        left
+    })?;
+    Ok(daemon)
+}
+
+/// SIGTERM comes when it has begun to take the place of its keeper.
+fn a_daemon_that_is_to_end_does_not_become_the_keeper(stage: &Stage) -> anyhow::Result<()> {
+    let directory = tempfile::tempdir()?;
+    let (sandbox, shim, pid) = configured(stage, &directory.path().join("config.toml"))?;
+    let daemon = leaves_within_a_call(&sandbox, &shim, |daemon| {
+        sandbox.end_keeper()?;
+        // It holds the keeper's lock before it leaves, and becomes the keeper after that.
+        becomes_keeper(&sandbox, daemon)?;
+        Ok(kill(Pid::from_raw(daemon), Signal::SIGTERM)?)
+    })?;
+    until("it ends", || Ok(!is_alive(daemon))).with_context(|| sandbox.daemon_log())?;
+    let left = (sandbox.keeper_pid(), sandbox.daemon_pid());
+    ensure!(left == (None, None), "{left:?}: {}", sandbox.daemon_log());
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    ensure!(shim.state("c")?.pid == pid, "another task");
+    end(&shim)
+}
+
+/// SIGHUP comes first; then the keeper ends that would start the next daemon.
+fn a_daemon_that_makes_way_takes_the_place_of_a_killed_keeper(stage: &Stage) -> anyhow::Result<()> {
+    let directory = tempfile::tempdir()?;
+    let (sandbox, shim, pid) = configured(stage, &directory.path().join("config.toml"))?;
+    let daemon = leaves_within_a_call(&sandbox, &shim, |daemon| {
+        kill(Pid::from_raw(daemon), Signal::SIGHUP)?;
+        until("it leaves", || {
+            let status = ask(stage, &sandbox, &["status", "--json"])?;
+            Ok(status.stdout.contains("leaving"))
+        })?;
+        sandbox.end_keeper()
+    })?;
+    becomes_keeper(&sandbox, daemon)?;
+    sandbox.successor_of(daemon)?;
     ensure!(shim.state("c")?.pid == pid, "another task");
     end(&shim)
 }

@@ -2,9 +2,12 @@
 //! blocked before this process started stays blocked in a container.
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use signal_hook::flag;
 use tokio::signal::unix::{Signal as Received, SignalKind, signal};
 
 /// Those that a keeper reads: children that ended, and what an operator asks for.
@@ -63,6 +66,36 @@ impl Requests {
             Some(()) = self.hangup.recv() => Request::MakeWay,
             else => std::future::pending().await,
         }
+    }
+}
+
+/// Whether this process was asked to end, seen also by what runs after its runtime: a process that
+/// becomes another program by `execve` would forget a request that came to the one before.
+#[derive(Debug)]
+pub(crate) struct Ending {
+    is_asked_for: Arc<AtomicBool>,
+    is_immediate: Arc<AtomicBool>,
+}
+
+impl Ending {
+    /// Notes each SIGTERM and SIGINT from now on.
+    pub(crate) fn watch() -> io::Result<Self> {
+        let ending = Self {
+            is_asked_for: Arc::default(),
+            is_immediate: Arc::default(),
+        };
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            // In this order: what finds `is_immediate` unset was noted before it is looked at.
+            flag::register(signal as i32, Arc::clone(&ending.is_asked_for))?;
+            flag::register_conditional_default(signal as i32, Arc::clone(&ending.is_immediate))?;
+        }
+        Ok(ending)
+    }
+
+    /// Whether such a signal has come. If none has, the next one ends this process at once.
+    pub(crate) fn is_due(&self) -> bool {
+        self.is_immediate.store(true, Ordering::SeqCst);
+        self.is_asked_for.load(Ordering::SeqCst)
     }
 }
 

@@ -32,7 +32,7 @@ use crate::metrics::{Metrics, Observed};
 use crate::outcome::{Code, Failure};
 use crate::service_manager::ServiceManager;
 use crate::service_manager::activation::Activation;
-use crate::signals::{Request, Requests};
+use crate::signals::{Ending, Request, Requests};
 use crate::state_dir::lock;
 use crate::{backend, sys};
 use base::Base;
@@ -73,6 +73,7 @@ pub(crate) fn run(options: &Serve, activation: Activation) -> Result<Code, Failu
     };
     let state_dir = &options.locations.state_dir;
     let oversight = Oversight::begin(state_dir, &config, kept, runtime.handle().clone());
+    let ending = Ending::watch().context("cannot listen for signals")?;
     let served = runtime.block_on(serve(
         &config,
         options,
@@ -85,11 +86,19 @@ pub(crate) fn run(options: &Serve, activation: Activation) -> Result<Code, Failu
     oversight.lives.end(&reason, was_asked);
     // Does not wait for threads that a file system holds up.
     runtime.shutdown_background();
+    let has_keeper_ended = keeper.is_some_and(Keeper::has_ended);
+    if has_keeper_ended && ending.is_due() {
+        return served.map(|_| Code::Ok);
+    }
     let descriptors = || manager.map_or_else(Vec::new, |manager| manager.take_duplicates());
     match served {
-        Ok(End::Requested(_)) => Ok(Code::Ok),
         Ok(End::Succession(succession)) => match succession.become_keeper(descriptors())? {},
         Ok(End::EarlySuccession) => Err(heir::become_keeper(options, descriptors())),
+        // Nothing would come for which it makes way.
+        Ok(End::Requested(Request::MakeWay)) if has_keeper_ended => {
+            Err(heir::become_keeper(options, descriptors()))
+        }
+        Ok(End::Requested(_)) => Ok(Code::Ok),
         Err(failure) => {
             let descriptors = descriptors();
             Err(heir::succeed_instead(failure, keeper, options, descriptors))
