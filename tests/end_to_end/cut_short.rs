@@ -425,6 +425,8 @@ fn a_daemon_whose_question_for_the_state_is_killed_asks_again(stage: &Stage) -> 
     scene.create()?;
     scene.shim.start("c")?;
     scene.pause()?;
+    // The answer before it is noted as sent by then: the next daemon does not repeat the pause.
+    scene.expect(api::Status::PAUSED)?;
     // Behind the daemon's back.
     let root = Path::new("/run/containerd/runc").join(scene.sandbox.namespace());
     let resumed = std::process::Command::new("runc")
@@ -437,7 +439,8 @@ fn a_daemon_whose_question_for_the_state_is_killed_asks_again(stage: &Stage) -> 
     scene.sandbox.kill_daemon()?;
     until("it is seen that it runs", || {
         Ok(scene.shim.state("c")?.status == api::Status::RUNNING.into())
-    })?;
+    })
+    .with_context(|| scene.sandbox.daemon_log())?;
     scene.runtime.check_killed()?;
     scene.end()
 }

@@ -390,10 +390,12 @@ fn a_container_that_holds_its_pipes_lock_holds_up_nothing_else(
     sandbox.detached(&["--null-io"], "c", &["sleep", "1000"])?;
     let shim = Shim::connect(&sandbox)?;
     let undisturbed = Undisturbed::measure(&sandbox, &shim)?;
-    for number in 0..5 {
+    for number in 0..6 {
         let exec = format!("e{number}");
-        let script = "echo said; sleep 1; guest hold-output & sleep 0.3; exit 3";
-        let arguments = ["task", "exec", "--exec-id", &exec, "c", "sh", "-c", script];
+        // At once the daemon is taking what was said; later it waits for more.
+        let pause = number % 2;
+        let script = format!("echo said; sleep {pause}; guest hold-output & sleep 0.3; exit 3");
+        let arguments = ["task", "exec", "--exec-id", &exec, "c", "sh", "-c", &script];
         let mut client = Running::capture(&mut sandbox.ctr(arguments))?;
         let finished = client.finish(PATIENCE)?;
         ensure!(
@@ -402,6 +404,9 @@ fn a_container_that_holds_its_pipes_lock_holds_up_nothing_else(
         );
     }
     is_undisturbed(&sandbox, &shim, undisturbed)?;
+    // Nor to the daemon's end and to the next one.
+    let next = sandbox.kill_daemon()?;
+    ensure!(sandbox.task("c")?.status == "RUNNING", "the next: {next}");
     // What holds the locks ends with its container, and with it what waits for them.
     sandbox.ctr_ok(&["task", "kill", "--signal", "KILL", "c"])?;
     sandbox.wait_for_status("c", "STOPPED")?;

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -99,14 +100,18 @@ static int until_term(char **arg)
 	return 0;
 }
 
-// Holds the lock of the pipe of its output: splices from a socket on which nothing comes.
+// Holds the lock of the pipe of its output, as soon as that is empty: splices from a socket on which
+// nothing comes.
 static int hold_output(char **argv)
 {
-	int pair[2];
+	int pair[2], unread = 1;
 
 	(void)argv;
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair))
 		return 125;
+	while (unread)
+		if (ioctl(1, FIONREAD, &unread))
+			return 125;
 	return splice(pair[0], NULL, 1, NULL, 1, 0) < 0 ? 124 : 0;
 }
 

@@ -284,14 +284,17 @@ impl Pump<'_> {
     }
 
     /// Makes large pipes small again, those of an earlier run as well. One that holds more than
-    /// that stays as it is for now.
+    /// that stays as it is for now. The source comes last, and nothing else is held then: its lock
+    /// may be a container's, and the sink's client is to get its end nevertheless.
     fn shrink(&self) {
-        let source = self.fds.first(self.way.source).map(|(_, source)| source);
-        for fd in [source, self.stage(), self.sink()].into_iter().flatten() {
+        let shrink = |fd: StreamFd| {
             if rustix::pipe::fcntl_getpipe_size(&fd).is_ok_and(|size| size > CHUNK) {
                 resize(&fd, CHUNK);
             }
-        }
+        };
+        self.sink().map(shrink);
+        self.stage().map(shrink);
+        self.fds.first(self.way.source).map(|(_, fd)| shrink(fd));
     }
 }
 
