@@ -186,8 +186,7 @@ fn a_daemon_that_stands_still_while_it_starts_is_replaced(stage: &Stage) -> anyh
     end(&shim)
 }
 
-/// A daemon that waits for the runtime before it leaves, what it is asked for then, and the runtime's
-/// end.
+/// Lets a daemon leave for this reason while the runtime is in a call, which ends then.
 fn leaves_within_a_call(
     sandbox: &Sandbox,
     shim: &Shim,

@@ -23,6 +23,7 @@ mod idle;
 mod logger;
 mod non_blocking;
 mod open;
+mod pipe_size;
 mod plan;
 mod prepare;
 mod pump;

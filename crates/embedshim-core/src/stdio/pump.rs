@@ -26,14 +26,11 @@ use rustix::io::Errno;
 
 use super::append::{CHUNK, Dropped, Label, Scratch};
 use super::open;
+use super::pipe_size::{LARGE, make_room, resize, shrink};
 use super::ready::is_ready;
 use super::splice::splice_or_copy;
 use crate::fdstore::{FdRole, ProcessFds, StreamFd};
 
-/// The size of the pipes of a stream that flows without pause, since most of its cost are changes
-/// between processes. One without a reader does not flow, and stays as small as every pipe: its
-/// process waits after 64 KiB.
-pub(super) const LARGE: usize = 1024 * 1024;
 /// So much without pause makes pipes large.
 const MUCH: usize = 1024 * 1024;
 /// What is taken from a terminal at once, all that its buffer holds. It is `PIPE_BUF`, too: a pipe
@@ -284,29 +281,18 @@ impl Pump<'_> {
     }
 
     /// Makes large pipes small again, those of an earlier run as well. One that holds more than
-    /// that stays as it is for now. The source comes last, and nothing else is held then: its lock
-    /// may be a container's, and the sink's client is to get its end nevertheless.
+    /// that stays as it is for now. A container may have the source's lock: it comes last, and the
+    /// sink, whose client is to get its end nevertheless, is not held then.
     fn shrink(&self) {
-        let shrink = |fd: StreamFd| {
-            if rustix::pipe::fcntl_getpipe_size(&fd).is_ok_and(|size| size > CHUNK) {
-                resize(&fd, CHUNK);
+        let shrink = |pipe: Option<StreamFd>| {
+            if let Some(pipe) = pipe {
+                shrink(&pipe);
             }
         };
-        self.sink().map(shrink);
-        self.stage().map(shrink);
-        self.fds.first(self.way.source).map(|(_, fd)| shrink(fd));
+        shrink(self.sink());
+        shrink(self.stage());
+        shrink(self.fds.first(self.way.source).map(|(_, fd)| fd));
     }
-}
-
-/// Makes a pipe that is full larger, for what was taken already: true if it is.
-fn make_room(pipe: &StreamFd) -> bool {
-    let size = rustix::pipe::fcntl_getpipe_size(pipe);
-    size.is_ok_and(|size| size < LARGE && resize(pipe, 2 * size))
-}
-
-/// Sets the size of a pipe; of what is no pipe, or may not be larger, nothing.
-fn resize(pipe: &StreamFd, size: usize) -> bool {
-    rustix::pipe::fcntl_setpipe_size(pipe, size).is_ok()
 }
 
 /// Writes everything, for tests of this folder.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::flow::Meter;
 use super::flow_state::TERMINAL;
-use super::pump::LARGE;
+use super::pipe_size::LARGE;
 use super::ready::has_bytes;
 use crate::fdstore::ProcessFds;
 
