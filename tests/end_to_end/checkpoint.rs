@@ -17,11 +17,11 @@ use serde_json::{Value, json};
 use testbed::releases;
 use testbed::sandbox::{Sandbox, until};
 
-use crate::cut_short::{CutShort, Scene, When, refusal};
+use crate::cut_short::{CutShort, When};
 use crate::half_done::{SlowRuntime, fifo};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 9] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 8] = tests!(EmbedshimOnly:
     a_container_with_streams_goes_on_from_its_checkpoint,
     a_checkpoint_of_ctrs_is_restored_by_ctr,
     a_container_goes_on_from_its_checkpoint,
@@ -30,7 +30,6 @@ pub(crate) const TESTS: [Test; 9] = tests!(EmbedshimOnly:
     a_restore_whose_runtime_was_killed_leaves_nothing_and_can_be_asked_again,
     a_task_that_is_to_be_restored_can_be_deleted,
     a_checkpoint_without_criu_is_refused_with_the_reason,
-    a_container_that_a_killed_checkpoint_has_frozen_is_thawed,
 );
 
 /// A sandbox in which runc finds a CRIU that works here, or none at all.
@@ -93,7 +92,7 @@ fn lines(bundle: &Bundle) -> anyhow::Result<Vec<u64>> {
     Ok(text.lines().map(str::parse).collect::<Result<_, _>>()?)
 }
 
-fn checkpoint(shim: &Shim, id: &str, image: &Path, exit: bool) -> ttrpc::Result<()> {
+pub(crate) fn checkpoint(shim: &Shim, id: &str, image: &Path, exit: bool) -> ttrpc::Result<()> {
     let options = CheckpointOptions {
         exit,
         ..CheckpointOptions::default()
@@ -439,31 +438,4 @@ fn a_checkpoint_without_criu_is_refused_with_the_reason(stage: &Stage) -> anyhow
         "it does not run any more"
     );
     Ok(())
-}
-
-/// What the runtime has started, as CRIU, freezes the container after the runtime was killed.
-fn a_container_that_a_killed_checkpoint_has_frozen_is_thawed(stage: &Stage) -> anyhow::Result<()> {
-    let scene = Scene::set_with(stage, "checkpoint", When::Before, |sandbox| {
-        let namespace = sandbox.namespace();
-        format!(
-            "( sleep 0.5; cd /sys/fs/cgroup; \
-             [ ! -e freezer/{namespace}/c ] || echo FROZEN > freezer/{namespace}/c/freezer.state; \
-             [ ! -e {namespace}/c ] || echo 1 > {namespace}/c/cgroup.freeze ) > /dev/null 2>&1 &"
-        )
-    })?;
-    scene.create()?;
-    scene.shim.start("c")?;
-    scene.runtime.arm()?;
-    let image = scene.sandbox.directory().join("image");
-    let told = refusal(checkpoint(&scene.shim, "c", &image, false))?;
-    ensure!(told.contains("OCI runtime checkpoint failed"), "{told}");
-    scene.runtime.check_killed()?;
-    // An exec in a frozen container does not begin.
-    scene
-        .shim
-        .exec_with("c", "e", &["sh", "-c", "exit 7"], |_| {})?;
-    scene.shim.start_exec("c", "e")?;
-    ensure!(scene.shim.wait_exec("c", "e")? == 7, "not 7");
-    scene.shim.delete_exec("c", "e")?;
-    scene.end()
 }

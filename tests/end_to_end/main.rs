@@ -16,6 +16,7 @@ mod containers;
 mod control;
 mod creations;
 mod cut_short;
+mod cut_short_checkpoints;
 mod cut_short_execs;
 mod docker;
 mod embedding;
@@ -85,7 +86,48 @@ fn main() -> ExitCode {
         eprintln!("cannot take signals: {error}");
         return ExitCode::FAILURE;
     }
-    let all = [
+    let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
+    let is_other = std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").is_some();
+    let has_controllers = major_of_containerd().is_some_and(|major| major >= 2);
+    let is_unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    let fits = |test: &Test| match test.scope {
+        Scope::AnyRuntime => true,
+        Scope::EmbedshimOnly => runtime == EMBEDSHIM,
+        // Asked for by name it runs with every release's runc.
+        Scope::WithoutContainerd => {
+            (!is_other || arguments.filter.is_some()) && runtime == EMBEDSHIM
+        }
+        Scope::OtherContainerd => is_other && runtime == EMBEDSHIM,
+        Scope::ContainerdTwo => has_controllers && runtime == EMBEDSHIM,
+        Scope::UnifiedCgroups => is_unified && runtime == EMBEDSHIM,
+    };
+    let no_root = (!nix::unistd::geteuid().is_root()).then_some("containers need root");
+    let no_docker = embedshim_tests::docker()
+        .is_none()
+        .then_some("Docker is not fetched (cargo xtask setup)");
+    let stage: Arc<OnceLock<Result<Stage, String>>> = Arc::default();
+    let all = without_docker().into_iter().filter(fits);
+    let all = all.map(|test| trial(test, &stage, no_root));
+    let docker = with_docker().into_iter().filter(fits);
+    let docker = docker.map(|test| trial(test, &stage, no_root.or(no_docker)));
+    let monitored = metrics::WITH_PROMETHEUS.into_iter().filter(fits);
+    let monitored = monitored.map(|test| trial(test, &stage, no_root.or(no_prometheus())));
+    let trials = all.chain(docker).chain(monitored).collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    clean_up_all();
+    conclusion.exit_code()
+}
+
+/// Why tests with Prometheus cannot run. In CI they run and fail.
+fn no_prometheus() -> Option<&'static str> {
+    let is_missing = testbed::releases::fetched_prometheus().is_none();
+    let is_ci = std::env::var_os("CI").is_some();
+    (is_missing && !is_ci).then_some("Prometheus is not fetched (cargo xtask setup)")
+}
+
+/// The tests that need neither Docker nor Prometheus.
+fn without_docker() -> Vec<Test> {
+    [
         containers::TESTS.as_slice(),
         &control::TESTS,
         &control::OURS,
@@ -99,6 +141,7 @@ fn main() -> ExitCode {
         &guardians::TESTS,
         &creations::TESTS,
         &cut_short::TESTS,
+        &cut_short_checkpoints::TESTS,
         &cut_short_execs::TESTS,
         &held_up::TESTS,
         &hung::TESTS,
@@ -150,44 +193,8 @@ fn main() -> ExitCode {
         &broken_parts::TESTS,
         &checkpoint::TESTS,
         &embedding::TESTS,
-    ];
-    let runtime = std::env::var("EMBEDSHIM_TEST_RUNTIME").unwrap_or_else(|_| EMBEDSHIM.into());
-    let is_other = std::env::var_os("EMBEDSHIM_TEST_PROGRAMS").is_some();
-    let has_controllers = major_of_containerd().is_some_and(|major| major >= 2);
-    let is_unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    let fits = |test: &Test| match test.scope {
-        Scope::AnyRuntime => true,
-        Scope::EmbedshimOnly => runtime == EMBEDSHIM,
-        // Asked for by name it runs with every release's runc.
-        Scope::WithoutContainerd => {
-            (!is_other || arguments.filter.is_some()) && runtime == EMBEDSHIM
-        }
-        Scope::OtherContainerd => is_other && runtime == EMBEDSHIM,
-        Scope::ContainerdTwo => has_controllers && runtime == EMBEDSHIM,
-        Scope::UnifiedCgroups => is_unified && runtime == EMBEDSHIM,
-    };
-    let no_root = (!nix::unistd::geteuid().is_root()).then_some("containers need root");
-    let no_docker = embedshim_tests::docker()
-        .is_none()
-        .then_some("Docker is not fetched (cargo xtask setup)");
-    let stage: Arc<OnceLock<Result<Stage, String>>> = Arc::default();
-    let all = all.concat().into_iter().filter(fits);
-    let all = all.map(|test| trial(test, &stage, no_root));
-    let docker = with_docker().into_iter().filter(fits);
-    let docker = docker.map(|test| trial(test, &stage, no_root.or(no_docker)));
-    let monitored = metrics::WITH_PROMETHEUS.into_iter().filter(fits);
-    let monitored = monitored.map(|test| trial(test, &stage, no_root.or(no_prometheus())));
-    let trials = all.chain(docker).chain(monitored).collect();
-    let conclusion = libtest_mimic::run(&arguments, trials);
-    clean_up_all();
-    conclusion.exit_code()
-}
-
-/// Why tests with Prometheus cannot run. In CI they run and fail.
-fn no_prometheus() -> Option<&'static str> {
-    let is_missing = testbed::releases::fetched_prometheus().is_none();
-    let is_ci = std::env::var_os("CI").is_some();
-    (is_missing && !is_ci).then_some("Prometheus is not fetched (cargo xtask setup)")
+    ]
+    .concat()
 }
 
 /// The tests with Docker; some of them in full only.

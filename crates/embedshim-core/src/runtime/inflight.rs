@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 use tokio::io::Interest;
 use tracing::warn;
 
+use crate::kernel_file;
 use crate::process::{HostRoot, Process};
 use crate::sys::register;
 
@@ -72,6 +73,21 @@ impl InFlightCalls {
     pub(crate) fn take(&mut self, bundle: &Path) -> Vec<Process> {
         self.0.remove(bundle).unwrap_or_default()
     }
+}
+
+/// Whether any CRIU of this host's root runs: one goes on when the runtime is killed that has
+/// called it, and nothing says for which container. Blocks on procfs.
+pub(crate) fn is_criu_at_work() -> bool {
+    let Some(root) = HostRoot::find() else {
+        return false;
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter(|entry| {
+            kernel_file::read_bytes(entry.path().join("comm")).is_ok_and(|name| name == b"criu\n")
+        })
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .any(|pid| root.owns(pid))
 }
 
 /// Waits until these calls have ended; at the limit they are killed, with the hooks they run.

@@ -30,7 +30,7 @@ pub(crate) use arguments::{Checkpoint, Create, Exec, Restore};
 pub(crate) use calls::Calls;
 pub use calls::RuntimeCall;
 use failure::Failure;
-pub(crate) use inflight::{InFlightCalls, wait_for};
+pub(crate) use inflight::{InFlightCalls, is_criu_at_work, wait_for};
 pub(crate) use log::last_error;
 pub use options::RuntimeOptions;
 use output::Collected;

@@ -50,6 +50,9 @@ pub(crate) struct TaskRecord {
     pub(crate) oom_kills: u64,
     #[serde(default)]
     pub(crate) last_metrics: Option<Metrics>,
+    /// A checkpoint of it has begun, and with that it may be frozen.
+    #[serde(default)]
+    pub(crate) is_checkpointing: bool,
     /// Fields of a newer version, given back unread.
     #[serde(flatten)]
     pub(crate) unknown: serde_json::Map<String, serde_json::Value>,

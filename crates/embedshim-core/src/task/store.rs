@@ -231,6 +231,7 @@ mod tests {
             cgroup: None,
             oom_kills: 0,
             last_metrics: None,
+            is_checkpointing: false,
             unknown: serde_json::Map::new(),
         }
     }

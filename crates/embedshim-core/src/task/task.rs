@@ -59,6 +59,7 @@ struct Facts {
     cgroup: Option<Cgroup>,
     oom_kills: u64,
     last_metrics: Option<Metrics>,
+    is_checkpointing: bool,
     unknown: serde_json::Map<String, serde_json::Value>,
 }
 
@@ -165,6 +166,7 @@ impl Task {
             cgroup: record.cgroup,
             oom_kills: record.oom_kills,
             last_metrics: record.last_metrics,
+            is_checkpointing: record.is_checkpointing,
             unknown: record.unknown,
         };
         *task.execs() = record
@@ -207,6 +209,7 @@ impl Task {
             cgroup: facts.cgroup.clone(),
             oom_kills: facts.oom_kills,
             last_metrics: facts.last_metrics.clone(),
+            is_checkpointing: facts.is_checkpointing,
             unknown: facts.unknown.clone(),
         }
     }
@@ -446,6 +449,16 @@ impl Task {
     /// The kernel's count of OOM kills, as far as it was noted.
     pub(crate) fn oom_kills(&self) -> u64 {
         self.facts().oom_kills
+    }
+
+    /// Notes that a checkpoint begins or is over; to be stored before it begins.
+    pub(crate) fn set_checkpointing(&self, is_checkpointing: bool) {
+        self.facts().is_checkpointing = is_checkpointing;
+    }
+
+    /// Whether a checkpoint has begun, a predecessor's perhaps, which may have frozen it.
+    pub(crate) fn is_checkpointing(&self) -> bool {
+        self.facts().is_checkpointing
     }
 
     /// The last reading of its counters.

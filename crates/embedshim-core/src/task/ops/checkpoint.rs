@@ -1,14 +1,16 @@
-//! `Checkpoint`: the container's state to files, by CRIU. Owns where CRIU works and what is left of
-//! its log.
+//! `Checkpoint`: the container's state to files, by CRIU. Owns where CRIU works, what is left of
+//! its log, and that no container stays frozen by one that has failed.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use tokio::time::sleep;
 use tracing::warn;
 
 use crate::blocking::blocking;
 use crate::error::Error;
 use crate::id::TaskKey;
-use crate::runtime::Checkpoint;
+use crate::runtime::{Checkpoint, is_criu_at_work};
 use crate::task::api::CheckpointTask;
 use crate::task::cut_short::Known;
 use crate::task::engine::Engine;
@@ -18,6 +20,8 @@ use crate::task::task::Task;
 
 /// What CRIU writes last of an image.
 const INVENTORY: &str = "inventory.img";
+/// The time between two looks at a container that a predecessor's checkpoint has frozen.
+const PAUSE: Duration = Duration::from_millis(250);
 
 impl Engine {
     /// Writes the container's state to files.
@@ -32,10 +36,6 @@ impl Engine {
         if is_replay && request.exit && is_checkpointed(&task, &request).await? {
             // It ended because that was asked for.
             return Ok(());
-        }
-        if is_replay {
-            // The daemon before has died between the failure and this.
-            thaw_left(&task).await;
         }
         task.init.now().lifecycle.admit(Operation::Checkpoint)?;
         if !request.image.is_absolute() {
@@ -58,11 +58,14 @@ impl Engine {
             empty_namespaces: &request.empty_namespaces,
             cgroups_mode: &request.cgroups_mode,
         };
+        task.set_checkpointing(true);
+        self.save(&task).await?;
         let result = task.runtime.checkpoint(&call, &task.log()).await;
         let failed = result.is_err();
         if failed {
             thaw_left(&task).await;
         }
+        self.note_end(&task).await;
         let log = task.bundle.path.join("criu-dump.log");
         let (kept, work) = (log.clone(), work.clone());
         let is_own = request.work.is_none();
@@ -79,13 +82,41 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// Thaws a container that a predecessor's checkpoint has left frozen, once its runtime has
+    /// ended: a CRIU that outlives that thaws it itself, unless it was killed, too.
+    pub(in crate::task) async fn end_left_checkpoint(self: &Arc<Self>, task: &Arc<Task>) {
+        let deadline = Instant::now() + self.config.runtime_deadline;
+        while is_frozen(task).await
+            && blocking(is_criu_at_work).await.unwrap_or(false)
+            && Instant::now() < deadline
+        {
+            sleep(PAUSE).await;
+        }
+        thaw_left(task).await;
+        self.note_end(task).await;
+    }
+
+    async fn note_end(&self, task: &Arc<Task>) {
+        task.set_checkpointing(false);
+        if let Err(error) = self.save(task).await {
+            warn!(id = %task.id(), %error, "cannot store that a checkpoint is over");
+        }
+    }
+}
+
+/// Whether a container that is no paused one is frozen.
+async fn is_frozen(task: &Arc<Task>) -> bool {
+    let known = match task.init.now().phase() {
+        Phase::Running => Known::of(task).await.ok(),
+        _ => None,
+    };
+    known.is_some_and(|known| known.phase() == Some(Phase::Paused))
+}
+
 /// A runtime or a CRIU that is killed leaves the container frozen that it has frozen.
 async fn thaw_left(task: &Arc<Task>) {
-    if task.init.now().phase() != Phase::Running {
-        return;
-    }
-    let known = Known::of(task).await;
-    if known.is_ok_and(|known| known.phase() == Some(Phase::Paused))
+    if is_frozen(task).await
         && let Err(error) = task.runtime.resume(task.id(), &task.log()).await
     {
         warn!(id = %task.id(), %error, "cannot thaw a container that a failed checkpoint has frozen");

@@ -85,6 +85,7 @@ impl Unfinished {
         !self.calls.is_empty()
             || !self.begun.is_empty()
             || !self.started.is_empty()
+            || self.task.is_checkpointing()
             || matches!(phase, Phase::Created | Phase::Pausing | Phase::Paused)
     }
 
@@ -109,6 +110,9 @@ impl Engine {
         let task = &work.task;
         let calls = wait_for(&work.calls, self.config.runtime_deadline);
         let watched = self.watch_early(task, &work.begun, calls).await;
+        if task.is_checkpointing() {
+            self.end_left_checkpoint(task).await;
+        }
         self.agree_on_phase(task).await;
         for process in &work.started {
             self.finish_started_exec(task, process).await;
