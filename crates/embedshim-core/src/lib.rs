@@ -40,6 +40,7 @@ mod mountinfo;
 mod observer;
 mod program;
 mod reaper;
+mod records;
 mod runtime;
 mod spec;
 mod sys;

@@ -1,23 +1,34 @@
-//! [`Store`]: one small JSON document per task in the state directory, replaced atomically. Owns
-//! the files; the format is [`record`](super::record)'s, and the truth in memory is the task's.
+//! [`Store`]: the records of the tasks in the state directory. Owns when one may be acted on; the
+//! format is [`record`](super::record)'s, and the truth in memory is the task's.
 
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-
-use tracing::warn;
+use std::io;
+use std::path::Path;
 
 use crate::error::Error;
 use crate::failpoint;
 use crate::id::{ContainerId, Namespace, TaskKey};
+use crate::records::{Record, RecordError, Records};
 use crate::task::record::{TaskRecord, VERSION};
 
-/// Directory of the records below the state directory.
-const TASKS: &str = "tasks";
-/// Where unreadable records go, so that they are neither lost nor read again.
-const UNREADABLE: &str = "unreadable";
-const SUFFIX: &str = ".json";
+impl Record for TaskRecord {
+    const WHAT: &'static str = "task";
+    const FOLDER: &'static str = "tasks";
+    const VERSION: u32 = VERSION;
+
+    fn version(&self) -> u32 {
+        self.version
+    }
+
+    fn name(&self) -> String {
+        name(&self.namespace, &self.id)
+    }
+}
+
+/// Neither part can hold a colon or begin with a dot.
+fn name(namespace: &Namespace, id: &ContainerId) -> String {
+    format!("{namespace}:{id}")
+}
 
 /// Proof that a record was written: what the record says may be acted on (invariant 3).
 #[derive(Debug)]
@@ -30,157 +41,65 @@ impl Saved {
     }
 }
 
-/// The directory of the records.
+/// The records of the tasks.
 #[derive(Clone, Debug)]
-pub(crate) struct Store {
-    tasks: PathBuf,
-    unreadable: PathBuf,
-}
+pub(crate) struct Store(Records<TaskRecord>);
 
 impl Store {
     /// Opens (and makes) the store below `state_dir`. Blocks on the file system.
     pub(crate) fn open(state_dir: &Path) -> Result<Self, Error> {
-        let store = Self::at(state_dir);
+        let store = Self(Records::at(state_dir));
         store.make()?;
         Ok(store)
     }
 
     /// Makes the directory. Blocks on the file system.
     pub(crate) fn make(&self) -> Result<(), Error> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.tasks)
-            .map_err(|source| Error::Path {
-                doing: "cannot create the state directory",
-                path: self.tasks.clone(),
-                source,
-            })
-    }
-
-    fn at(state_dir: &Path) -> Self {
-        Self {
-            tasks: state_dir.join(TASKS),
-            unreadable: state_dir.join(UNREADABLE),
-        }
+        let made = self.0.make();
+        made.map_err(failed("cannot create the state directory"))
     }
 
     /// Replaces the record: after a crash there is the old one or the new one. Blocks on the file
     /// system.
-    ///
-    /// Without fsync: the state directory is on tmpfs or its content is worthless after a power
-    /// cut, since the processes are gone too.
     pub(crate) fn save(&self, record: &TaskRecord) -> Result<Saved, Error> {
-        let path = self.path(&record.namespace, &record.id);
-        // A container id cannot begin with a dot, nor can a namespace: no record has this name.
-        let draft = self
-            .tasks
-            .join(format!(".{}:{}.draft", record.namespace, record.id));
-        let write = || -> io::Result<()> {
-            let mut file = fs::OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&draft)?;
-            file.write_all(&serde_json::to_vec(record)?)?;
-            fs::rename(&draft, &path)
-        };
         failpoint::step("before a record is written");
-        let written = write();
+        let written = self.0.save(record);
         failpoint::step("after a record was written");
-        written.map(Saved).map_err(|source| {
-            let _ = fs::remove_file(&draft);
-            Error::Path {
-                doing: "cannot write the task record",
-                path: path.clone(),
-                source,
-            }
-        })
+        written
+            .map(Saved)
+            .map_err(failed("cannot write the task record"))
     }
 
     /// Removes the record, if there is one. Blocks on the file system.
     pub(crate) fn remove(&self, key: &TaskKey) -> Result<(), Error> {
-        let path = self.path(&key.namespace, &key.id);
         failpoint::step("before a record is removed");
-        let removed = fs::remove_file(&path);
+        let removed = self.0.remove(&name(&key.namespace, &key.id));
         failpoint::step("after a record was removed");
-        match removed {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Path {
-                doing: "cannot remove the task record",
-                path,
-                source,
-            }),
-            _ => Ok(()),
-        }
+        removed.map_err(failed("cannot remove the task record"))
     }
 
-    /// All records. What cannot be read is logged and moved aside, for a human to look at: one bad
-    /// file must not keep the daemon from its other containers. Blocks on the file system.
+    /// All records, but for what cannot be read, which is moved aside. Blocks on the file system.
     pub(crate) fn load(&self) -> Result<Vec<TaskRecord>, Error> {
-        let failed = |source| Error::Path {
-            doing: "cannot list the task records",
-            path: self.tasks.clone(),
-            source,
-        };
-        let mut records = Vec::new();
-        for entry in fs::read_dir(&self.tasks).map_err(failed)? {
-            let path = entry.map_err(failed)?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with('.') {
-                let _ = fs::remove_file(&path);
-            } else if name.ends_with(SUFFIX) {
-                match self.read(&path) {
-                    Ok(record) => records.push(record),
-                    Err(reason) => self.set_aside(&path, &reason),
-                }
-            }
-        }
-        Ok(records)
+        self.0
+            .load()
+            .map_err(failed("cannot list the task records"))
     }
+}
 
-    fn read(&self, path: &Path) -> Result<TaskRecord, String> {
-        let text = fs::read(path).map_err(|e| e.to_string())?;
-        let record: TaskRecord = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
-        if record.version > VERSION {
-            return Err(format!(
-                "it is of version {}, this program knows {VERSION}",
-                record.version
-            ));
-        }
-        if self.path(&record.namespace, &record.id) != path {
-            return Err(format!("it speaks of {}/{}", record.namespace, record.id));
-        }
-        Ok(record)
-    }
-
-    fn set_aside(&self, path: &Path, reason: &str) {
-        warn!(path = %path.display(), reason, kept_in = %self.unreadable.display(), "cannot use a task record");
-        let moved = fs::create_dir_all(&self.unreadable).and_then(|()| {
-            fs::rename(
-                path,
-                self.unreadable.join(path.file_name().unwrap_or_default()),
-            )
-        });
-        if let Err(source) = moved {
-            warn!(path = %path.display(), %source, "cannot move the record aside");
-        }
-    }
-
-    fn path(&self, namespace: &Namespace, id: &ContainerId) -> PathBuf {
-        // Neither part can hold a colon, so no two tasks share a name.
-        self.tasks.join(format!("{namespace}:{id}{SUFFIX}"))
+fn failed(doing: &'static str) -> impl FnOnce(RecordError) -> Error {
+    move |RecordError { path, source }| Error::Path {
+        doing,
+        path,
+        source,
     }
 }
 
 /// Removes the record of a task that the caller has removed without a [`Node`](crate::task::Node)
 /// on `state_dir`. Without a record there is nothing to do. Blocks on the file system.
 pub fn discard_record(state_dir: &Path, key: &TaskKey) -> io::Result<()> {
-    let store = Store::at(state_dir);
-    match fs::remove_file(store.path(&key.namespace, &key.id)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    let records = Records::<TaskRecord>::at(state_dir);
+    let removed = records.remove(&name(&key.namespace, &key.id));
+    removed.map_err(|error| error.source)
 }
 
 /// This boot, as the kernel names it. Blocks on procfs, which is quick.
@@ -264,27 +183,5 @@ mod tests {
         let older = r#"{"code":255,"at":{"secs_since_epoch":1,"nanos_since_epoch":0}}"#;
         let exit: Exit = serde_json::from_str(older).unwrap();
         assert_eq!((exit.code, exit.status), (255, None));
-    }
-
-    #[test]
-    fn a_bad_record_is_set_aside_and_the_others_are_read() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        store.save(&record("good")).unwrap();
-        let mut future = record("future");
-        future.version = VERSION + 1;
-        store.save(&future).unwrap();
-        fs::write(store.tasks.join("ns:torn.json"), "{\"version\":1,").unwrap();
-        fs::write(store.tasks.join(".ns:good.draft"), "half").unwrap();
-        fs::copy(
-            store.tasks.join("ns:good.json"),
-            store.tasks.join("ns:liar.json"),
-        )
-        .unwrap();
-        let read = store.load().unwrap();
-        assert_eq!(read.len(), 1);
-        assert_eq!(read[0].id.as_str(), "good");
-        assert_eq!(fs::read_dir(&store.unreadable).unwrap().count(), 3);
-        assert_eq!(fs::read_dir(&store.tasks).unwrap().count(), 1);
     }
 }
