@@ -20,7 +20,8 @@ pub(crate) const TESTS: [Test; 2] = tests!(EmbedshimOnly:
     watch_all_tells_every_exit_once,
 );
 
-pub(crate) const OURS: [Test; 2] = tests!(WithoutContainerd:
+pub(crate) const OURS: [Test; 3] = tests!(WithoutContainerd:
+    pins_are_left_when_their_state_directory_is_gone_and_no_daemon_has_them,
     a_configuration_is_checked_as_a_daemon_reads_it,
     a_report_has_what_helps_and_nothing_private,
 );
@@ -233,4 +234,48 @@ fn listed(archive: &Path) -> anyhow::Result<String> {
     let finished = Running::capture(&mut tar)?.finish(PATIENCE)?;
     ensure!(finished.code == Some(0), "{finished:?}");
     Ok(finished.stdout)
+}
+
+/// A daemon whose state directory is removed goes on with its pins; only both together leave them.
+fn pins_are_left_when_their_state_directory_is_gone_and_no_daemon_has_them(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let (sandbox, shim) = started(stage)?;
+    let state_dir = sandbox.state_dir();
+    let pins = |more: &[&str]| -> anyhow::Result<Vec<Value>> {
+        let mut command = Command::new(stage.binary("embedshimd"));
+        command.args(["pins", "--json"]).args(more).arg(&state_dir);
+        let listed = Running::capture(&mut command)?.finish(PATIENCE)?;
+        let rows = serde_json::from_str(&listed.stdout);
+        rows.with_context(|| format!("{more:?}: {listed:?}"))
+    };
+    let first = pins(&[])?.pop().context("no pins")?;
+    let daemon = sandbox.daemon_pid().context("no daemon")?;
+    let users = first["users"].as_array().context("no users")?;
+    ensure!(
+        users.contains(&daemon.into()) && first["is_left"] == false,
+        "{first}"
+    );
+    drop(shim);
+    sandbox.end_daemon(Signal::SIGKILL)?;
+    let stopped = pins(&["--remove"])?.pop().context("they are removed")?;
+    ensure!(
+        stopped["users"] == serde_json::json!([]) && stopped["is_left"] == false,
+        "{stopped}"
+    );
+    let away = sandbox.directory().join("away");
+    fs::rename(&state_dir, &away)?;
+    let left = pins(&[])?.pop().context("not listed")?;
+    ensure!(
+        left["is_left"] == true && left["is_removed"] == false,
+        "{left}"
+    );
+    let removed = pins(&["--remove"])?.pop().context("not listed")?;
+    ensure!(
+        removed["is_removed"] == true && pins(&[])?.is_empty(),
+        "{removed}"
+    );
+    let path = removed["pins"].as_str().context("no path")?;
+    ensure!(!Path::new(path).exists(), "{path} is there");
+    Ok(fs::rename(away, state_dir)?)
 }

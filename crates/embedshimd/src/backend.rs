@@ -50,6 +50,7 @@ pub(crate) fn open(config: &Config, state_dir: &Path) -> Result<Arc<dyn ExitMoni
     if allows_bpf
         && let Some(monitor) = BpfMonitor::resume(&bpf_config(state_dir, config), pidfd.clone())
     {
+        note_state_dir(state_dir);
         return Ok(Arc::new(monitor));
     }
     let report = probe(state_dir, config);
@@ -65,7 +66,18 @@ pub(crate) fn open(config: &Config, state_dir: &Path) -> Result<Arc<dyn ExitMoni
     let opened = open_chosen(choice, config, state_dir, pidfd);
     let opened =
         opened.with_context(|| format!("cannot start the {} exit monitor", choice.backend))?;
+    if choice.backend == Backend::Bpf {
+        note_state_dir(state_dir);
+    }
     Ok(opened)
+}
+
+/// So that `embedshimd pins` can tell whether the state directory is gone.
+fn note_state_dir(state_dir: &Path) {
+    let pin_dir = monitor_bpf::pin_dir_for(state_dir);
+    if let Err(error) = monitor_bpf::note_state_dir(&pin_dir, state_dir) {
+        warn!(%error, pins = %pin_dir.display(), "cannot note whose pins these are");
+    }
 }
 
 fn open_chosen(

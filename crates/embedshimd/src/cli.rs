@@ -58,7 +58,8 @@ Prints which one the daemon would choose, why, and what would make it better. Ch
 const STATUS: &str = "\
 Shows what the daemon does: its restarts, its exit monitor, tasks by state, what is stored for a \
 successor, and what waits: events for containerd, calls of the OCI runtime, streams that are \
-not read. What needs attention comes first, and is the exit code.
+not read. What needs attention comes first, and is the exit code. Pins that are left of state \
+directories that are gone come last; see `embedshimd pins`.
 
 The daemon answers on STATE_DIR/admin.sock, by HTTP and for root alone, in threads of its own: \
 also while everything else waits. `curl --unix-socket STATE_DIR/admin.sock http://localhost/v1/status` \
@@ -99,6 +100,12 @@ what the kernel offers, the configuration, versions, the end of the log, and the
 Environments, arguments, standard streams and mount options of containers are left out; names are \
 not: look through it before you publish it. Works without a daemon, too.";
 
+const PINS: &str = "\
+Lists the BPF programs that daemons have pinned: they record exits while no daemon runs, so they \
+outlive it, and those of a state directory that is gone are left for ever, three programs at each \
+exit on the machine. `--remove` removes those: no process uses them, and their state directory is \
+gone. Needs root, and no daemon.";
+
 /// Runs containerd's containers without a shim process for each, and never loses an exit.
 #[derive(Debug, Parser)]
 #[command(name = "embedshimd", version, after_help = EXIT_CODES, max_term_width = 100)]
@@ -133,6 +140,9 @@ pub(crate) enum Command {
     /// Say how processes end that are no children of this program
     #[command(long_about = WATCH, after_help = EXIT_CODES)]
     Watch(Watch),
+    /// List the pinned BPF programs, and remove those that nothing will use again
+    #[command(long_about = PINS, after_help = EXIT_CODES)]
+    Pins(Pins),
     /// Write an archive with all that a bug report needs
     #[command(long_about = REPORT, after_help = EXIT_CODES)]
     Report(Report),
@@ -293,6 +303,19 @@ pub(crate) struct Watch {
 }
 
 #[derive(Args, Clone, Debug)]
+pub(crate) struct Pins {
+    /// Only those of this state directory
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) of: Option<PathBuf>,
+    /// Remove those whose state directory is gone and that no process uses
+    #[arg(long)]
+    pub(crate) remove: bool,
+    /// Print JSON for programs instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
 pub(crate) struct Config {
     #[command(subcommand)]
     pub(crate) command: ConfigCommand,
@@ -375,6 +398,7 @@ mod tests {
         insta::assert_snapshot!("help_metrics", help(&["metrics"]));
         insta::assert_snapshot!("help_watch", help(&["watch"]));
         insta::assert_snapshot!("help_config", help(&["config"]));
+        insta::assert_snapshot!("help_pins", help(&["pins"]));
         insta::assert_snapshot!("help_report", help(&["report"]));
     }
 

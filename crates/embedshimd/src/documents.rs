@@ -169,6 +169,7 @@ mod tests {
                 "embedshimd-inspect.8",
                 "embedshimd-keep.8",
                 "embedshimd-metrics.8",
+                "embedshimd-pins.8",
                 "embedshimd-probe.8",
                 "embedshimd-ps.8",
                 "embedshimd-report.8",

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         Command::Inspect(options) => commands::inspect::run(options),
         Command::Metrics(options) => commands::metrics::run(options),
         Command::Watch(options) => commands::watch::run(options),
+        Command::Pins(options) => commands::pins::run(options),
         Command::Report(options) => commands::report::run(options),
         Command::Config(options) => commands::config::run(options),
         Command::Upgrade(options) => upgrade::run(options),

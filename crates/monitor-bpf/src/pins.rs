@@ -22,6 +22,8 @@ const LINK: &str = "link-";
 /// Which layout of the maps is below: another one gets another directory, and the two can exist
 /// side by side.
 const LAYOUT: &str = "v1";
+/// The symbolic link, beside the layouts, to the state directory that they are of.
+const STATE_DIR: &str = "state-dir";
 
 /// The pin directory of the daemon with this state directory:
 /// `/sys/fs/bpf/embedshim/run-embedshim/v1` for `/run/embedshim`. bpffs allows no dots, so other
@@ -38,10 +40,41 @@ pub fn pin_dir_for(state_dir: &Path) -> PathBuf {
         name.truncate(200);
         name.extend_from_slice(format!("-{:016x}", fnv1a(path)).as_bytes());
     }
-    Path::new(BPFFS)
-        .join("embedshim")
-        .join(OsStr::from_bytes(&name))
-        .join(LAYOUT)
+    all_dirs().join(OsStr::from_bytes(&name)).join(LAYOUT)
+}
+
+/// Where the directories of all state directories are.
+pub(crate) fn all_dirs() -> PathBuf {
+    Path::new(BPFFS).join("embedshim")
+}
+
+/// Notes whose pins these are, which the name of their directory does not always tell; for
+/// [`pinned`](crate::pinned).
+///
+/// # Errors
+/// What the kernel says: bpffs knows symbolic links since Linux 4.4.
+pub fn note_state_dir(pin_dir: &Path, state_dir: &Path) -> io::Result<()> {
+    let link = link_of(pin_dir);
+    if fs::read_link(&link).is_ok_and(|noted| noted == state_dir) {
+        return Ok(());
+    }
+    let _ = fs::remove_file(&link);
+    std::os::unix::fs::symlink(state_dir, link)
+}
+
+/// The state directory that the pins in this directory, one below [`all_dirs`], are of. Older
+/// versions did not note it: then the name tells it, unless it has a hash.
+pub(crate) fn state_dir_of(directory: &Path) -> Option<PathBuf> {
+    if let Ok(noted) = fs::read_link(directory.join(STATE_DIR)) {
+        return Some(noted);
+    }
+    let name = directory.file_name()?.to_str()?;
+    let state_dir = Path::new("/").join(name.replace('-', "/"));
+    (pin_dir_for(&state_dir).parent() == Some(directory)).then_some(state_dir)
+}
+
+fn link_of(pin_dir: &Path) -> PathBuf {
+    pin_dir.parent().unwrap_or(pin_dir).join(STATE_DIR)
 }
 
 /// Ends the recording and removes what is pinned, with all records that were not read. For a
@@ -55,6 +88,14 @@ pub fn remove_pins(pin_dir: &Path) -> io::Result<()> {
     Pins::new(pin_dir).remove()?;
     gone(fs::remove_dir(pin_dir))?;
     // The state directory's, which other layouts have, too.
+    let is_layout =
+        |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() != STATE_DIR);
+    let parent = pin_dir.parent().map(fs::read_dir);
+    if let Some(Ok(mut entries)) = parent
+        && !entries.any(is_layout)
+    {
+        gone(fs::remove_file(link_of(pin_dir)))?;
+    }
     match pin_dir.parent().map(fs::remove_dir) {
         Some(Err(error)) if error.kind() != io::ErrorKind::DirectoryNotEmpty => gone(Err(error)),
         _ => Ok(()),
@@ -156,6 +197,21 @@ impl Pins {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_state_directory_is_told_by_the_name_unless_that_has_a_hash() {
+        for (state_dir, is_told) in [
+            ("/run/embedshim", true),
+            ("/tmp/embedshim_x/es", true),
+            ("/run/my-embedshim", false),
+            ("/run/embed.shim", false),
+        ] {
+            let state_dir = Path::new(state_dir);
+            let pin_dir = pin_dir_for(state_dir);
+            let told = state_dir_of(pin_dir.parent().unwrap());
+            assert_eq!(told.as_deref(), is_told.then_some(state_dir));
+        }
+    }
 
     #[test]
     fn every_state_directory_has_pins_of_its_own() {

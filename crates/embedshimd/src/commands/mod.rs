@@ -5,6 +5,7 @@
 pub(crate) mod config;
 pub(crate) mod inspect;
 pub(crate) mod metrics;
+pub(crate) mod pins;
 pub(crate) mod ps;
 pub(crate) mod report;
 pub(crate) mod status;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::words::{count, processes, size, time, visible};
-use super::{document, json};
+use super::{document, json, pins};
 use crate::admin::documents::{Descriptors, Events, Manager, Phase, States, Status};
 use crate::cli;
 use crate::outcome::{Code, Failure, print};
@@ -14,7 +14,7 @@ pub(crate) fn run(options: &cli::Status) -> Result<Code, Failure> {
     let text = if options.daemon.json {
         json(&status)?
     } else {
-        render(&status)
+        format!("{}{}", render(&status), pins::left().unwrap_or_default())
     };
     print(&text)?;
     Ok(if status.problems.is_empty() {

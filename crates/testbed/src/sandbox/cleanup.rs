@@ -186,6 +186,8 @@ fn remove_pins(directory: &Path) {
             let _ = fs::remove_file(pin.path());
         }
         let _ = fs::remove_dir(layout.path());
+        // The link to the state directory.
+        let _ = fs::remove_file(layout.path());
     }
     let _ = fs::remove_dir(directory);
 }
