@@ -43,29 +43,15 @@ impl Sandbox {
         (self.daemon_pid() == Some(pid)).then_some(pid)
     }
 
-    /// Ends keeper and daemon: the keeper by SIGKILL, which would start the daemon again, and the
-    /// daemon with this signal, before it takes the keeper's place.
+    /// Ends the daemon with this signal, and the keeper by SIGKILL. The keeper is stopped
+    /// meanwhile: it would start the next daemon, and a daemon that outlived it would take its
+    /// place.
     pub fn end_daemon(&self, signal: Signal) -> anyhow::Result<()> {
-        let daemon = self.daemon_pid();
-        let pid = daemon.map(Pid::from_raw);
-        if let Some(pid) = pid {
-            // Not yet stopped, it would see the keeper's end.
-            stop(pid).context("cannot stop embedshimd")?;
+        if let Some(keeper) = self.keeper_pid() {
+            stop(Pid::from_raw(keeper)).context("cannot stop the keeper")?;
         }
-        self.end_keeper()?;
-        let ended = pid.map_or(Ok(()), |pid| {
-            kill(pid, signal)?;
-            kill(pid, Signal::SIGCONT)
-        });
-        // SIGKILL has perhaps ended it already.
-        if let Err(errno) = ended
-            && errno != Errno::ESRCH
-        {
-            return Err(errno).context("cannot signal embedshimd");
-        }
-        until("embedshimd ends", || {
-            Ok(daemon.is_none_or(|pid| !is_alive(pid)))
-        })
+        end("embedshimd", self.daemon_pid(), signal)?;
+        self.end_keeper()
     }
 
     /// Kills the keeper alone.
@@ -143,6 +129,10 @@ fn end(what: &str, pid: Option<i32>, signal: Signal) -> anyhow::Result<()> {
     let Some(pid) = pid else {
         return Ok(());
     };
-    kill(Pid::from_raw(pid), signal).with_context(|| format!("cannot signal {what}"))?;
+    match kill(Pid::from_raw(pid), signal) {
+        // It has ended by itself.
+        Ok(()) | Err(Errno::ESRCH) => {}
+        Err(errno) => return Err(errno).with_context(|| format!("cannot signal {what}")),
+    }
     until(&format!("{what} ends"), || Ok(!is_alive(pid)))
 }
