@@ -44,6 +44,7 @@ impl Ground {
         archive: Option<&Path>,
     ) -> anyhow::Result<Self> {
         let mut sandbox = Sandbox::new(binaries, EMBEDSHIM)?;
+        sandbox.keep_in_memory("es")?;
         // What fails in a run is in the log, once for each request and step.
         sandbox.set_environment("EMBEDSHIM_LOG", "debug");
         let criu = criu();

@@ -11,16 +11,17 @@ use embedshim_tests::{Bundle, Footprint, Reader, Shim, Stage, Test, binary_name,
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
-use testbed::sandbox::{Sandbox, until};
+use testbed::sandbox::{Sandbox, stop, until};
 
-use crate::half_done::SlowRuntime;
+use crate::half_done::{SlowRuntime, join};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(WithoutContainerd:
+pub(crate) const TESTS: [Test; 6] = tests!(WithoutContainerd:
     an_exec_that_outlives_daemon_and_runtime_is_found_with_its_streams,
     an_exec_without_streams_that_outlives_daemon_and_runtime_is_found,
     an_exec_that_may_have_run_is_not_started_again,
     an_exec_whose_runtime_has_said_why_it_failed_is_refused_with_that,
+    a_runtime_that_is_frozen_goes_on_after_daemon_and_keeper,
     execs_run_once_each_at_whatever_moment_of_their_start_the_daemon_is_killed,
 );
 
@@ -181,6 +182,50 @@ fn an_exec_that_may_have_run_is_not_started_again(stage: &Stage) -> anyhow::Resu
     ensure!(scene.runs() == 1, "it has run {} times", scene.runs());
     shim.delete_exec("c", "e")?;
     scene.end()
+}
+
+/// The kernel hangs up on a process group that loses its session's last other process, if one of
+/// the group is stopped.
+fn a_runtime_that_is_frozen_goes_on_after_daemon_and_keeper(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let directory = sandbox.directory();
+    let (program, pid) = (directory.join("frozen-runc"), directory.join("wrapper"));
+    let script = format!(
+        "#!/bin/sh\n\
+         case \" $* \" in *\" exec \"*) echo $$ > {0}.draft; mv {0}.draft {0}; kill -STOP $$ ;; esac\n\
+         exec runc \"$@\"\n",
+        pid.display()
+    );
+    write_program(&program, &script)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    shim.create_with("c", bundle.path(), |request| {
+        request.options = binary_name(&program);
+    })?;
+    shim.start("c")?;
+    shim.exec_with("c", "e", &["sh", "-c", "exit 7"], |_| {})?;
+    scope(|scope| {
+        let start = scope.spawn(|| shim.start_exec("c", "e"));
+        until("the runtime is called", || Ok(pid.exists()))?;
+        let runtime = Pid::from_raw(fs::read_to_string(&pid)?.trim().parse()?);
+        stop(runtime)?;
+        let daemon = sandbox.kill_daemon()?;
+        sandbox.end_keeper()?;
+        sandbox.successor_of(daemon)?;
+        ensure!(!start.is_finished(), "it is answered already");
+        kill(runtime, Signal::SIGCONT).context("the runtime is gone")?;
+        join(start)??;
+        anyhow::Ok(())
+    })?;
+    ensure!(shim.wait_exec("c", "e")? == 7, "not 7");
+    shim.delete_exec("c", "e")?;
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
+    Ok(())
 }
 
 /// It has not run, so it is asked of the runtime again.

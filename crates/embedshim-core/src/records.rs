@@ -6,7 +6,10 @@ use std::io::{self, Write};
 use std::marker::PhantomData;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tracing::warn;
@@ -43,6 +46,7 @@ pub(crate) struct RecordError {
 pub(crate) struct Records<R> {
     folder: PathBuf,
     unreadable: PathBuf,
+    is_in_memory: Arc<AtomicBool>,
     kind: PhantomData<fn() -> R>,
 }
 
@@ -51,6 +55,7 @@ impl<R> Clone for Records<R> {
         Self {
             folder: self.folder.clone(),
             unreadable: self.unreadable.clone(),
+            is_in_memory: Arc::clone(&self.is_in_memory),
             kind: PhantomData,
         }
     }
@@ -62,6 +67,7 @@ impl<R: Record> Records<R> {
         Self {
             folder: state_dir.join(R::FOLDER),
             unreadable: state_dir.join(UNREADABLE),
+            is_in_memory: Arc::default(),
             kind: PhantomData,
         }
     }
@@ -72,7 +78,17 @@ impl<R: Record> Records<R> {
             .recursive(true)
             .mode(0o700)
             .create(&self.folder)
-            .map_err(failed(&self.folder))
+            .map_err(failed(&self.folder))?;
+        let found = statfs(&self.folder).map(|found| found.filesystem_type());
+        self.is_in_memory
+            .store(found == Ok(TMPFS_MAGIC), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether the folder was on a tmpfs when it was made: no operation on it waits for a device or
+    /// another program.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        self.is_in_memory.load(Ordering::Relaxed)
     }
 
     /// Replaces a record: after a crash there is the old one or the new one. Blocks on the file

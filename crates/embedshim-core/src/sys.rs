@@ -36,6 +36,10 @@ pub(crate) struct BeforeExec {
 /// by `fork`, not by `posix_spawn(3)`: children of glibc's ignore signal 32 for all their lives,
 /// and so do theirs, as this daemon does that its keeper has started. Here it gets its default
 /// again.
+///
+/// It leads a session, and with that a process group, so the command must not ask for one: in the
+/// daemon's session the kernel would send SIGHUP to a group with a stopped process when the daemon
+/// dies.
 pub(crate) fn before_exec(command: &mut Command, what: &BeforeExec) {
     let BeforeExec {
         open_files,
@@ -45,6 +49,7 @@ pub(crate) fn before_exec(command: &mut Command, what: &BeforeExec) {
     let score = oom_score_adj.map(|score| score.to_string());
     let step = move || {
         default_signal(SIGCANCEL);
+        nix::unistd::setsid()?;
         if let Some((soft, hard)) = open_files {
             set_open_files(soft, hard);
         }

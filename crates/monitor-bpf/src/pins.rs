@@ -69,6 +69,10 @@ pub(crate) fn state_dir_of(directory: &Path) -> Option<PathBuf> {
         return Some(noted);
     }
     let name = directory.file_name()?.to_str()?;
+    let is_hash = |end: &str| end.len() == 16 && end.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if name.rsplit('-').next().is_some_and(is_hash) {
+        return None;
+    }
     let state_dir = Path::new("/").join(name.replace('-', "/"));
     (pin_dir_for(&state_dir).parent() == Some(directory)).then_some(state_dir)
 }

@@ -12,7 +12,6 @@ use testbed::sandbox::{EMBEDSHIM, PATIENCE, RUNC_V2, Running, Sandbox};
 
 use super::Bench;
 use crate::report::OURS;
-use crate::subject::in_memory;
 
 pub(super) fn measure(bench: &mut Bench<'_>) -> anyhow::Result<()> {
     let directory = bench.ground.directory().join("image");
@@ -44,7 +43,7 @@ fn with(
     let programs = release.programs()?;
     let mut sandbox = Sandbox::new(bench.binaries, EMBEDSHIM)?;
     for name in ["es", "state"] {
-        in_memory(&sandbox.directory().join(name))?;
+        sandbox.keep_in_memory(name)?;
     }
     sandbox.use_programs(programs);
     if let Some(shim) = release.runc_v2() {

@@ -9,7 +9,6 @@ use std::process::Command;
 
 use anyhow::Context;
 use nix::fcntl::OFlag;
-use nix::mount::{MsFlags, mount};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde_json::{Value, json};
@@ -43,7 +42,7 @@ impl Ground {
         let sandbox = Sandbox::new(binaries, EMBEDSHIM)?;
         let directory = sandbox.directory();
         for name in ["es", "bundles"] {
-            in_memory(&directory.join(name))?;
+            sandbox.keep_in_memory(name)?;
         }
         let events = EventSink::listen(directory.join("events"))?;
         let rootfs = directory.join("rootfs");
@@ -128,15 +127,6 @@ impl Bundle {
     pub(crate) fn remove(self) -> anyhow::Result<()> {
         Ok(fs::remove_dir_all(&self.directory)?)
     }
-}
-
-/// What is below `/run` on a real machine is in memory there: records that are renamed over others
-/// cost an ext4 more. The sandbox unmounts it in the end.
-pub(crate) fn in_memory(directory: &Path) -> anyhow::Result<()> {
-    fs::create_dir_all(directory)?;
-    let (tmpfs, none) = (Some("tmpfs"), MsFlags::empty());
-    mount(tmpfs, directory, tmpfs, none, Some("mode=0755"))
-        .with_context(|| directory.display().to_string())
 }
 
 /// What `runc spec` proposes, without a terminal.

@@ -11,7 +11,7 @@ use anyhow::Context;
 use nix::sys::prctl::set_child_subreaper;
 
 pub(crate) use bare::Bare;
-pub(crate) use ground::{Bundle, Ground, in_memory};
+pub(crate) use ground::{Bundle, Ground};
 pub(crate) use peers::{Chosen, choose};
 pub(crate) use shim::{Shim, ShimContainer, fake_runtime};
 

@@ -7,7 +7,6 @@ use std::ffi::{CString, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -75,7 +74,6 @@ pub(super) fn mount(
         .arg(OsString::from(target))
         .args(options)
         .args(["-t", name])
-        .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(complaint.try_clone()?);

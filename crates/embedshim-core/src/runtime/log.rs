@@ -18,9 +18,9 @@ struct Line {
     msg: String,
 }
 
-/// Forgets what earlier calls said.
-pub(super) async fn discard(log: &Path) {
-    let _ = tokio::fs::remove_file(log).await;
+/// Forgets what earlier calls said. Blocks on the file system.
+pub(super) fn discard(log: &Path) {
+    let _ = std::fs::remove_file(log);
 }
 
 /// The last message of level `error` or worse, if the log can be read and holds one.

@@ -356,7 +356,6 @@ impl Runtime {
         streams: Input,
         log: &Path,
     ) -> Result<Vec<u8>, Failure> {
-        log::discard(log).await;
         let mut command = Command::new(&self.binary);
         command
             .arg("--root")
@@ -382,7 +381,6 @@ impl Runtime {
     ) -> Result<Vec<u8>, Failure> {
         let _guard = self.reaper.guard();
         let mut in_flight = self.calls.begin(&self.task, operation);
-        command.process_group(0);
         let mut input = None;
         match streams {
             Input::Null => {
@@ -409,9 +407,7 @@ impl Runtime {
             }
         }
         let begun = Instant::now();
-        // Where a shim of the container's own would be: wrappers read `config.json` there.
-        let directory = log.parent().unwrap_or(Path::new("/")).to_owned();
-        let mut child = self.spawn(command, directory).await?;
+        let mut child = self.spawn(command, log.to_owned()).await?;
         let leader = child.id();
         let stdout = Collected::begin(child.stdout.take());
         let stderr = child.stderr.take().map(|pipe| Collected::begin(Some(pipe)));
@@ -448,7 +444,7 @@ impl Runtime {
     /// Starts the runtime in a thread of its own: that waits for `execve`, and the file system that
     /// the program is on may not answer. The command holds our copies of the container's streams,
     /// and a writer we kept would hide their end, so it ends here.
-    async fn spawn(&self, mut command: Command, directory: PathBuf) -> Result<Child, Failure> {
+    async fn spawn(&self, mut command: Command, log: PathBuf) -> Result<Child, Failure> {
         let (limit, context) = (self.deadline, self.context.clone());
         let mark = self.mark.as_deref().map(|mark| mark.as_os_str().as_bytes());
         let mark = mark
@@ -458,7 +454,9 @@ impl Runtime {
         let is_given_up = Arc::new(AtomicBool::new(false));
         let given_up = Arc::clone(&is_given_up);
         let spawned = tokio::task::spawn_blocking(move || {
-            context.give(command.as_std_mut(), &directory);
+            log::discard(&log);
+            // Where a shim of the container's own would be: wrappers read `config.json` there.
+            context.give(command.as_std_mut(), log.parent().unwrap_or(Path::new("/")));
             if let Some(mark) = mark {
                 sys::mark_exec(command.as_std_mut(), mark);
             }

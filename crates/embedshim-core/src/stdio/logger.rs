@@ -6,7 +6,6 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -119,7 +118,6 @@ impl Logger {
             .env_clear()
             .env("CONTAINER_ID", &process.id)
             .env("CONTAINER_NAMESPACE", &process.namespace)
-            .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());

@@ -94,8 +94,8 @@ impl Engine {
         if *recording == Recording::Ended {
             return Ok(Saved::without_record());
         }
-        let (store, record) = (self.store.clone(), task.record(&self.boot_id));
-        quickly(move || store.save(&record)).await?
+        let record = task.record(&self.boot_id);
+        self.at_store(move |store| store.save(&record)).await?
     }
 
     /// Removes the task's record for good: what is saved later is not written.
@@ -104,10 +104,23 @@ impl Engine {
         if *recording == Recording::Ended {
             return Ok(());
         }
-        let (store, key) = (self.store.clone(), task.key.clone());
-        quickly(move || store.remove(&key)).await??;
+        let key = task.key.clone();
+        self.at_store(move |store| store.remove(&key)).await??;
         *recording = Recording::Ended;
         Ok(())
+    }
+
+    /// Works at the store: at once if that takes microseconds whatever happens, and no thread is
+    /// worth the way there and back.
+    async fn at_store<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        if self.store.is_in_memory() {
+            return Ok(work(&self.store));
+        }
+        let store = self.store.clone();
+        quickly(move || work(&store)).await
     }
 
     /// Emits an event of a task, unless the task is given up. Operations call it before they save

@@ -36,15 +36,19 @@ impl ExecFiles {
         }
     }
 
-    pub(in crate::task) async fn write_process(&self, spec: String) -> Result<(), Error> {
-        let path = self.process.clone();
-        tokio::fs::write(&path, spec)
-            .await
-            .map_err(|source| Error::Path {
+    /// Writes the process's document, and removes what an earlier attempt has left: its pid file
+    /// would be taken for this one's.
+    pub(in crate::task) async fn prepare(&self, spec: String) -> Result<(), Error> {
+        let (path, left) = (self.process.clone(), self.all());
+        let write = move || {
+            remove(&left);
+            std::fs::write(&path, spec).map_err(|source| Error::Path {
                 doing: "cannot write the exec's process document",
                 path,
                 source,
             })
+        };
+        blocking(write).await?
     }
 
     /// Whether the process may have been started though no pid was written: not if the runtime was
@@ -70,9 +74,18 @@ impl ExecFiles {
     }
 
     pub(in crate::task) async fn remove(&self) {
-        let files =
-            [&self.process, &self.pid, &self.draft, &self.log, &self.mark].map(PathBuf::clone);
+        let files = self.all();
+        let _ = blocking(move || remove(&files)).await;
+    }
+
+    fn all(&self) -> [PathBuf; 5] {
+        [&self.process, &self.pid, &self.draft, &self.log, &self.mark].map(PathBuf::clone)
+    }
+}
+
+fn remove(files: &[PathBuf]) {
+    for file in files {
         // Left-overs would go with the bundle.
-        let _ = blocking(move || files.map(|file| std::fs::remove_file(file).is_ok())).await;
+        let _ = std::fs::remove_file(file);
     }
 }

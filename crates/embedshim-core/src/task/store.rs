@@ -59,6 +59,11 @@ impl Store {
         made.map_err(failed("cannot create the state directory"))
     }
 
+    /// Whether no operation here can wait for a device or another program.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        self.0.is_in_memory()
+    }
+
     /// Replaces the record: after a crash there is the old one or the new one. Blocks on the file
     /// system.
     pub(crate) fn save(&self, record: &TaskRecord) -> Result<Saved, Error> {

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
+use nix::mount::{MsFlags, mount};
 use nix::sys::signal::Signal;
 
 pub use cleanup::{clean_up_all, clean_up_on_signals};
@@ -82,6 +83,16 @@ impl Sandbox {
         };
         sandbox.write_config(false)?;
         Ok(sandbox)
+    }
+
+    /// Mounts a tmpfs over this directory of its own, which is made if it is missing: what is below
+    /// `/run` on a node is in memory there.
+    pub fn keep_in_memory(&self, name: &str) -> anyhow::Result<()> {
+        let directory = self.directory.join(name);
+        fs::create_dir_all(&directory)?;
+        let (tmpfs, none) = (Some("tmpfs"), MsFlags::empty());
+        mount(tmpfs, &directory, tmpfs, none, Some("mode=0755"))
+            .with_context(|| directory.display().to_string())
     }
 
     /// Takes `containerd` and `ctr` from this directory, from their next start on.

@@ -133,9 +133,7 @@ impl Engine {
         let spec = process
             .spec()
             .ok_or_else(|| Error::Internal("the exec has no process document".into()))?;
-        // A pid file of an earlier attempt would be taken for this one's.
-        files.remove().await;
-        files.write_process(spec).await?;
+        files.prepare(spec).await?;
         self.save(task).await?;
         // Until the exec is watched, no orphan is reaped: it might be the exec, ended already.
         let _guard = self.reaper.guard();
