@@ -10,17 +10,19 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use embedshim_tests::{Controller, Cri, Footprint, Namespaces, Pod, Stage, Test};
 use k8s_cri::v1::{DnsConfig, NamespaceMode};
+use serde_json::Value;
 use testbed::sandbox::{Sandbox, until};
 
 use crate::kubernetes::{LONG, ended};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 6] = tests!(ContainerdTwo:
     a_pod_has_no_process_and_everything_that_containers_share,
     a_pod_has_its_own_network_and_name,
     what_a_pod_cannot_have_is_refused_by_name,
     what_others_have_put_into_the_cris_directories_is_not_touched,
     thousands_of_waits_hold_up_nothing,
+    the_answer_to_a_start_names_what_containers_share,
 );
 
 pub(crate) const HANDLER: &str = "pauseless";
@@ -285,5 +287,36 @@ fn thousands_of_waits_hold_up_nothing(stage: &Stage) -> anyhow::Result<()> {
     ensure!(refused == Some(tonic::Code::InvalidArgument), "{refused:?}");
     let refused = controller.create("x", "runtime.v1.PodSandboxConfig", &vec![0xff; 1 << 22]);
     ensure!(refused == Some(tonic::Code::InvalidArgument), "{refused:?}");
+    cri.remove_pod(&pod)
+}
+
+/// For a containerd that makes containers by it; that of today writes paths of process 0.
+fn the_answer_to_a_start_names_what_containers_share(stage: &Stage) -> anyhow::Result<()> {
+    let Some((sandbox, mut cri)) = with_pods(stage)? else {
+        return Ok(());
+    };
+    let pod = cri.run_pod("pod", HANDLER, OWN_NETWORK)?;
+    let mut controller = Controller::connect(&sandbox.state_dir().join("pods.sock"))?;
+    let answer = controller.start(&pod.id)?;
+    // The last field.
+    let (begin, end) = (b"{\"linux\"", b"}");
+    let begin = answer.windows(begin.len()).position(|bytes| bytes == begin);
+    let end = answer.windows(end.len()).rposition(|bytes| bytes == end);
+    let json = answer.get(begin.context("no spec")?..=end.context("no end")?);
+    let spec: Value = serde_json::from_slice(json.context("no spec")?)?;
+    let list = |pointer: &str| spec.pointer(pointer).and_then(Value::as_array).cloned();
+    let namespaces = list("/linux/namespaces").context("no namespaces")?;
+    let kinds: Vec<&str> = namespaces
+        .iter()
+        .filter_map(|one| one["type"].as_str())
+        .collect();
+    ensure!(kinds == ["network", "ipc", "uts", "pid"], "{spec}");
+    let paths = namespaces.iter().filter_map(|one| one["path"].as_str());
+    let mounts = list("/mounts").context("no mounts")?;
+    let sources = mounts.iter().filter_map(|one| one["source"].as_str());
+    for path in paths.chain(sources) {
+        ensure!(Path::new(path).exists(), "{path} is not there");
+    }
+    ensure!(mounts.len() == 4, "{spec}");
     cri.remove_pod(&pod)
 }

@@ -40,6 +40,12 @@ impl Controller {
         })
     }
 
+    /// Starts a sandbox, which changes nothing of one that is started, and returns the answer.
+    pub fn start(&mut self, id: &str) -> anyhow::Result<Vec<u8>> {
+        let start = call(self.channel.clone(), "Start", field(1, id.as_bytes()));
+        Ok(self.runtime.block_on(start)?)
+    }
+
     /// Begins so many waits for the end of a pod, and returns when all of them are on their way.
     pub fn begin_waits(&mut self, id: &str, count: usize) -> anyhow::Result<()> {
         for _ in 0..count {

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use embedshim_core::chain;
 use embedshim_core::id::{Namespace, SandboxKey};
 use embedshim_core::sandbox::{SandboxError, SandboxSnapshot, Sandboxes};
+use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 use serde_json::json;
@@ -17,6 +18,8 @@ use crate::messages::controller as api;
 use crate::request;
 
 const SERVICE: &str = "/containerd.services.sandbox.v1.Controller/";
+/// An OCI specification as JSON, as containerd's `typeurl` names it.
+const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 /// The version of the Task service's API at the address that is answered.
 pub const VERSION: u32 = 3;
 
@@ -53,6 +56,7 @@ impl Controller {
     async fn start(&self, call: &Call) -> Answer<api::StartResponse> {
         let (key, sandbox_id) = named(call)?;
         let started = self.sandboxes.start(&key).await.map_err(status)?;
+        let spec = self.sandboxes.spec(&key).map_err(status)?;
         Ok(api::StartResponse {
             sandbox_id,
             // No process: the CRI writes `/proc/0/ns/*` into its containers' specs then.
@@ -61,6 +65,11 @@ impl Controller {
             labels: started.labels.into_iter().collect(),
             address: self.address.clone(),
             version: VERSION,
+            spec: MessageField::some(Any {
+                type_url: SPEC.into(),
+                value: spec.into_bytes(),
+                ..Any::default()
+            }),
             ..api::StartResponse::default()
         })
     }

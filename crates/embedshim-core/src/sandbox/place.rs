@@ -93,6 +93,15 @@ impl Place {
         self.directory.join(NAMESPACES).join(namespace)
     }
 
+    /// Where in a container the files belong, and the shared memory of a pod that has its own; and
+    /// where they are.
+    pub(super) fn mounts(&self, ipc: Reach) -> Vec<(PathBuf, PathBuf)> {
+        let file = |name: &str| (Path::new("/etc").join(name), self.directory.join(name));
+        let memory = (PathBuf::from("/dev/shm"), self.directory.join(SHM));
+        let memory = (ipc == Reach::Pod).then_some(memory);
+        FILES.into_iter().map(file).chain(memory).collect()
+    }
+
     /// Refuses directories that are not the CRI's: containers would silently lack their files. The
     /// CRI makes its own for the first pod with a pause container only; before that they are known
     /// by what containerd has beside them.

@@ -180,6 +180,17 @@ impl Sandboxes {
         Ok(self.0.find(key)?.snapshot())
     }
 
+    /// What containers of a sandbox share, as an OCI specification (JSON) with nothing else: the
+    /// namespaces with their paths, of which a missing one is the node's, and one for processes
+    /// without a path if each container has its own; the files and the shared memory as mounts.
+    /// containerd 2.2 and later give it to NRI plugins, and pull request 14135 makes containers by
+    /// it.
+    pub fn spec(&self, key: &SandboxKey) -> Result<String, SandboxError> {
+        let sandbox = self.0.find(key)?;
+        let mounts = sandbox.place.mounts(sandbox.ipc);
+        Ok(spec::of_sandbox(&sandbox.shared(), &mounts).to_string())
+    }
+
     /// The sandboxes that were started and whose end no client waits for: perhaps none knows them.
     pub fn unattended(&self) -> Vec<SandboxKey> {
         let known = self.0.known();

@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::sandbox::api::{Network, Processes, Reach};
 
@@ -27,6 +27,30 @@ pub(super) struct Shared {
     /// Where the sandbox's own namespaces are pinned.
     pub(super) ipc_pin: PathBuf,
     pub(super) uts_pin: PathBuf,
+}
+
+/// The specification of a sandbox: see [`super::Sandboxes::spec`]. `mounts` are what is mounted
+/// where, and from where.
+pub(super) fn of_sandbox(shared: &Shared, mounts: &[(PathBuf, PathBuf)]) -> Value {
+    let named = ["network", "ipc", "uts"].into_iter().filter_map(|kind| {
+        let path = path_of(kind, shared).ok()??;
+        Some(json!({"type": kind, "path": path.to_string_lossy()}))
+    });
+    let own_pid = (shared.processes == Processes::Container).then(|| json!({"type": "pid"}));
+    let namespaces: Vec<Value> = named.chain(own_pid).collect();
+    let mount = |(destination, source): &(PathBuf, PathBuf)| {
+        json!({
+            "destination": destination.to_string_lossy(),
+            "type": "bind",
+            "source": source.to_string_lossy(),
+            "options": ["rbind", "rprivate"],
+        })
+    };
+    json!({
+        "ociVersion": "1.0.2",
+        "mounts": mounts.iter().map(mount).collect::<Vec<Value>>(),
+        "linux": {"namespaces": namespaces},
+    })
 }
 
 /// Replaces the paths in a bundle's spec. Repeatable. Blocks on the file system.
@@ -102,7 +126,6 @@ fn path_of<'a>(kind: &str, shared: &'a Shared) -> Result<Option<&'a Path>, Strin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn shared(network: Network, ipc: Reach, processes: Processes) -> Shared {
         Shared {
@@ -162,6 +185,23 @@ mod tests {
             ]}});
             assert!(rewrite(&mut spec, &pod).is_err(), "{kind}");
         }
+    }
+
+    #[test]
+    fn a_sandboxs_own_spec_names_what_is_shared_and_nothing_of_the_nodes() {
+        let mounts = [("/etc/hosts".into(), "/pods/n/p/hosts".into())];
+        let pod = shared(Network::Pod("/n".into()), Reach::Pod, Processes::Container);
+        let spec = of_sandbox(&pod, &mounts);
+        let expected = json!([
+            {"type": "network", "path": "/n"},
+            {"type": "ipc", "path": "/pin/ipc"},
+            {"type": "uts", "path": "/pin/uts"},
+            {"type": "pid"},
+        ]);
+        assert_eq!(spec["linux"]["namespaces"], expected);
+        assert_eq!(spec["mounts"][0]["source"], "/pods/n/p/hosts");
+        let node = shared(Network::Node, Reach::Node, Processes::Node);
+        assert_eq!(of_sandbox(&node, &[])["linux"]["namespaces"], json!([]));
     }
 
     #[test]
