@@ -1,6 +1,7 @@
 //! What the machine must have: packages of Debian and a mounted bpffs. Says what it is about to do
 //! before it does it.
 
+use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -135,11 +136,21 @@ pub fn prepare_for_debian_guests() -> anyhow::Result<()> {
     install(&FOR_DEBIAN_GUESTS)
 }
 
+/// Two of us at once, as two suites in guests, would find apt's lists locked.
+const APT_LOCK: &str = "/run/embedshim-testbed-apt.lock";
+
 fn install(requirements: &[Requirement]) -> anyhow::Result<()> {
-    let missing: Vec<&Requirement> = requirements
-        .iter()
-        .filter(|requirement| !(requirement.is_there)())
-        .collect();
+    let missing = || -> Vec<&Requirement> {
+        let requirements = requirements.iter();
+        requirements.filter(|it| !(it.is_there)()).collect()
+    };
+    if missing().is_empty() {
+        return Ok(());
+    }
+    let lock = File::create(APT_LOCK).with_context(|| APT_LOCK.to_owned())?;
+    lock.lock()?;
+    // The other has perhaps installed them.
+    let missing = missing();
     if missing.is_empty() {
         return Ok(());
     }
@@ -154,8 +165,10 @@ fn install(requirements: &[Requirement]) -> anyhow::Result<()> {
     }
     apt(&["update", "--quiet"])?;
     let packages = missing.iter().map(|requirement| requirement.package);
+    let patient = ["-o", "DPkg::Lock::Timeout=300"];
     let arguments: Vec<&str> = ["install", "--quiet", "--yes", "--no-install-recommends"]
         .into_iter()
+        .chain(patient)
         .chain(packages)
         .collect();
     apt(&arguments)?;
