@@ -265,8 +265,9 @@ impl Suite {
         self.cache.join("bin")
     }
 
-    /// Tests run in parallel, and each may be the first to ask.
-    fn lock(&self) -> anyhow::Result<fs::File> {
+    /// Keeps others from fetching into the cache until it is dropped: tests run in parallel, and
+    /// each may be the first to ask.
+    pub fn lock(&self) -> anyhow::Result<fs::File> {
         fs::create_dir_all(&self.cache)?;
         let lock = fs::File::create(self.cache.join("lock"))?;
         lock.lock()?;

@@ -57,6 +57,7 @@ fn one(wish: &str) -> anyhow::Result<Kernel> {
 fn debian(series: &str, suites: &[&'static str]) -> anyhow::Result<Kernel> {
     for suite in suites {
         let suite = Suite::new("kernels", suite);
+        let _one_at_a_time = suite.lock()?;
         let cached = suite.directory().join(series);
         if let Some(kernel) = in_cache(&cached) {
             return Ok(kernel);
