@@ -101,9 +101,9 @@ Environments, arguments, standard streams and mount options of containers are le
 not: look through it before you publish it. Works without a daemon, too.";
 
 const PINS: &str = "\
-Lists the BPF programs that daemons have pinned: they record exits while no daemon runs, so they \
-outlive it, and those of a state directory that is gone are left for ever, three programs at each \
-exit on the machine. `--remove` removes those: no process uses them, and their state directory is \
+Lists the BPF programs that daemons have pinned. They record exits while no daemon runs, so they \
+outlive the daemon: when its state directory is gone, three programs still run at each exit on the \
+machine. `--remove` removes those: no process uses them, and their state directory is \
 gone. Needs root, and no daemon.";
 
 /// Runs containerd's containers without a shim process for each, and never loses an exit.

@@ -28,27 +28,38 @@ impl Pinned {
             let found = fs::symlink_metadata(path);
             found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
         };
-        self.state_dir.as_ref().is_some_and(is_gone) && self.users().is_empty()
+        self.state_dir.as_ref().is_some_and(is_gone)
+            && self.users().is_ok_and(|users| users.is_empty())
     }
 
-    /// The processes that have a map of theirs open, daemons that is, in any namespace. Needs root,
-    /// or the answer lacks those of others. Blocks on procfs.
-    #[must_use]
-    pub fn users(&self) -> Vec<i32> {
+    /// The processes that have a map of theirs open, daemons that is; those that the mounted procfs
+    /// shows. Blocks on procfs.
+    ///
+    /// # Errors
+    /// A map or a process cannot be asked, as without root's capabilities: then it is not known
+    /// whether they are used.
+    pub fn users(&self) -> io::Result<Vec<i32>> {
         let pins = Pins::new(&self.pin_dir);
-        let maps = [pins.tracked(), pins.exited()];
-        let ids: HashSet<u32> = maps
-            .into_iter()
-            .filter_map(|map| MapInfo::from_pin(map).ok())
-            .map(|info| info.id())
-            .collect();
-        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let mut users: Vec<i32> = processes
-            .filter_map(|process| process.file_name().to_str()?.parse().ok())
-            .filter(|&pid| has_open(pid, &ids))
-            .collect();
+        let mut ids = HashSet::new();
+        for map in [pins.tracked(), pins.exited()] {
+            match MapInfo::from_pin(&map) {
+                Ok(info) => drop(ids.insert(info.id())),
+                Err(_) if !map.exists() => {}
+                Err(error) => return Err(io::Error::other(error)),
+            }
+        }
+        let mut users = Vec::new();
+        for process in fs::read_dir("/proc")? {
+            let name = process?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            if has_open(pid, &ids)? {
+                users.push(pid);
+            }
+        }
         users.sort_unstable();
-        users
+        Ok(users)
     }
 }
 
@@ -86,21 +97,20 @@ fn folders(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(folders)
 }
 
-/// Whether a process has one of these maps open.
-fn has_open(pid: i32, maps: &HashSet<u32>) -> bool {
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
-    descriptors
-        .into_iter()
-        .flatten()
-        .flatten()
-        .any(|descriptor| {
-            let is_map = fs::read_link(descriptor.path())
-                .is_ok_and(|target| target.as_os_str() == "anon_inode:bpf-map");
-            let number = descriptor.file_name();
-            let info =
-                || fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(number));
-            is_map && info().is_ok_and(|info| map_id(&info).is_some_and(|id| maps.contains(&id)))
-        })
+/// Whether a process has one of these maps open. One that ends meanwhile has none.
+fn has_open(pid: i32, maps: &HashSet<u32>) -> io::Result<bool> {
+    let descriptors = match fs::read_dir(format!("/proc/{pid}/fd")) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),
+        descriptors => descriptors.into_iter().flatten().flatten(),
+    };
+    let info_of = Path::new("/proc").join(pid.to_string()).join("fdinfo");
+    let is_one = |descriptor: fs::DirEntry| {
+        let is_map = fs::read_link(descriptor.path())
+            .is_ok_and(|target| target.as_os_str() == "anon_inode:bpf-map");
+        let info = || fs::read_to_string(info_of.join(descriptor.file_name()));
+        is_map && info().is_ok_and(|info| map_id(&info).is_some_and(|id| maps.contains(&id)))
+    };
+    Ok(descriptors.into_iter().any(is_one))
 }
 
 /// What `fdinfo` says of a map.

@@ -95,7 +95,9 @@ impl Engine {
             return Ok(Saved::without_record());
         }
         let record = task.record(&self.boot_id);
-        self.at_store(move |store| store.save(&record)).await?
+        let is_small = record.is_small();
+        self.at_store(is_small, move |store| store.save(&record))
+            .await?
     }
 
     /// Removes the task's record for good: what is saved later is not written.
@@ -105,18 +107,20 @@ impl Engine {
             return Ok(());
         }
         let key = task.key.clone();
-        self.at_store(move |store| store.remove(&key)).await??;
+        self.at_store(true, move |store| store.remove(&key))
+            .await??;
         *recording = Recording::Ended;
         Ok(())
     }
 
-    /// Works at the store: at once if that takes microseconds whatever happens, and no thread is
-    /// worth the way there and back.
+    /// Works at the store: on the reactor if that takes microseconds whatever happens, since a
+    /// thread is not worth the way there and back.
     async fn at_store<T: Send + 'static>(
         &self,
+        is_small: bool,
         work: impl FnOnce(&Store) -> T + Send + 'static,
     ) -> Result<T, Error> {
-        if self.store.is_in_memory() {
+        if is_small && self.store.is_in_memory() {
             return Ok(work(&self.store));
         }
         let store = self.store.clone();

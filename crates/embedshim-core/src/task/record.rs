@@ -59,6 +59,18 @@ pub(crate) struct TaskRecord {
 }
 
 impl TaskRecord {
+    /// Execs of a record that takes microseconds to be written, and the bytes of their documents.
+    const FEW: usize = 16;
+    const SHORT: usize = 64 * 1024;
+
+    /// Whether writing it takes microseconds: a client can declare thousands of execs, with
+    /// documents of megabytes.
+    pub(crate) fn is_small(&self) -> bool {
+        let documents = self.execs.values().filter_map(|exec| exec.spec.as_ref());
+        let bytes: usize = documents.map(String::len).sum();
+        self.execs.len() <= Self::FEW && bytes <= Self::SHORT
+    }
+
     /// The task's name.
     pub(crate) fn key(&self) -> TaskKey {
         TaskKey {

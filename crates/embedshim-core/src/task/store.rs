@@ -184,6 +184,22 @@ mod tests {
     }
 
     #[test]
+    fn a_record_of_many_or_long_execs_is_not_small() {
+        let exec = |length: usize| ProcessRecord {
+            spec: Some("x".repeat(length)),
+            ..ProcessRecord::default()
+        };
+        let with = |count: usize, length: usize| {
+            let mut record = record("c");
+            let ids = (0..count).map(|number| format!("e{number}").parse().unwrap());
+            record.execs = ids.map(|id| (id, exec(length))).collect();
+            record.is_small()
+        };
+        assert!(with(0, 0) && with(16, 100));
+        assert!(!with(17, 0) && !with(1, 65 * 1024));
+    }
+
+    #[test]
     fn an_exit_that_an_older_daemon_recorded_is_read() {
         let older = r#"{"code":255,"at":{"secs_since_epoch":1,"nanos_since_epoch":0}}"#;
         let exit: Exit = serde_json::from_str(older).unwrap();

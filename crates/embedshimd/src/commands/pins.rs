@@ -40,7 +40,9 @@ pub(crate) fn run(options: &cli::Pins) -> Result<Code, Failure> {
                 .with_context(|| format!("cannot remove {path}"))?;
         }
         rows.push(Row {
-            users: pinned.users(),
+            users: pinned
+                .users()
+                .with_context(|| format!("cannot see who uses {}", pinned.pin_dir.display()))?,
             pins: text(&pinned.pin_dir),
             state_dir: pinned.state_dir.as_deref().map(text),
             is_left,

@@ -59,7 +59,10 @@ impl Engine {
             cgroups_mode: &request.cgroups_mode,
         };
         task.set_checkpointing(true);
-        self.save(&task).await?;
+        if let Err(error) = self.save(&task).await {
+            task.set_checkpointing(false);
+            return Err(error);
+        }
         let result = task.runtime.checkpoint(&call, &task.log()).await;
         let failed = result.is_err();
         if failed {
