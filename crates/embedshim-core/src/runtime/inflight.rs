@@ -162,11 +162,12 @@ mod tests {
     async fn a_call_is_found_by_its_bundle_and_waited_for() {
         let bundle = tempfile::tempdir().unwrap();
         let log = bundle.path().join("log.json");
-        // A shell that says it is the runtime, and stays one: with two commands it does not become
-        // the first.
+        // A shell that says it is the runtime. It forks nothing: until it executes its program, a
+        // child would say so as well.
         let mut call = Command::new("sh")
-            .args(["-c", "sleep 0.2; true", "--log"])
+            .args(["-c", "read line", "--log"])
             .arg(&log)
+            .stdin(std::process::Stdio::piped())
             .spawn()
             .unwrap();
         let mut found = Vec::new();
@@ -179,6 +180,7 @@ mod tests {
             .map(|found| found.identity().pid.unsigned_abs())
             .collect();
         assert_eq!(pids, [call.id()]);
+        drop(call.stdin.take());
         wait_for(&found, Duration::from_secs(30)).await;
         assert!(found[0].has_ended().unwrap());
         call.wait().unwrap();
