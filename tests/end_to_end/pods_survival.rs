@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Cri, Footprint, Namespaces, Stage, Test};
+use embedshim_tests::{Cri, Footprint, Namespaces, Pod, Stage, Test};
 use k8s_cri::v1::ContainerState;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
@@ -151,19 +151,20 @@ fn a_daemon_that_dies_at_any_step_of_a_pod_leaves_nothing_of_it(
         let deaths = deaths(&sandbox);
         arm(&sandbox, step)?;
         let context = || format!("step {step}: {}", last_death(&sandbox));
-        if let Ok(pod) = cri.run_pod(&format!("pod-{step}"), HANDLER, OWN_NETWORK) {
+        // containerd tries for a second to reach a controller that was killed. A pod that it does
+        // not ask the armed daemon for would be taken for one whose steps are all done.
+        wait_until_ready(&mut cri, &first).with_context(context)?;
+        let pod = cri.run_pod(&format!("pod-{step}"), HANDLER, OWN_NETWORK);
+        if let Ok(pod) = &pod {
             // Until a daemon is there again.
-            until("the pod is stopped", || Ok(cri.stop_pod(&pod).is_ok())).with_context(context)?;
-            until("the pod is removed", || Ok(cri.remove_pod(&pod).is_ok()))
+            until("the pod is stopped", || Ok(cri.stop_pod(pod).is_ok())).with_context(context)?;
+            until("the pod is removed", || Ok(cri.remove_pod(pod).is_ok()))
                 .with_context(context)?;
         }
         before.wait_for_return(&sandbox).with_context(context)?;
-        // containerd tries for a second to reach a controller that was killed.
-        until("the other pod is ready", || {
-            Ok(cri.is_ready(&first).is_ok_and(|is| is == (true, true)))
-        })
-        .with_context(context)?;
+        wait_until_ready(&mut cri, &first).with_context(context)?;
         if self::deaths(&sandbox) == deaths {
+            pod.with_context(|| format!("step {step}: refused by a daemon that lives"))?;
             break;
         }
         step += 1;
@@ -174,6 +175,12 @@ fn a_daemon_that_dies_at_any_step_of_a_pod_leaves_nothing_of_it(
     sandbox.kill_daemon()?;
     until("the other pod is removed", || {
         Ok(cri.remove_pod(&first).is_ok())
+    })
+}
+
+fn wait_until_ready(cri: &mut Cri, pod: &Pod) -> anyhow::Result<()> {
+    until("the other pod is ready", || {
+        Ok(cri.is_ready(pod).is_ok_and(|is| is == (true, true)))
     })
 }
 
