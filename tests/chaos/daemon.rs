@@ -59,8 +59,8 @@ impl Daemons {
         self.find("keep")
     }
 
-    /// The oldest process with this command: a child that has not become runc yet has its parent's
-    /// command line.
+    /// The oldest process with this command that has executed its program itself: a child that has
+    /// not become runc yet has its parent's command line, also after its parent has died.
     fn find(&self, command: &str) -> Option<Victim> {
         let needle = self.state_dir.to_string_lossy();
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -72,7 +72,7 @@ impl Daemons {
             let is_ours = words.next()?.ends_with("embedshimd")
                 && words.next() == Some(command)
                 && words.any(|word| word == needle);
-            if !is_ours {
+            if !is_ours || is_on_its_way(pid)? {
                 return None;
             }
             Victim::at(pid)
@@ -127,6 +127,17 @@ impl Daemons {
 }
 
 fn started(pid: i32) -> Option<u64> {
+    stat_field(pid, 22)
+}
+
+/// Whether a process was forked and has executed no program yet.
+fn is_on_its_way(pid: i32) -> Option<bool> {
+    /// Of linux/sched.h.
+    const PF_FORKNOEXEC: u64 = 0x40;
+    Some(stat_field(pid, 9)? & PF_FORKNOEXEC != 0)
+}
+
+fn stat_field(pid: i32, number: usize) -> Option<u64> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    embedshim_core::process::parse_stat_field(&stat, 22)
+    embedshim_core::process::parse_stat_field(&stat, number)
 }

@@ -78,8 +78,10 @@ impl ExecFiles {
         let _ = blocking(move || remove(&files)).await;
     }
 
+    /// In the order in which they are removed: a mark whose log is gone would say that the runtime
+    /// was killed without a word.
     fn all(&self) -> [PathBuf; 5] {
-        [&self.process, &self.pid, &self.draft, &self.log, &self.mark].map(PathBuf::clone)
+        [&self.process, &self.pid, &self.draft, &self.mark, &self.log].map(PathBuf::clone)
     }
 }
 
@@ -87,5 +89,26 @@ fn remove(files: &[PathBuf]) {
     for file in files {
         // Left-overs would go with the bundle.
         let _ = std::fs::remove_file(file);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ERROR: &str = r#"{"level":"error","msg":"executable file not found in $PATH"}"#;
+
+    #[tokio::test]
+    async fn a_removal_that_is_cut_short_does_not_say_that_a_refused_exec_may_have_run() {
+        let bundle = tempfile::tempdir().unwrap();
+        let files = ExecFiles::new(bundle.path(), &"e".parse().unwrap());
+        for removed in 0..=files.all().len() {
+            for file in [&files.process, &files.mark] {
+                std::fs::write(file, "{}").unwrap();
+            }
+            std::fs::write(&files.log, ERROR).unwrap();
+            remove(files.all().get(..removed).unwrap());
+            assert!(!files.may_have_begun().await, "{removed} files removed");
+        }
     }
 }

@@ -189,7 +189,6 @@ impl Engine {
         if process.identity().is_none() {
             kill_unwatched(task, process, files).await;
         }
-        files.remove().await;
         if let Some(identity) = process.identity() {
             self.registry.untrack(identity);
             if let Some(unwatched) = process.process() {
@@ -203,6 +202,8 @@ impl Engine {
                 "cannot store that an exec could not be started"
             );
         }
+        // Not before: until then they say whether it may have run.
+        files.remove().await;
         // Not before it is durable that its request is refused (invariant 16).
         process.fail_start();
         // First: the init's exit may wait for this, and a logger may take its 12 s.
