@@ -133,11 +133,17 @@ pub(crate) fn probe_too_long(cri: &mut Cri, handler: &str) -> anyhow::Result<()>
 
 fn containers_of_a_pod_can_share_its_pid_namespace(stage: &Stage) -> anyhow::Result<()> {
     let (_sandbox, mut cri) = with_cri(stage)?;
+    // The pause container's.
+    shared_processes(&mut cri, "embed", "until-term 0")
+}
+
+/// Two containers of a pod see each other's processes, and this one, which is the init.
+pub(crate) fn shared_processes(cri: &mut Cri, handler: &str, init: &str) -> anyhow::Result<()> {
     let shared = Namespaces {
         pid: NamespaceMode::Pod,
         ..Namespaces::SIMPLE
     };
-    let pod = cri.run_pod("pod", "embed", shared)?;
+    let pod = cri.run_pod("pod", handler, shared)?;
     let id = cri.run_container(
         &pod,
         "c",
@@ -148,14 +154,14 @@ fn containers_of_a_pod_can_share_its_pid_namespace(stage: &Stage) -> anyhow::Res
             "sleep 1000 & echo started; exec guest until-term 12",
         ],
     )?;
-    ready(&cri, "c", 0)?;
+    ready(cri, "c", 0)?;
     let seen = cri.exec(&id, &["ps"], LONG)?.stdout;
     ensure!(
-        seen.contains("until-term 0") && seen.contains("until-term 12"),
+        seen.contains(init) && seen.contains("until-term 12"),
         "{seen}"
     );
     cri.stop(&id, LONG)?;
-    let end = ended(&mut cri, &id)?;
+    let end = ended(cri, &id)?;
     ensure!(end.0 == 12, "{end:?}");
     // Its child would keep the pod's namespace busy.
     let other = cri.run_container(&pod, "other", 0, &["sleep", "1000"])?;

@@ -7,10 +7,11 @@ use crate::kubernetes;
 use crate::pods::{HANDLER, with_pods};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 5] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 6] = tests!(ContainerdTwo:
     a_pods_life_without_a_pause_container,
     a_probe_that_takes_too_long_is_ended_without_a_pause_container,
     a_pod_without_a_pause_container_has_a_network_and_its_usage_is_known,
+    containers_of_a_pod_share_its_pid_namespace_without_a_pause_container,
     kubectl_exec_has_its_streams_without_a_pause_container,
     kubectl_attach_can_come_back_without_a_pause_container,
 );
@@ -34,6 +35,14 @@ fn a_pod_without_a_pause_container_has_a_network_and_its_usage_is_known(
 ) -> anyhow::Result<()> {
     with_pods(stage)?.map_or(Ok(()), |(sandbox, mut cri)| {
         kubernetes::network_and_usage(&sandbox, &mut cri, HANDLER)
+    })
+}
+
+fn containers_of_a_pod_share_its_pid_namespace_without_a_pause_container(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    with_pods(stage)?.map_or(Ok(()), |(_sandbox, mut cri)| {
+        kubernetes::shared_processes(&mut cri, HANDLER, "embedshim-pod")
     })
 }
 

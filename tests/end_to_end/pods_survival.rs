@@ -15,11 +15,13 @@ use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::kubernetes::ended;
 use crate::pods::{HANDLER, OWN_NETWORK, end, seen, with_pods};
+use crate::pods_processes::SHARED_PROCESSES;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 6] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 7] = tests!(ContainerdTwo:
     pods_without_a_process_outlive_the_daemon_and_containerd,
     a_daemon_that_dies_at_any_step_of_a_pod_leaves_nothing_of_it,
+    a_daemon_that_dies_at_any_step_of_a_pod_with_an_init_leaves_nothing_of_it,
     a_container_that_containerd_gives_up_with_its_connection_is_killed,
     containerd_that_gives_a_bundle_up_after_its_restart_asks_our_launcher,
     a_pod_whose_namespaces_are_lost_has_ended_and_can_be_removed,
@@ -136,15 +138,25 @@ fn pods_without_a_process_outlive_the_daemon_and_containerd(stage: &Stage) -> an
     cri.remove_pod(&first)
 }
 
-/// The lives of one pod again and again; each time the daemon dies at the next of its lasting
-/// steps.
 fn a_daemon_that_dies_at_any_step_of_a_pod_leaves_nothing_of_it(
     stage: &Stage,
 ) -> anyhow::Result<()> {
+    deaths_at_any_step(stage, OWN_NETWORK)
+}
+
+fn a_daemon_that_dies_at_any_step_of_a_pod_with_an_init_leaves_nothing_of_it(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    deaths_at_any_step(stage, SHARED_PROCESSES)
+}
+
+/// The lives of one pod again and again; each time the daemon dies at the next of its lasting
+/// steps.
+fn deaths_at_any_step(stage: &Stage, namespaces: Namespaces) -> anyhow::Result<()> {
     let Some((sandbox, mut cri)) = with_pods(stage)? else {
         return Ok(());
     };
-    let first = cri.run_pod("first", HANDLER, OWN_NETWORK)?;
+    let first = cri.run_pod("first", HANDLER, namespaces)?;
     let before = Footprint::of(&sandbox);
     let mut step = 1;
     loop {
@@ -154,7 +166,7 @@ fn a_daemon_that_dies_at_any_step_of_a_pod_leaves_nothing_of_it(
         // containerd tries for a second to reach a controller that was killed. A pod that it does
         // not ask the armed daemon for would be taken for one whose steps are all done.
         wait_until_ready(&mut cri, &first).with_context(context)?;
-        let pod = cri.run_pod(&format!("pod-{step}"), HANDLER, OWN_NETWORK);
+        let pod = cri.run_pod(&format!("pod-{step}"), HANDLER, namespaces);
         if let Ok(pod) = &pod {
             // Until a daemon is there again.
             until("the pod is stopped", || Ok(cri.stop_pod(pod).is_ok())).with_context(context)?;

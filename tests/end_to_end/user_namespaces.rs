@@ -29,7 +29,7 @@ pub(crate) const TESTS: [Test; 6] = tests!(OtherContainerd:
 const USERS: u32 = 200_000;
 
 /// A pod with its own users and network. The host's network cannot be in a user namespace's hands.
-const MAPPED: Namespaces = Namespaces {
+pub(crate) const MAPPED: Namespaces = Namespaces {
     network: NamespaceMode::Pod,
     pid: NamespaceMode::Container,
     users: Some(USERS),
@@ -73,9 +73,18 @@ fn is_asking(cri: &mut Cri) -> anyhow::Result<bool> {
 /// The life of a pod with a user namespace, beside another one.
 fn life(stage: &Stage, handler: &str, by: By) -> anyhow::Result<()> {
     let (sandbox, mut cri) = with_cri(stage, by)?;
-    let first = cri.run_pod("first", handler, MAPPED)?;
-    let before = Footprint::of(&sandbox);
-    let pod = cri.run_pod("pod", handler, MAPPED)?;
+    life_with(&sandbox, &mut cri, handler, MAPPED)
+}
+
+pub(crate) fn life_with(
+    sandbox: &Sandbox,
+    cri: &mut Cri,
+    handler: &str,
+    namespaces: Namespaces,
+) -> anyhow::Result<()> {
+    let first = cri.run_pod("first", handler, namespaces)?;
+    let before = Footprint::of(sandbox);
+    let pod = cri.run_pod("pod", handler, namespaces)?;
     let script = "echo again 2>/dev/null >/dev/stdout; trap 'exit 33' TERM; echo ready; \
                   sleep 1000 & wait";
     let id = cri.run_container(&pod, "c", 0, &["sh", "-c", script])?;
@@ -86,7 +95,7 @@ fn life(stage: &Stage, handler: &str, by: By) -> anyhow::Result<()> {
     // From 2.0 on containerd says whose the outputs are, so that the pod's root can open them
     // again.
     let is_opened = cri.log("c", 0).contains("stdout F again");
-    ensure!(is_opened == is_asking(&mut cri)?, "{}", cri.log("c", 0));
+    ensure!(is_opened == is_asking(cri)?, "{}", cri.log("c", 0));
     let seen = cri.exec(
         &id,
         &["sh", "-c", "busybox id -u; busybox cat /proc/self/uid_map"],
@@ -103,11 +112,11 @@ fn life(stage: &Stage, handler: &str, by: By) -> anyhow::Result<()> {
         sandbox.kill_daemon()?;
     }
     cri.stop(&id, LONG)?;
-    let end = ended(&mut cri, &id)?;
+    let end = ended(cri, &id)?;
     ensure!(end == (33, "Error".into()), "{end:?}");
     cri.remove(&id)?;
     cri.remove_pod(&pod)?;
-    before.wait_for_return(&sandbox)?;
+    before.wait_for_return(sandbox)?;
     cri.remove_pod(&first)
 }
 

@@ -126,6 +126,24 @@ impl Cri {
         })
     }
 
+    /// Creates and starts a container that has capabilities beyond those that all have.
+    pub fn run_capable(
+        &mut self,
+        pod: &Pod,
+        name: &str,
+        capabilities: &[&str],
+        command: &[&str],
+    ) -> anyhow::Result<String> {
+        let mut config = container(pod, name, 0, command);
+        let linux = config.linux.get_or_insert_default();
+        let context = linux.security_context.get_or_insert_default();
+        context.capabilities = Some(api::Capability {
+            add_capabilities: capabilities.iter().map(|&name| name.to_owned()).collect(),
+            ..api::Capability::default()
+        });
+        self.start(pod, config)
+    }
+
     /// Creates and starts a container in a pod.
     pub fn run_container(
         &mut self,

@@ -9,7 +9,8 @@
 //! - An [`ExitMonitor`](exit::ExitMonitor), from one of the `monitor-*` crates, tells the node how
 //!   processes end. It is useful alone, for any [`Process`](process::Process). A status is never
 //!   lost if it promises [`Survives::Everything`](exit::Survives::Everything).
-//! - [`Sandboxes`](sandbox::Sandboxes) has what the containers of a pod share, without a process.
+//! - [`Sandboxes`](sandbox::Sandboxes) has what the containers of a pod share, without a process
+//!   unless they share their processes.
 //!
 //! Nothing is global: a process may have any number of monitors and nodes, and an environment,
 //! signal handlers and children of its own. What concerns the whole process (being a child
@@ -44,6 +45,7 @@ mod records;
 mod runtime;
 mod spec;
 mod sys;
+mod user_namespace;
 
 pub use exit_monitor as exit;
 pub use exit_monitor::process;

@@ -16,11 +16,11 @@ use tokio::io::unix::AsyncFd;
 
 use crate::fdstore::StreamFd;
 
-/// Owns a descriptor that the kernel has just installed for us (`SCM_RIGHTS`) and that nothing else
-/// knows.
+/// Owns a descriptor that the kernel has just installed for us (`SCM_RIGHTS`, an ioctl) and that
+/// nothing else knows.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
-    // SAFETY: the caller got the number from a control message this moment; it is open and has no
-    // other owner.
+    // SAFETY: the caller got the number from the kernel this moment; it is open and has no other
+    // owner.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 

@@ -4,14 +4,16 @@
 use std::collections::BTreeMap;
 
 use embedshim_core::id::SandboxKey;
-use embedshim_core::sandbox::{CreateSandbox, Dns, Network, Processes, Reach};
+use embedshim_core::sandbox::{CreateSandbox, Dns, IdRange, Network, Processes, Reach, Users};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde::Deserialize;
 
 use crate::grpc::{Code, Status};
 use crate::messages::controller;
-use crate::messages::cri::{DnsConfig, NamespaceMode, NamespaceOption, PodSandboxConfig};
+use crate::messages::cri::{
+    DnsConfig, IdMapping, NamespaceMode, NamespaceOption, PodSandboxConfig, UserNamespace,
+};
 
 /// The type of a pod's configuration.
 const CONFIG: &str = "runtime.v1.PodSandboxConfig";
@@ -57,7 +59,9 @@ pub(crate) fn decode(
             NamespaceMode::NODE => Reach::Node,
             _ => Reach::Pod,
         },
-        processes: processes(&namespaces)?,
+        processes: processes(&namespaces),
+        users: users(namespaces.userns_options.into_option()),
+        cgroup_parent: linux.cgroup_parent,
         dns: config.dns_config.into_option().map(dns),
         sysctls: linux.sysctls.into_iter().collect(),
         labels,
@@ -89,25 +93,27 @@ fn network(mode: NamespaceMode, path: String) -> Result<Network, Status> {
     }
 }
 
-/// Refuses what needs a process that holds it.
-fn processes(namespaces: &NamespaceOption) -> Result<Processes, Status> {
-    let users = namespaces.userns_options.as_ref();
-    if users.is_some_and(|users| users.mode.enum_value_or_default() == NamespaceMode::POD) {
-        return Err(invalid(
-            "user namespaces (hostUsers: false) are not supported by embedshim's sandbox \
-             controller yet: use a runtime handler without it"
-                .to_owned(),
-        ));
-    }
+fn processes(namespaces: &NamespaceOption) -> Processes {
     match namespaces.pid.enum_value_or_default() {
-        NamespaceMode::POD => Err(invalid(
-            "a shared pid namespace (shareProcessNamespace: true) is not supported by embedshim's \
-             sandbox controller yet: use a runtime handler without it"
-                .to_owned(),
-        )),
-        NamespaceMode::NODE => Ok(Processes::Node),
-        NamespaceMode::CONTAINER | NamespaceMode::TARGET => Ok(Processes::Container),
+        NamespaceMode::POD => Processes::Pod,
+        NamespaceMode::NODE => Processes::Node,
+        NamespaceMode::CONTAINER | NamespaceMode::TARGET => Processes::Container,
     }
+}
+
+/// The mapping of a user namespace of the pod's own.
+fn users(options: Option<UserNamespace>) -> Option<Users> {
+    let options = options?;
+    let range = |mapping: &IdMapping| IdRange {
+        inside: mapping.container_id,
+        outside: mapping.host_id,
+        size: mapping.length,
+    };
+    let is_own = options.mode.enum_value_or_default() == NamespaceMode::POD;
+    is_own.then(|| Users {
+        users: options.uids.iter().map(range).collect(),
+        groups: options.gids.iter().map(range).collect(),
+    })
 }
 
 fn dns(config: DnsConfig) -> Dns {
@@ -188,13 +194,38 @@ mod tests {
     }
 
     #[test]
+    fn processes_and_users_of_a_pod_are_understood() {
+        let mut namespaces = modes(NamespaceMode::POD, NamespaceMode::POD);
+        let mut users = UserNamespace::new();
+        let mut range = IdMapping::new();
+        range.host_id = 200_000;
+        range.length = 65_536;
+        users.uids.push(range.clone());
+        users.gids.push(range);
+        namespaces.userns_options = MessageField::some(users);
+        let pod = decoded(request(namespaces, "/n")).unwrap();
+        assert_eq!(pod.processes, Processes::Pod);
+        let range = IdRange {
+            inside: 0,
+            outside: 200_000,
+            size: 65_536,
+        };
+        let expected = Users {
+            users: vec![range],
+            groups: vec![range],
+        };
+        assert_eq!(pod.users, Some(expected));
+        let mut namespaces = modes(NamespaceMode::POD, NamespaceMode::CONTAINER);
+        let mut node = UserNamespace::new();
+        node.mode = NamespaceMode::NODE.into();
+        namespaces.userns_options = MessageField::some(node);
+        assert_eq!(decoded(request(namespaces, "/n")).unwrap().users, None);
+    }
+
+    #[test]
     fn what_cannot_be_is_refused_by_name() {
         use NamespaceMode::{CONTAINER, NODE, POD};
-        let mut users = modes(POD, CONTAINER);
-        users.userns_options = MessageField::some(UserNamespace::new());
         for (namespaces, path, expected) in [
-            (users, "/n", "hostUsers"),
-            (modes(POD, POD), "/n", "shareProcessNamespace"),
             (modes(POD, CONTAINER), "", "no network namespace"),
             (modes(NODE, CONTAINER), "/n", "has a network namespace"),
         ] {

@@ -1,9 +1,10 @@
 //! Cgroups of containers: which processes are in them, what they use, and whether the kernel killed
 //! for memory. Owns where a container's cgroup is, on v1, v2 and hybrid machines; never creates or
-//! configures one, the runtime does.
+//! configures a container's, the runtime does.
 
 mod freezer;
 mod hierarchies;
+pub(crate) mod home;
 mod metrics;
 mod oom;
 

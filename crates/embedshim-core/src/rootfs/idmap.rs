@@ -1,7 +1,7 @@
 //! Idmapped mounts (`uidmap=`, `gidmap=`; containerd 2.0+, Linux 5.12): files of a snapshot that
 //! many pods share appear to belong to the users of one pod. Never changes a file's owner on disk.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -13,7 +13,7 @@ use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::lowerdirs::{self, LOWERDIR};
-use crate::sys::{self, NamespaceHolder};
+use crate::{sys, user_namespace};
 
 /// Which ids on disk appear as which.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,11 +34,7 @@ impl IdMap {
     /// A user namespace with this mapping; it lives as long as the descriptor or a mount that uses
     /// it.
     fn user_namespace(&self) -> io::Result<OwnedFd> {
-        let holder = NamespaceHolder::start()?;
-        let of_holder = |file: &str| format!("/proc/{}/{file}", holder.pid());
-        fs::write(of_holder("uid_map"), &self.users)?;
-        fs::write(of_holder("gid_map"), &self.groups)?;
-        File::open(of_holder("ns/user")).map(OwnedFd::from)
+        user_namespace::make(&self.users, &self.groups)
     }
 }
 

@@ -1,12 +1,14 @@
 //! What goes into and comes out of [`Sandboxes`](super::Sandboxes): plain data with checked names.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::home;
 use crate::id::SandboxKey;
+use crate::sandbox::users::Users;
 
 /// The longest name of a machine that the kernel takes.
 const MAX_HOSTNAME: usize = 64;
@@ -52,6 +54,8 @@ pub enum Network {
 pub enum Processes {
     /// One for each container.
     Container,
+    /// One for all containers of the pod, with an init process of its own.
+    Pod,
     /// The node's.
     Node,
 }
@@ -82,6 +86,11 @@ pub struct CreateSandbox {
     pub ipc: Reach,
     /// Its containers' processes.
     pub processes: Processes,
+    /// The users of a user namespace of its own; `None` for the node's.
+    pub users: Option<Users>,
+    /// The cgroup that its containers' are below, as the CRI names it: a path or a slice of
+    /// systemd's.
+    pub cgroup_parent: String,
     /// How names are looked up; `None` for the node's way.
     pub dns: Option<Dns>,
     /// Kernel parameters of its own namespaces, by name.
@@ -91,6 +100,11 @@ pub struct CreateSandbox {
 }
 
 impl CreateSandbox {
+    /// The cgroup of its init process, if it has one.
+    pub(super) fn cgroup(&self) -> PathBuf {
+        home::path(&self.cgroup_parent, self.key.id.as_str())
+    }
+
     /// Why this cannot be a sandbox's, if so.
     pub(super) fn fault(&self) -> Option<String> {
         let hostname = &self.hostname;
@@ -109,6 +123,16 @@ impl CreateSandbox {
             let path = path.display();
             return Some(format!("netns_path {path} is not an absolute path"));
         }
+        if let Some(fault) = self.users.as_ref().and_then(Users::fault) {
+            return Some(fault);
+        }
+        let parts = Path::new(&self.cgroup_parent).components();
+        if self.cgroup_parent.chars().any(char::is_control)
+            || parts.into_iter().any(|part| part == Component::ParentDir)
+        {
+            let parent = &self.cgroup_parent;
+            return Some(format!("cgroup_parent {parent:?} is no path of a cgroup"));
+        }
         let dns = self.dns.iter();
         let mut words = dns.flat_map(|dns| [&dns.servers, &dns.searches, &dns.options].into_iter());
         let bad = words.find_map(|list| {
@@ -122,10 +146,18 @@ impl CreateSandbox {
 /// When and how a sandbox ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ended {
-    /// 0 after a stop, 255 if its namespaces were lost.
+    /// 0 after a stop, 137 if its init process was killed, 255 if its namespaces were lost.
     pub code: u32,
     /// When.
     pub at: SystemTime,
+}
+
+impl Ended {
+    /// At this moment.
+    pub(super) fn now(code: u32) -> Self {
+        let at = SystemTime::now();
+        Self { code, at }
+    }
 }
 
 /// A sandbox at one moment.

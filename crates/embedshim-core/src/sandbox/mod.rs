@@ -1,6 +1,7 @@
 //! What the containers of a pod share, without a process that holds it: namespaces that are pinned,
-//! files for `/etc`, shared memory. [`Sandboxes`] is the facade; containers are tasks, which join
-//! what is pinned. Owns the order of these steps and their undoing; never runs a container.
+//! files for `/etc`, shared memory. A pid namespace alone needs a process, its init. [`Sandboxes`]
+//! is the facade; containers are tasks, which join what is pinned. Owns the order of these steps
+//! and their undoing; never runs a container.
 //!
 //! ```text
 //! Created ── start ──► Ready ── stop ──► Stopped ── remove ──► gone
@@ -12,6 +13,8 @@
 
 mod api;
 mod error;
+mod holder;
+mod isolation;
 mod namespaces;
 mod place;
 mod record;
@@ -24,9 +27,12 @@ mod sandbox;
 mod sandboxes;
 mod spec;
 mod store;
+mod sysctls;
+mod users;
 
 pub use api::{
     CreateSandbox, Dns, Ended, Network, Processes, Reach, SandboxConfig, SandboxSnapshot,
 };
 pub use error::SandboxError;
 pub use sandboxes::Sandboxes;
+pub use users::{IdRange, Users};

@@ -1,91 +1,165 @@
 //! The namespaces of a sandbox: made by a thread that enters them, sets them up, pins them and
-//! ends. Owns which kernel parameters are a pod's own; never enters a namespace with a thread that
-//! goes on.
+//! ends; with a child's help where a thread cannot make them. Never enters a namespace with a
+//! thread that goes on.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
 
+use exit_monitor::process::{Process, ProcessIdentity};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{FsType, fstatfs, statfs};
 
 use crate::failpoint;
-
-use crate::sandbox::api::{CreateSandbox, Network, Reach, SandboxConfig};
+use crate::sandbox::api::{CreateSandbox, Network, Processes};
 use crate::sandbox::error::{SandboxError, failed};
+use crate::sandbox::holder::{self, Base, Child, Plan};
+use crate::sandbox::isolation::Isolation;
 use crate::sandbox::place::Place;
+use crate::sandbox::sysctls::{self, Sysctl};
+use crate::sandbox::users::{self, Users};
+use crate::user_namespace;
 
 /// `NSFS_MAGIC` of linux/magic.h.
 const NSFS: FsType = FsType(0x6e73_6673);
-/// Kernel parameters of an ipc namespace, beside all below `fs.mqueue.`.
-const OF_IPC: [&str; 9] = [
-    "kernel.msgmax",
-    "kernel.msgmnb",
-    "kernel.msgmni",
-    "kernel.msg_next_id",
-    "kernel.sem",
-    "kernel.shmall",
-    "kernel.shmmax",
-    "kernel.shmmni",
-    "kernel.shm_rmid_forced",
-];
+
+/// What a sandbox's namespaces are made from.
+pub(super) struct Making<'a> {
+    pub(super) request: &'a CreateSandbox,
+    pub(super) isolation: &'a Isolation,
+    pub(super) place: &'a Place,
+    pub(super) sysctls: &'a [Sysctl],
+    /// Of a sandbox whose containers share their processes.
+    pub(super) base: Option<&'a Base>,
+    /// Notes the init process, so that it is ended if this daemon dies.
+    pub(super) note: &'a (dyn Fn(ProcessIdentity) -> Result<(), SandboxError> + Sync),
+}
 
 /// Makes, sets up and pins them. Blocks until the thread has ended.
-pub(super) fn make(
-    config: &SandboxConfig,
-    request: &CreateSandbox,
-    place: &Place,
-) -> Result<(), SandboxError> {
-    let sysctls = sysctls(config, request)?;
-    let (request, place) = (request.clone(), place.clone());
-    let key = request.key.clone();
+pub(super) fn make(making: &Making<'_>) -> Result<(), SandboxError> {
+    let key = &making.request.key;
     // A thread of its own: one of a pool would take the next work into these namespaces.
-    let spawned = std::thread::Builder::new()
-        .name("sandbox".into())
-        .spawn(move || within(&request, &place, &sysctls));
-    let thread = spawned.map_err(failed(&key, "cannot start a thread for", Path::new("ns")))?;
-    let panicked = |_| SandboxError::Internal("a thread panicked".into());
-    thread.join().map_err(panicked)?
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("sandbox".into());
+        let spawned = thread.spawn_scoped(scope, || making.within());
+        let doing = "cannot start a thread for";
+        let thread = spawned.map_err(failed(key, doing, Path::new("ns")))?;
+        let panicked = |_| SandboxError::Internal("a thread panicked".into());
+        thread.join().map_err(panicked)?
+    })
 }
 
-/// What the thread does.
-fn within(
-    request: &CreateSandbox,
-    place: &Place,
-    sysctls: &[(PathBuf, String)],
-) -> Result<(), SandboxError> {
-    let key = &request.key;
-    let mut own = Vec::new();
-    if request.ipc == Reach::Pod {
-        own.push((CloneFlags::CLONE_NEWIPC, "ipc"));
+impl Making<'_> {
+    /// What the thread does.
+    fn within(&self) -> Result<(), SandboxError> {
+        let network = match &self.request.network {
+            Network::Pod(path) => Some(self.enter_network(path)?),
+            Network::Node => None,
+        };
+        if !self.isolation.needs_a_process() {
+            let unshared = unshare(self.isolation.made());
+            unshared.map_err(self.failed_at("cannot make namespaces for", "ns"))?;
+            return self.set_up(Path::new("/proc/thread-self/ns"));
+        }
+        let child = self.start_child(network.as_ref())?;
+        let namespaces = PathBuf::from(format!("/proc/{}/ns", child.pid()));
+        if self.request.processes == Processes::Pod {
+            self.keep(child.pid())?;
+        }
+        for name in self.isolation.pinned() {
+            // The thread needs neither, and could not enter the first.
+            if !matches!(name, "user" | "pid") {
+                let path = namespaces.join(name);
+                let entered =
+                    File::open(&path).and_then(|file| Ok(setns(file, CloneFlags::empty())?));
+                let doing = "cannot enter a namespace at";
+                entered.map_err(failed::<io::Error>(&self.request.key, doing, &path))?;
+            }
+        }
+        self.set_up(&namespaces)?;
+        failpoint::step("before the child of a sandbox goes on");
+        let released = child.release();
+        released.map_err(self.failed_at("cannot start the init process of", "ns/pid"))
     }
-    if let Network::Pod(path) = &request.network {
-        own.push((CloneFlags::CLONE_NEWUTS, "uts"));
-        enter_network(path).map_err(failed::<io::Error>(key, "cannot enter the network", path))?;
+
+    /// Gives this thread's namespaces what the pod asks for, and pins what is in `namespaces`.
+    fn set_up(&self, namespaces: &Path) -> Result<(), SandboxError> {
+        let key = &self.request.key;
+        if self.isolation.has_network() && !self.request.hostname.is_empty() {
+            let name = Path::new(&self.request.hostname);
+            let set = nix::unistd::sethostname(name);
+            set.map_err(failed(key, "cannot set the hostname", name))?;
+        }
+        for name in self.isolation.pinned() {
+            failpoint::step("before a namespace is pinned");
+            let pin = self.place.pin(name);
+            let pinned = mount_at(&namespaces.join(name), &pin);
+            pinned.map_err(failed::<io::Error>(key, "cannot pin a namespace at", &pin))?;
+        }
+        failpoint::step("after the namespaces were pinned");
+        // At last: it may cost the thread its rights.
+        sysctls::write(self.request, self.sysctls)
     }
-    let flags = own.iter().map(|(flag, _)| *flag).collect();
-    unshare(flags).map_err(failed(key, "cannot make namespaces for", Path::new("ns")))?;
-    if matches!(request.network, Network::Pod(_)) && !request.hostname.is_empty() {
-        let name = Path::new(&request.hostname);
-        nix::unistd::sethostname(name).map_err(failed(key, "cannot set the hostname", name))?;
+
+    /// Joins the network namespace at `path`; anything else there is an error.
+    fn enter_network(&self, path: &Path) -> Result<OwnedFd, SandboxError> {
+        let entered = enter_network(path);
+        let doing = "cannot enter the network";
+        entered.map_err(failed::<io::Error>(&self.request.key, doing, path))
     }
-    for (path, value) in sysctls {
-        write_sysctl(path, value).map_err(failed(key, "cannot set the kernel parameter", path))?;
+
+    /// A process in namespaces of the pod's, which waits.
+    fn start_child(&self, network: Option<&OwnedFd>) -> Result<Child, SandboxError> {
+        let users = self.request.users.as_ref();
+        let user_namespace = users
+            .map(|users| user_namespace_of(users, network))
+            .transpose();
+        let user_namespace =
+            user_namespace.map_err(self.failed_at("cannot have the user namespace", "ns/user"))?;
+        let ids = users.map_or(users::nobody(), Users::nobody);
+        let plan = Plan {
+            users: user_namespace.as_ref().map(AsFd::as_fd),
+            network: network.map(AsFd::as_fd),
+            own: self.isolation.made(),
+            init: self.base.map(|base| base.init(ids)),
+        };
+        failpoint::step("before the child of a sandbox is started");
+        Child::start(&plan).map_err(self.failed_at("cannot make namespaces for", "ns"))
     }
-    for (_, name) in own {
-        failpoint::step("before a namespace is pinned");
-        let pin = place.pin(name);
-        pin_own(name, &pin).map_err(failed::<io::Error>(key, "cannot pin a namespace at", &pin))?;
+
+    /// Notes an init process before it can outlive this daemon.
+    fn keep(&self, pid: i32) -> Result<(), SandboxError> {
+        let opened = Process::open(pid).map_err(io::Error::other);
+        let process =
+            opened.map_err(self.failed_at("cannot watch the init process of", "ns/pid"))?;
+        (self.note)(process.identity())?;
+        holder::settle(pid, &self.request.cgroup());
+        Ok(())
     }
-    failpoint::step("after the namespaces were pinned");
-    Ok(())
+
+    fn failed_at<E: Into<io::Error>>(
+        &self,
+        doing: &'static str,
+        what: &'static str,
+    ) -> impl FnOnce(E) -> SandboxError {
+        failed(&self.request.key, doing, Path::new(what))
+    }
 }
 
-/// Joins the network namespace at `path`; anything else there is an error.
-fn enter_network(path: &Path) -> io::Result<()> {
+/// With a network of the pod's, that network's: the CRI has made it with this mapping.
+fn user_namespace_of(users: &Users, network: Option<&OwnedFd>) -> io::Result<OwnedFd> {
+    if let Some(network) = network {
+        return holder::owner_of(network.as_fd());
+    }
+    let [users, groups] = users.maps();
+    user_namespace::make(&users, &groups)
+}
+
+fn enter_network(path: &Path) -> io::Result<OwnedFd> {
     // Opening a fifo must not wait for its other end.
     let file = OpenOptions::new()
         .read(true)
@@ -97,143 +171,19 @@ fn enter_network(path: &Path) -> io::Result<()> {
     if file.metadata()?.ino() == fs::metadata("/proc/thread-self/ns/net")?.ino() {
         return Err(io::Error::other("it is the node's own network"));
     }
-    Ok(setns(file, CloneFlags::CLONE_NEWNET)?)
+    setns(&file, CloneFlags::CLONE_NEWNET)?;
+    Ok(file.into())
 }
 
-/// Mounts this thread's namespace of that name at `pin`.
-fn pin_own(name: &str, pin: &Path) -> io::Result<()> {
+/// Mounts a namespace at `pin`.
+fn mount_at(namespace: &Path, pin: &Path) -> io::Result<()> {
     File::create_new(pin)?;
-    let own = Path::new("/proc/thread-self/ns").join(name);
     let none = None::<&str>;
-    mount(Some(&own), pin, none, MsFlags::MS_BIND, none)?;
+    mount(Some(namespace), pin, none, MsFlags::MS_BIND, none)?;
     Ok(())
 }
 
 /// Whether a namespace is pinned there.
 pub(super) fn is_pinned(pin: &Path) -> bool {
     statfs(pin).is_ok_and(|found| found.filesystem_type() == NSFS)
-}
-
-fn write_sysctl(path: &Path, value: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)?;
-    // In one write: the kernel takes each for a value.
-    file.write_all(value.as_bytes())
-}
-
-/// The files of a pod's kernel parameters, with the defaults of the CRI's own controller. One that
-/// is not of the pod's own namespaces is refused.
-fn sysctls(
-    config: &SandboxConfig,
-    request: &CreateSandbox,
-) -> Result<Vec<(PathBuf, String)>, SandboxError> {
-    let has_network = matches!(request.network, Network::Pod(_));
-    let mut all = BTreeMap::new();
-    if has_network && config.unprivileged_ports {
-        all.insert(
-            "net.ipv4.ip_unprivileged_port_start".to_owned(),
-            "0".to_owned(),
-        );
-    }
-    if has_network && config.unprivileged_ping {
-        all.insert(
-            "net.ipv4.ping_group_range".to_owned(),
-            "0 2147483647".to_owned(),
-        );
-    }
-    for (name, value) in &request.sysctls {
-        let is_own = match dotted(name) {
-            Some(name) if name.starts_with("net.") => has_network,
-            Some(name) => {
-                request.ipc == Reach::Pod
-                    && (OF_IPC.contains(&name.as_str()) || name.starts_with("fs.mqueue."))
-            }
-            None => false,
-        };
-        let Some(dotted) = dotted(name).filter(|_| is_own) else {
-            return Err(SandboxError::Invalid {
-                key: request.key.clone(),
-                why: format!("sysctl {name:?} is not of a namespace that the pod has of its own"),
-            });
-        };
-        all.insert(dotted, value.clone());
-    }
-    // With slashes a component may have dots, as names of interfaces do: those are kept as they are
-    // by writing the name's dots as slashes and its slashes as dots.
-    let path = |name: &str| {
-        let swapped = name.chars().map(|c| match c {
-            '.' => '/',
-            '/' => '.',
-            c => c,
-        });
-        Path::new("/proc/sys").join(swapped.collect::<String>())
-    };
-    Ok(all
-        .into_iter()
-        .map(|(name, value)| (path(&name), value))
-        .collect())
-}
-
-/// The name in the form `net.ipv4.ip_forward`, where a slash stands for a dot within a component;
-/// `None` if it is no name. In the other form, `net/ipv4/ip_forward`, the two are the other way
-/// round: the first that occurs tells (sysctl.d(5)).
-fn dotted(name: &str) -> Option<String> {
-    let first = name.find(['.', '/'])?;
-    let has_slashes = name.get(first..)?.starts_with('/');
-    let swap = |c| match c {
-        '.' => '/',
-        '/' => '.',
-        c => c,
-    };
-    let dotted: String = if has_slashes {
-        name.chars().map(swap).collect()
-    } else {
-        name.to_owned()
-    };
-    let is_component = |part: &str| {
-        let is_letter = |b: u8| b.is_ascii_alphanumeric() || b"_-/:@".contains(&b);
-        !part.is_empty() && part.bytes().all(is_letter) && part != "/" && part != "//"
-    };
-    dotted.split('.').all(is_component).then_some(dotted)
-}
-
-/// The namespaces that a ready sandbox must have pinned.
-pub(super) fn pins(network: &Network, ipc: Reach, place: &Place) -> Vec<PathBuf> {
-    let uts = matches!(network, Network::Pod(_)).then(|| place.pin("uts"));
-    let ipc = (ipc == Reach::Pod).then(|| place.pin("ipc"));
-    uts.into_iter().chain(ipc).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_kernel_parameter_has_one_name() {
-        let names = [
-            ("net.ipv4.ip_forward", Some("net.ipv4.ip_forward")),
-            ("net/ipv4/ip_forward", Some("net.ipv4.ip_forward")),
-            ("net/ipv4/conf/eth0.5/mtu", Some("net.ipv4.conf.eth0/5.mtu")),
-            ("net.ipv4.conf.eth0/5.mtu", Some("net.ipv4.conf.eth0/5.mtu")),
-        ];
-        for (name, expected) in names {
-            assert_eq!(dotted(name).as_deref(), expected, "{name}");
-        }
-        for bad in [
-            "",
-            "net",
-            "net..x",
-            "net/../kernel/core_pattern",
-            "net/./x",
-            "net.//.kernel.core_pattern",
-            "/net/x",
-            "net.ipv4.",
-            "net.a b",
-            "net.x\0",
-        ] {
-            assert_eq!(dotted(bad), None, "{bad}");
-        }
-    }
 }

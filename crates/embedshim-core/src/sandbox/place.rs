@@ -36,7 +36,7 @@ const HOSTNAME: &str = "hostname";
 const HOSTS: &str = "hosts";
 const RESOLV: &str = "resolv.conf";
 /// What is pinned below [`NAMESPACES`].
-pub(super) const PINS: [&str; 2] = ["ipc", "uts"];
+pub(super) const PINS: [&str; 4] = ["ipc", "uts", "user", "pid"];
 /// 64 MiB, as the CRI's own controller gives, with the mode of `/tmp`.
 const SHM_OPTIONS: &str = "mode=1777,size=67108864";
 /// No more of a file of the host is copied.
@@ -90,7 +90,12 @@ impl Place {
 
     /// Where a namespace of the sandbox is pinned.
     pub(super) fn pin(&self, namespace: &str) -> PathBuf {
-        self.directory.join(NAMESPACES).join(namespace)
+        self.pins().join(namespace)
+    }
+
+    /// The directory of all of them.
+    pub(super) fn pins(&self) -> PathBuf {
+        self.directory.join(NAMESPACES)
     }
 
     /// Where in a container the files belong, and the shared memory of a pod that has its own; and
@@ -123,7 +128,7 @@ impl Place {
     /// Makes the directory with its files and the shared memory.
     pub(super) fn make_files(&self, request: &CreateSandbox) -> Result<(), SandboxError> {
         failpoint::step("before a sandbox's directory is made");
-        let namespaces = self.directory.join(NAMESPACES);
+        let namespaces = self.pins();
         let make = |path: &Path| {
             fs::DirBuilder::new()
                 .recursive(true)
@@ -266,7 +271,7 @@ impl Place {
 
     fn remove_files(&self) -> Result<(), SandboxError> {
         failpoint::step("before a sandbox's files are removed");
-        let namespaces = self.directory.join(NAMESPACES);
+        let namespaces = self.pins();
         let pins = PINS.map(|pin| self.pin(pin));
         let files = FILES.map(|file| self.directory.join(file));
         for file in pins.iter().chain(&files) {

@@ -2,12 +2,15 @@
 //! its versions; reads and writes no file.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::SystemTime;
 
+use exit_monitor::process::ProcessIdentity;
 use serde::{Deserialize, Serialize};
 
 use crate::id::SandboxKey;
-use crate::sandbox::api::{Ended, Network, Processes, Reach};
+use crate::sandbox::api::Ended;
+use crate::sandbox::isolation::Isolation;
 
 /// The format this program writes. A reader refuses what is newer and keeps fields it does not
 /// know.
@@ -29,6 +32,14 @@ pub(super) enum Phase {
     Removing,
 }
 
+/// A pod's init process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Init {
+    pub(super) identity: ProcessIdentity,
+    /// Its cgroup, from the root of each hierarchy.
+    pub(super) cgroup: PathBuf,
+}
+
 /// Everything the daemon has to remember about a sandbox.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct SandboxRecord {
@@ -41,9 +52,12 @@ pub(super) struct SandboxRecord {
     #[serde(default)]
     pub(super) ended: Option<Ended>,
     pub(super) name: String,
-    pub(super) network: Network,
-    pub(super) ipc: Reach,
-    pub(super) processes: Processes,
+    #[serde(flatten)]
+    pub(super) isolation: Isolation,
+    /// The init process of a pod whose containers share their processes, from before it can outlive
+    /// the daemon that has started it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) init: Option<Init>,
     pub(super) labels: BTreeMap<String, String>,
     /// Fields of a newer version, given back unread.
     #[serde(flatten)]

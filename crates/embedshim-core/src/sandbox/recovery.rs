@@ -3,13 +3,14 @@
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
-use std::time::SystemTime;
 
+use exit_monitor::process::{OpenError, Process};
 use tracing::{info, warn};
 
 use crate::sandbox::api::{Ended, SandboxConfig};
 use crate::sandbox::error::SandboxError;
-use crate::sandbox::namespaces::{is_pinned, pins};
+use crate::sandbox::holder;
+use crate::sandbox::namespaces::is_pinned;
 use crate::sandbox::place::{self, Place};
 use crate::sandbox::record::{Phase, SandboxRecord};
 use crate::sandbox::sandbox::{Sandbox, State};
@@ -17,6 +18,8 @@ use crate::sandbox::store::Store;
 
 /// A sandbox whose namespaces are lost, as after a reboot.
 const LOST: u32 = 255;
+/// A sandbox whose init process was killed.
+pub(super) const KILLED: u32 = 137;
 
 /// All sandboxes that there are, in their states. What cannot be finished or undone is logged and
 /// tried again by the next daemon: it keeps none from the others.
@@ -58,34 +61,44 @@ fn recover_one(
     };
     let code = match record.phase {
         Phase::Starting | Phase::Removing => {
+            holder::end(&record.key, record.init.as_ref())?;
             place.remove()?;
             store.remove(&record.key)?;
             return Ok(None);
         }
         Phase::Stopped => {
-            let ended = record.ended.unwrap_or(Ended {
-                code: 0,
-                at: SystemTime::now(),
-            });
+            let ended = record.ended.unwrap_or(Ended::now(0));
             return Ok(Some(Sandbox::restored(record, place, State::Ended(ended))));
         }
         Phase::Stopping => 0,
         Phase::Ready if record.boot_id != boot_id => lost("it is of an earlier boot"),
+        Phase::Ready if !is_running(&record) => {
+            warn!(sandbox = %record.key, "the init process of a sandbox has ended, and so has the sandbox");
+            KILLED
+        }
         Phase::Ready => {
-            let pins = pins(&record.network, record.ipc, &place);
-            if pins.iter().all(|pin| is_pinned(pin)) {
+            let mut pinned = record.isolation.pinned();
+            if pinned.all(|name| is_pinned(&place.pin(name))) {
                 return Ok(Some(Sandbox::restored(record, place, State::Ready)));
             }
             lost("a pin is gone")
         }
     };
+    holder::end(&record.key, record.init.as_ref())?;
     place.release()?;
-    let ended = Ended {
-        code,
-        at: SystemTime::now(),
-    };
+    let ended = Ended::now(code);
     record.phase = Phase::Stopped;
     record.ended = Some(ended);
     store.save(&record)?;
     Ok(Some(Sandbox::restored(record, place, State::Ended(ended))))
+}
+
+/// Whether the init process runs, of a sandbox that has one. One that cannot be looked at is not
+/// taken for dead.
+fn is_running(record: &SandboxRecord) -> bool {
+    record.init.as_ref().is_none_or(|init| {
+        let process = Process::reopen(init.identity);
+        let is_gone = matches!(process, Err(OpenError::Gone { .. }));
+        !is_gone && !process.is_ok_and(|process| process.has_ended().unwrap_or(false))
+    })
 }

@@ -2,14 +2,16 @@
 //! its record's content; writes no file.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 use std::time::{Instant, SystemTime};
 
 use tokio::sync::{Mutex, watch};
 
 use crate::id::SandboxKey;
-use crate::sandbox::api::{CreateSandbox, Ended, Network, Processes, Reach, SandboxSnapshot};
+use crate::sandbox::api::{CreateSandbox, Ended, SandboxSnapshot};
+use crate::sandbox::isolation::Isolation;
 use crate::sandbox::place::Place;
-use crate::sandbox::record::{Phase, SandboxRecord, VERSION};
+use crate::sandbox::record::{Init, Phase, SandboxRecord, VERSION};
 use crate::sandbox::spec::Shared;
 
 /// How far a sandbox is, as its clients see it.
@@ -30,9 +32,7 @@ pub(super) enum State {
 pub(super) struct Sandbox {
     pub(super) key: SandboxKey,
     pub(super) name: String,
-    pub(super) network: Network,
-    pub(super) ipc: Reach,
-    pub(super) processes: Processes,
+    pub(super) isolation: Isolation,
     pub(super) place: Place,
     /// What its start needs; `None` after a daemon has taken it over.
     pub(super) request: Option<CreateSandbox>,
@@ -40,6 +40,8 @@ pub(super) struct Sandbox {
     pub(super) mutation: Mutex<()>,
     state: watch::Sender<State>,
     created_at: SystemTime,
+    /// The init process of a pod whose containers share their processes.
+    pub(super) init: OnceLock<Init>,
     labels: BTreeMap<String, String>,
     unknown: serde_json::Map<String, serde_json::Value>,
 }
@@ -50,10 +52,9 @@ impl Sandbox {
         Self {
             key: request.key.clone(),
             name: request.name.clone(),
-            network: request.network.clone(),
-            ipc: request.ipc,
-            processes: request.processes,
+            isolation: Isolation::of(&request),
             place,
+            init: OnceLock::new(),
             labels: request.labels.clone(),
             request: Some(request),
             mutation: Mutex::default(),
@@ -68,10 +69,9 @@ impl Sandbox {
         Self {
             key: record.key,
             name: record.name,
-            network: record.network,
-            ipc: record.ipc,
-            processes: record.processes,
+            isolation: record.isolation,
             place,
+            init: record.init.map(OnceLock::from).unwrap_or_default(),
             request: None,
             mutation: Mutex::default(),
             state: watch::Sender::new(state),
@@ -95,10 +95,7 @@ impl Sandbox {
         let over = |state: &State| matches!(state, State::Ended(_) | State::Gone);
         match state.wait_for(over).await.as_deref() {
             Ok(State::Ended(ended)) => *ended,
-            _ => Ended {
-                code: 0,
-                at: SystemTime::now(),
-            },
+            _ => Ended::now(0),
         }
     }
 
@@ -117,18 +114,15 @@ impl Sandbox {
                 _ => None,
             },
             labels: self.labels.clone(),
-            network: self.network.clone(),
+            network: self.isolation.network.clone(),
         }
     }
 
     /// What its containers join.
     pub(super) fn shared(&self) -> Shared {
         Shared {
-            network: self.network.clone(),
-            ipc: self.ipc,
-            processes: self.processes,
-            ipc_pin: self.place.pin("ipc"),
-            uts_pin: self.place.pin("uts"),
+            isolation: self.isolation.clone(),
+            pins: self.place.pins(),
         }
     }
 
@@ -144,9 +138,8 @@ impl Sandbox {
                 _ => None,
             },
             name: self.name.clone(),
-            network: self.network.clone(),
-            ipc: self.ipc,
-            processes: self.processes,
+            isolation: self.isolation.clone(),
+            init: self.init.get().cloned(),
             labels: self.labels.clone(),
             unknown: self.unknown.clone(),
         }

@@ -4,21 +4,23 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::id::SandboxKey;
-use crate::sandbox::api::{CreateSandbox, Ended, SandboxConfig, SandboxSnapshot};
+use crate::sandbox::api::{CreateSandbox, Ended, Processes, SandboxConfig, SandboxSnapshot};
 use crate::sandbox::error::{SandboxError, failed};
-use crate::sandbox::namespaces;
+use crate::sandbox::holder::{self, Base};
+use crate::sandbox::namespaces::{self, Making};
 use crate::sandbox::place::{self, Place};
-use crate::sandbox::record::Phase;
-use crate::sandbox::recovery;
+use crate::sandbox::record::{Init, Phase};
+use crate::sandbox::recovery::{self, KILLED};
 use crate::sandbox::sandbox::{Sandbox, State};
 use crate::sandbox::spec;
 use crate::sandbox::store::Store;
+use crate::sandbox::sysctls;
 use crate::task::boot_id;
 
 /// How long a mutation may take before its caller is answered: the kernel and a tmpfs do it in
@@ -43,11 +45,20 @@ struct Inner {
     /// The directory of all places is a private mount. Finding that out takes the longer the more
     /// mounts there are.
     is_private: Mutex<bool>,
+    /// What the init processes of pods are made of, from the first of them on.
+    base: Mutex<Option<Arc<Base>>>,
     mutations: watch::Sender<usize>,
 }
 
 /// A mutation in flight, for as long as this lives.
 struct Mutation(Arc<Inner>);
+
+impl Mutation {
+    fn begin(inner: &Arc<Inner>) -> Self {
+        inner.mutations.send_modify(|count| *count += 1);
+        Self(Arc::clone(inner))
+    }
+}
 
 impl Drop for Mutation {
     fn drop(&mut self) {
@@ -70,10 +81,50 @@ impl Sandboxes {
                 boot_id,
                 known: Mutex::new(known.into_iter().map(of).collect()),
                 is_private: Mutex::default(),
+                base: Mutex::default(),
                 mutations: watch::Sender::new(0),
             })))
         };
-        blocking(opening).await?
+        let opened = blocking(opening).await??;
+        let known: Vec<_> = opened.0.known().values().cloned().collect();
+        for sandbox in &known {
+            opened.watch(sandbox);
+        }
+        Ok(opened)
+    }
+
+    /// Ends the sandbox when its init process ends, if it has one.
+    fn watch(&self, sandbox: &Arc<Sandbox>) {
+        let Some(init) = sandbox.init.get() else {
+            return;
+        };
+        if sandbox.state() != State::Ready {
+            return;
+        }
+        let (identity, inner) = (init.identity, Arc::clone(&self.0));
+        let sandbox = Arc::clone(sandbox);
+        tokio::spawn(async move {
+            if let Err(error) = holder::ended(identity).await {
+                warn!(sandbox = %sandbox.key, %error, "cannot wait for the init process of a sandbox");
+                return;
+            }
+            let _counted = Mutation::begin(&inner);
+            let _mutation = sandbox.mutation.lock().await;
+            if sandbox.state() != State::Ready {
+                return;
+            }
+            warn!(sandbox = %sandbox.key, pid = identity.pid, "the init process of a sandbox was killed");
+            let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
+            let released = blocking(move || worker.release(&of, KILLED)).await;
+            let ended = released
+                .and_then(|released| released)
+                .unwrap_or_else(|error| {
+                    // What is left goes with the removal.
+                    warn!(sandbox = %sandbox.key, %error, "cannot release what a sandbox has");
+                    Ended::now(KILLED)
+                });
+            sandbox.set(State::Ended(ended));
+        });
     }
 
     /// Takes note of a sandbox. Leaves nothing on disk: containerd does not tell if it gives one up
@@ -113,7 +164,7 @@ impl Sandboxes {
     /// failure the sandbox is forgotten.
     pub async fn start(&self, key: &SandboxKey) -> Result<SandboxSnapshot, SandboxError> {
         let sandbox = self.0.find(key)?;
-        let inner = Arc::clone(&self.0);
+        let (inner, this) = (Arc::clone(&self.0), self.clone());
         let work = async move {
             let _mutation = sandbox.mutation.lock().await;
             match sandbox.state() {
@@ -128,6 +179,7 @@ impl Sandboxes {
                 return Err(error);
             }
             sandbox.set(State::Ready);
+            this.watch(&sandbox);
             info!(sandbox = %sandbox.key, "sandbox started");
             Ok(sandbox.snapshot())
         };
@@ -147,7 +199,7 @@ impl Sandboxes {
                 State::Ended(_) | State::Gone => return Ok(()),
             }
             let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
-            let ended = blocking(move || worker.release(&of)).await??;
+            let ended = blocking(move || worker.release(&of, 0)).await??;
             sandbox.set(State::Ended(ended));
             info!(sandbox = %sandbox.key, "sandbox stopped");
             Ok(())
@@ -187,7 +239,7 @@ impl Sandboxes {
     /// it.
     pub fn spec(&self, key: &SandboxKey) -> Result<String, SandboxError> {
         let sandbox = self.0.find(key)?;
-        let mounts = sandbox.place.mounts(sandbox.ipc);
+        let mounts = sandbox.place.mounts(sandbox.isolation.ipc);
         Ok(spec::of_sandbox(&sandbox.shared(), &mounts).to_string())
     }
 
@@ -263,8 +315,7 @@ impl Sandboxes {
         what: &'static str,
         work: impl Future<Output = Result<T, SandboxError>> + Send + 'static,
     ) -> Result<T, SandboxError> {
-        self.0.mutations.send_modify(|count| *count += 1);
-        let mutation = Mutation(Arc::clone(&self.0));
+        let mutation = Mutation::begin(&self.0);
         let task = tokio::spawn(async move {
             let result = work.await;
             drop(mutation);
@@ -309,17 +360,58 @@ impl Inner {
         let make = || {
             self.make_private(&sandbox.key)?;
             place.make_files(request)?;
-            namespaces::make(&self.config, request, place)?;
+            self.make_namespaces(sandbox, request)?;
             place.link()?;
             self.store
                 .save(&sandbox.record(&self.boot_id, Phase::Ready))
         };
         make().inspect_err(|_| {
-            let undone = place.remove().and_then(|()| self.store.remove(&sandbox.key));
+            let undone = holder::end(&sandbox.key, sandbox.init.get())
+                .and_then(|()| place.remove())
+                .and_then(|()| self.store.remove(&sandbox.key));
             if let Err(error) = undone {
                 warn!(sandbox = %sandbox.key, %error, "cannot undo the start of a sandbox: the next daemon tries again");
             }
         })
+    }
+
+    /// Blocks.
+    fn make_namespaces(
+        &self,
+        sandbox: &Sandbox,
+        request: &CreateSandbox,
+    ) -> Result<(), SandboxError> {
+        let shares_processes = request.processes == Processes::Pod;
+        let base = shares_processes
+            .then(|| self.base(&sandbox.key))
+            .transpose()?;
+        // A successor ends it then.
+        let note = |identity| {
+            let cgroup = request.cgroup();
+            let _ = sandbox.init.set(Init { identity, cgroup });
+            self.store
+                .save(&sandbox.record(&self.boot_id, Phase::Starting))
+        };
+        namespaces::make(&Making {
+            request,
+            isolation: &sandbox.isolation,
+            place: &sandbox.place,
+            sysctls: &sysctls::of(&self.config, request)?,
+            base: base.as_deref(),
+            note: &note,
+        })
+    }
+
+    /// Blocks for the first.
+    fn base(&self, key: &SandboxKey) -> Result<Arc<Base>, SandboxError> {
+        let mut base = self.base.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(base) = &*base {
+            return Ok(Arc::clone(base));
+        }
+        let stage = place::places(&self.config.state_dir);
+        let doing = "cannot make what init processes are made of with";
+        let made = Base::make(&stage).map_err(failed::<std::io::Error>(key, doing, &stage))?;
+        Ok(Arc::clone(base.insert(Arc::new(made))))
     }
 
     /// Once for all sandboxes. Blocks.
@@ -345,14 +437,12 @@ impl Inner {
     }
 
     /// Releases what keeps the kernel's resources. Blocks.
-    fn release(&self, sandbox: &Sandbox) -> Result<Ended, SandboxError> {
+    fn release(&self, sandbox: &Sandbox, code: u32) -> Result<Ended, SandboxError> {
         self.store
             .save(&sandbox.record(&self.boot_id, Phase::Stopping))?;
+        holder::end(&sandbox.key, sandbox.init.get())?;
         sandbox.place.release()?;
-        let ended = Ended {
-            code: 0,
-            at: SystemTime::now(),
-        };
+        let ended = Ended::now(code);
         let mut record = sandbox.record(&self.boot_id, Phase::Stopped);
         record.ended = Some(ended);
         self.store.save(&record)?;
@@ -363,6 +453,7 @@ impl Inner {
     fn dismantle(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
         self.store
             .save(&sandbox.record(&self.boot_id, Phase::Removing))?;
+        holder::end(&sandbox.key, sandbox.init.get())?;
         sandbox.place.remove()?;
         self.store.remove(&sandbox.key)
     }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::sandbox::api::{Network, Processes, Reach};
+use crate::sandbox::isolation::Isolation;
 
 /// Where containerd thinks that the namespaces of process 0 are.
 const NO_PROCESS: &str = "/proc/0/";
@@ -21,22 +22,21 @@ const MAX_SPEC: u64 = 16 * 1024 * 1024;
 /// What containers of a sandbox join.
 #[derive(Clone, Debug)]
 pub(super) struct Shared {
-    pub(super) network: Network,
-    pub(super) ipc: Reach,
-    pub(super) processes: Processes,
-    /// Where the sandbox's own namespaces are pinned.
-    pub(super) ipc_pin: PathBuf,
-    pub(super) uts_pin: PathBuf,
+    pub(super) isolation: Isolation,
+    /// The directory in which the sandbox's own namespaces are pinned.
+    pub(super) pins: PathBuf,
 }
 
 /// The specification of a sandbox: see [`super::Sandboxes::spec`]. `mounts` are what is mounted
 /// where, and from where.
 pub(super) fn of_sandbox(shared: &Shared, mounts: &[(PathBuf, PathBuf)]) -> Value {
-    let named = ["network", "ipc", "uts"].into_iter().filter_map(|kind| {
+    let all = ["user", "network", "ipc", "uts", "pid"].into_iter();
+    let named = all.filter_map(|kind| {
         let path = path_of(kind, shared).ok()??;
         Some(json!({"type": kind, "path": path.to_string_lossy()}))
     });
-    let own_pid = (shared.processes == Processes::Container).then(|| json!({"type": "pid"}));
+    let is_alone = shared.isolation.processes == Processes::Container;
+    let own_pid = is_alone.then(|| json!({"type": "pid"}));
     let namespaces: Vec<Value> = named.chain(own_pid).collect();
     let mount = |(destination, source): &(PathBuf, PathBuf)| {
         json!({
@@ -110,13 +110,22 @@ fn rewrite(spec: &mut Value, shared: &Shared) -> Result<bool, String> {
 }
 
 /// Where the sandbox's namespace of this type is; `None` if it is the node's.
-fn path_of<'a>(kind: &str, shared: &'a Shared) -> Result<Option<&'a Path>, String> {
-    match (kind, &shared.network) {
-        ("ipc", _) => Ok((shared.ipc == Reach::Pod).then_some(&shared.ipc_pin)),
-        ("uts", Network::Pod(_)) => Ok(Some(&shared.uts_pin)),
-        ("network", Network::Pod(path)) => Ok(Some(path)),
-        ("uts" | "network", Network::Node) => Ok(None),
-        ("pid", _) if shared.processes == Processes::Node => Ok(None),
+fn path_of(kind: &str, shared: &Shared) -> Result<Option<PathBuf>, String> {
+    let Isolation {
+        network,
+        ipc,
+        processes,
+        users,
+    } = &shared.isolation;
+    let pinned = || Ok(Some(shared.pins.join(kind)));
+    match (kind, network) {
+        ("network", Network::Pod(path)) => Ok(Some(path.clone())),
+        ("uts", Network::Pod(_)) => pinned(),
+        ("ipc", _) if *ipc == Reach::Pod => pinned(),
+        ("user", _) if *users == Reach::Pod => pinned(),
+        ("pid", _) if *processes == Processes::Pod => pinned(),
+        ("network" | "uts" | "ipc", _) => Ok(None),
+        ("pid", _) if *processes == Processes::Node => Ok(None),
         _ => Err(format!(
             "the sandbox has no {kind:?} namespace that a container could join"
         )),
@@ -128,12 +137,15 @@ mod tests {
     use super::*;
 
     fn shared(network: Network, ipc: Reach, processes: Processes) -> Shared {
-        Shared {
+        let isolation = Isolation {
             network,
             ipc,
             processes,
-            ipc_pin: "/pin/ipc".into(),
-            uts_pin: "/pin/uts".into(),
+            users: Reach::Node,
+        };
+        Shared {
+            isolation,
+            pins: "/pin".into(),
         }
     }
 
@@ -165,6 +177,23 @@ mod tests {
             rewritten["linux"]["resources"],
             spec()["linux"]["resources"]
         );
+    }
+
+    #[test]
+    fn shared_processes_and_users_are_joined_where_they_are_pinned() {
+        let mut pod = shared(Network::Node, Reach::Node, Processes::Pod);
+        pod.isolation.users = Reach::Pod;
+        let mut rewritten = json!({"linux": {"namespaces": [
+            {"type": "user", "path": "/proc/0/ns/user"},
+            {"type": "pid", "path": "/proc/0/ns/pid"},
+        ]}});
+        rewrite(&mut rewritten, &pod).unwrap();
+        let expected = json!([
+            {"type": "user", "path": "/pin/user"},
+            {"type": "pid", "path": "/pin/pid"},
+        ]);
+        assert_eq!(rewritten["linux"]["namespaces"], expected);
+        assert_eq!(of_sandbox(&pod, &[])["linux"]["namespaces"], expected);
     }
 
     #[test]

@@ -35,18 +35,7 @@ impl Sandbox {
     /// [`Sandbox::enable_sandboxer`].
     fn cri(&self) -> String {
         let launcher = self.binaries.join("containerd-shim-embed-v1");
-        let options = |handler: &str| {
-            let binary = self.oci_runtime.as_ref();
-            binary.map_or_else(String::new, |binary| {
-                let table = format!(
-                    "plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{handler}.options"
-                );
-                format!(
-                    "    [{table}]\n      BinaryName = \"{}\"\n",
-                    binary.display()
-                )
-            })
-        };
+        let options = |handler| self.options(handler);
         let [embed, path, runc_v2] = ["embed", "path", "runc-v2"].map(options);
         let pauseless = self.sandboxer();
         let (launcher, directory, image) =
@@ -76,6 +65,20 @@ impl Sandbox {
         )
     }
 
+    /// The options of a handler that name the OCI runtime, if it is not the installed one.
+    fn options(&self, handler: &str) -> String {
+        let binary = self.oci_runtime.as_ref();
+        binary.map_or_else(String::new, |binary| {
+            let table = format!(
+                "plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{handler}.options"
+            );
+            format!(
+                "    [{table}]\n      BinaryName = \"{}\"\n",
+                binary.display()
+            )
+        })
+    }
+
     /// Our daemon as a sandbox controller, and the handler of its pods.
     fn sandboxer(&self) -> String {
         if !self.has_sandboxer {
@@ -86,10 +89,11 @@ impl Sandbox {
             r#"    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.pauseless]
       runtime_type = "{RUNC_V2}"
       sandboxer = "embed"
-[proxy_plugins.embed]
+{}[proxy_plugins.embed]
   type = "sandbox"
   address = "{}"
 "#,
+            self.options("pauseless"),
             socket.display()
         )
     }
