@@ -104,13 +104,23 @@ impl Bundles {
             pod.put_into(&mut spec);
         }
         fs::write(path.join("config.json"), spec.to_string())?;
+        if let Some(pod) = pod.filter(|pod| pod.pid == Some(0)) {
+            // containerd executes no launcher for it, which would leave a note.
+            fs::write(path.join("sandbox"), &pod.id)?;
+        } else {
+            self.note(&path)?;
+        }
+        Ok(Made { path, mounts })
+    }
+
+    /// As the launcher leaves it.
+    fn note(&self, bundle: &Path) -> anyhow::Result<()> {
         let note = BundleNote {
             namespace: self.namespace.clone(),
             events: self.events.display().to_string(),
             ..BundleNote::default()
         };
-        note.write(&path)?;
-        Ok(Made { path, mounts })
+        Ok(note.write(bundle)?)
     }
 
     fn bind(&self) -> api::Mount {
@@ -141,7 +151,7 @@ impl Bundles {
 #[derive(Clone, Debug)]
 pub(crate) struct Joined {
     pub(crate) id: String,
-    /// None for the first container itself.
+    /// None for the first container itself; 0 for a pod of our sandbox controller.
     pub(crate) pid: Option<u32>,
     pub(crate) shares_pids: bool,
 }
@@ -160,6 +170,8 @@ impl Joined {
         });
         if let Some(spec) = spec.as_object_mut() {
             spec.insert("annotations".into(), annotations);
+            // The pod has a name.
+            spec.remove("hostname");
         }
         let Some(pid) = self.pid else { return };
         edit_namespaces(spec, |namespaces| {

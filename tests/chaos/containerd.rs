@@ -85,6 +85,13 @@ enum Outcome {
     Interrupted,
 }
 
+/// containerd 1.6 that was killed between the making of a snapshot's directory and its database's
+/// transaction makes no snapshot until it has collected that garbage (seed 6015741).
+fn is_behind_its_death(finished: &Finished) -> bool {
+    let words = ["failed to rename", "snapshots/", "file exists"];
+    words.iter().all(|word| finished.stderr.contains(word))
+}
+
 /// Lives one life. An error is a failure.
 pub(crate) fn live(ground: &Ground, id: &str, random: &mut Random) {
     let life = Life::of(random);
@@ -135,7 +142,8 @@ impl Container<'_> {
         let finished = Running::capture(command)?.finish(DEADLINE);
         let is_without_containerd = self.ground.epoch() != epoch;
         let is_without_runtime = self.runtimes_killed() != killed;
-        let is_interrupted = is_without_containerd || is_without_runtime;
+        let is_behind = finished.as_ref().is_ok_and(is_behind_its_death);
+        let is_interrupted = is_without_containerd || is_without_runtime || is_behind;
         let answer = match &finished {
             Ok(finished) => format!("{:?} {}", finished.code, finished.stderr.trim()),
             Err(error) => error.to_string(),
@@ -150,7 +158,7 @@ impl Container<'_> {
             // Whatever was killed, it is answered.
             Err(error) if !is_without_containerd => Err(error.context("request not answered")),
             _ => {
-                if is_without_containerd {
+                if is_without_containerd || is_behind {
                     self.ground.ledger.interrupted(self.id);
                 } else {
                     self.ground.ledger.count(|counts| counts.refused += 1);

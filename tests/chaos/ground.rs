@@ -15,6 +15,7 @@ use testbed::sandbox::{EMBEDSHIM, Sandbox};
 use crate::bundle::Bundles;
 use crate::daemon::Daemons;
 use crate::ledger::Ledger;
+use crate::sandboxes;
 
 /// The common ground.
 #[derive(Debug)]
@@ -52,6 +53,8 @@ impl Ground {
             let usual = std::env::var("PATH")?;
             sandbox.set_environment("PATH", &format!("{}:{usual}", directory.display()));
         }
+        let config = sandboxes::configure(sandbox.directory())?;
+        sandbox.set_environment("EMBEDSHIM_CONFIG", &config.to_string_lossy());
         sandbox.start_daemon()?;
         if let Some(archive) = archive {
             sandbox.start_containerd()?;

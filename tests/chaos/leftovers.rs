@@ -13,7 +13,7 @@ use crate::ground::Ground;
 
 /// Directories of the state directory whose files belong to containers, connections or events that
 /// are gone.
-const DIRECTORIES: [&str; 4] = ["tasks", "connections", "events", "tty"];
+const DIRECTORIES: [&str; 6] = ["tasks", "connections", "events", "tty", "sandboxes", "pods"];
 
 /// What was there before.
 #[derive(Debug)]

@@ -24,6 +24,7 @@ mod program;
 mod random;
 mod runtime_killer;
 mod runtimes;
+mod sandboxes;
 mod sequence;
 mod steps;
 mod storm;
@@ -145,6 +146,7 @@ fn warm_up(ground: &Ground, has_containerd: bool) -> anyhow::Result<()> {
     for init in [init, init.on_terminal()] {
         direct::live(ground, "first", &Life::of_init(init));
     }
+    sandboxes::warm_up(ground)?;
     if has_containerd {
         let sandbox = ground.sandbox();
         sandbox.detached(&[], "first", &["true"])?;

@@ -37,7 +37,7 @@ impl Plan {
 }
 
 /// CRIU knows nothing of namespaces that are joined.
-fn member(random: &mut Random) -> Life {
+pub(crate) fn member(random: &mut Random) -> Life {
     loop {
         let life = Life::of(random);
         if !life.is_checkpointed {
@@ -87,7 +87,13 @@ fn play(ground: &Ground, id: &str, plan: &Plan) -> anyhow::Result<()> {
         .context("what was left in the pod")
 }
 
-fn live_members(ground: &Ground, id: &str, members: &[Life], pod: &Joined) -> anyhow::Result<()> {
+/// Lives all of these at once.
+pub(crate) fn live_members(
+    ground: &Ground,
+    id: &str,
+    members: &[Life],
+    pod: &Joined,
+) -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..)
             .zip(members)

@@ -9,7 +9,7 @@ use crate::ground::Ground;
 use crate::ledger::DEADLINE;
 use crate::plan::Life;
 use crate::random::Random;
-use crate::{containerd, direct, killer, pods, runtime_killer};
+use crate::{containerd, direct, killer, pods, runtime_killer, sandboxes};
 
 /// Streams of numbers: workers of both kinds, and the killer.
 const DIRECT: u64 = 1;
@@ -17,6 +17,8 @@ const CONTAINERD: u64 = 2;
 const KILLER: u64 = 3;
 /// So many of a hundred lives are a pod's.
 const PODS: u64 = 8;
+/// And so many of the others a pod's of our sandbox controller.
+const SANDBOXES: u64 = 8;
 
 /// The life of a worker with this number, told from the seed alone.
 fn random_of(options: &Options, kind: u64, worker: u64, life: u64) -> Random {
@@ -36,6 +38,8 @@ pub(crate) fn blow(ground: &Ground, options: &Options, time: Duration) {
                     let id = format!("d{worker}-{number}");
                     if random.chance(PODS) {
                         pods::live(ground, &id, &mut random);
+                    } else if random.chance(SANDBOXES) {
+                        sandboxes::live(ground, &id, &mut random);
                     } else {
                         direct::live(ground, &id, &Life::of(&mut random));
                     }

@@ -3,6 +3,7 @@
 //! nothing else. The second need an OCI runtime of 1.2 or later: Debian's runc 1.3.
 
 use std::fs;
+use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use embedshim_tests::{Cri, Footprint, Namespaces, Pod, Stage, Test};
@@ -17,11 +18,12 @@ use crate::pods::{self, HANDLER, OWN_NETWORK, end, seen, with_pods};
 use crate::tests;
 use crate::user_namespaces::{MAPPED, life_with};
 
-pub(crate) const TESTS: [Test; 6] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 7] = tests!(ContainerdTwo:
     the_init_of_a_pod_has_no_rights_and_shows_nothing_of_the_host,
     the_init_of_a_pod_reaps_and_cannot_be_killed_from_inside,
     a_pod_with_an_init_outlives_the_daemon_and_containerd,
     a_pod_whose_init_is_killed_has_ended,
+    a_pod_whose_processes_do_not_end_holds_up_no_daemon_and_is_finished_later,
     a_pod_with_users_of_its_own_lives_without_a_pause_container,
     a_pod_with_users_and_shared_processes_has_an_init_of_its_users,
 );
@@ -32,12 +34,15 @@ pub(crate) const SHARED_PROCESSES: Namespaces = Namespaces {
     ..OWN_NETWORK
 };
 
+fn record_of(sandbox: &Sandbox, pod: &Pod) -> PathBuf {
+    let name = format!("sandboxes/k8s.io:{}.json", pod.id);
+    sandbox.state_dir().join(name)
+}
+
 /// The node's number of a pod's init.
 fn init_of(sandbox: &Sandbox, pod: &Pod) -> anyhow::Result<i32> {
-    let record = sandbox
-        .state_dir()
-        .join(format!("sandboxes/k8s.io:{}.json", pod.id));
-    let record: serde_json::Value = serde_json::from_str(&fs::read_to_string(record)?)?;
+    let text = fs::read_to_string(record_of(sandbox, pod))?;
+    let record: serde_json::Value = serde_json::from_str(&text)?;
     let pid = record.pointer("/init/identity/pid");
     let pid = pid.and_then(serde_json::Value::as_i64).context("no init")?;
     Ok(i32::try_from(pid)?)
@@ -200,6 +205,83 @@ fn a_pod_whose_init_is_killed_has_ended(stage: &Stage) -> anyhow::Result<()> {
         before.wait_for_return(&sandbox)?;
     }
     cri.remove_pod(&first)
+}
+
+/// Its containers' processes are frozen; an init that was killed ends after all others.
+fn a_pod_whose_processes_do_not_end_holds_up_no_daemon_and_is_finished_later(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let Some((sandbox, mut cri)) = with_pods(stage)? else {
+        return Ok(());
+    };
+    let first = cri.run_pod("first", HANDLER, SHARED_PROCESSES)?;
+    let before = Footprint::of(&sandbox);
+    for phase in ["stopping", "removing"] {
+        let pod = cri.run_pod("pod", HANDLER, SHARED_PROCESSES)?;
+        let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
+        let frozen = Frozen::freeze(&sandbox, &id)?;
+        // As a daemon leaves it that dies within.
+        let record = record_of(&sandbox, &pod);
+        let text = fs::read_to_string(&record)?;
+        fs::write(&record, text.replace("\"ready\"", &format!("\"{phase}\"")))?;
+        sandbox.kill_daemon()?;
+        let log = sandbox.daemon_log();
+        ensure!(
+            !log.contains("cannot finish what a predecessor"),
+            "it has waited: {log}"
+        );
+        until("the other pod is ready", || {
+            Ok(cri.is_ready(&first).is_ok_and(|is| is == (true, true)))
+        })?;
+        ensure!(record.exists(), "it is forgotten");
+        frozen.thaw()?;
+        until("the pod is removed", || Ok(cri.remove_pod(&pod).is_ok()))?;
+        before.wait_for_return(&sandbox)?;
+    }
+    cri.remove_pod(&first)
+}
+
+/// A container that its cgroup's freezer holds.
+struct Frozen {
+    file: PathBuf,
+    words: [&'static str; 2],
+}
+
+impl Frozen {
+    fn freeze(sandbox: &Sandbox, id: &str) -> anyhow::Result<Self> {
+        let cgroup = format!("{}/{id}", sandbox.namespace());
+        let [v1, v2] = ["freezer", ""].map(|controller| {
+            PathBuf::from("/sys/fs/cgroup")
+                .join(controller)
+                .join(&cgroup)
+        });
+        let frozen = if v1.is_dir() {
+            let file = v1.join("freezer.state");
+            let words = ["FROZEN", "THAWED"];
+            Self { file, words }
+        } else {
+            let file = v2.join("cgroup.freeze");
+            let words = ["1", "0"];
+            Self { file, words }
+        };
+        frozen.put(0)?;
+        Ok(frozen)
+    }
+
+    fn put(&self, word: usize) -> anyhow::Result<()> {
+        let word = self.words.get(word).context("no such word")?;
+        fs::write(&self.file, word).with_context(|| self.file.display().to_string())
+    }
+
+    fn thaw(&self) -> anyhow::Result<()> {
+        self.put(1)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = self.thaw();
+    }
 }
 
 /// With an OCI runtime that can map the owners of mounts.

@@ -21,12 +21,18 @@ const SERVICE: &str = "/containerd.services.sandbox.v1.Controller/";
 pub struct Controller {
     runtime: Runtime,
     channel: Channel,
+    namespace: String,
     waits: JoinSet<Result<(), Status>>,
 }
 
 impl Controller {
-    /// Connects.
+    /// Connects, for pods of the CRI's namespace.
     pub fn connect(socket: &Path) -> anyhow::Result<Self> {
+        Self::connect_as(socket, "k8s.io")
+    }
+
+    /// The same for another namespace. A connection that is lost is made again by the next call.
+    pub fn connect_as(socket: &Path, namespace: &str) -> anyhow::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display()))?;
         let endpoint = endpoint.connect_timeout(PATIENCE);
@@ -36,27 +42,40 @@ impl Controller {
         Ok(Self {
             runtime,
             channel,
+            namespace: namespace.into(),
             waits: JoinSet::new(),
         })
     }
 
     /// Starts a sandbox, which changes nothing of one that is started, and returns the answer.
     pub fn start(&mut self, id: &str) -> anyhow::Result<Vec<u8>> {
-        let start = call(self.channel.clone(), "Start", field(1, id.as_bytes()));
-        Ok(self.runtime.block_on(start)?)
+        Ok(self.ask("Start", id)?)
+    }
+
+    /// A call with nothing but a sandbox's id, and its answer.
+    pub fn ask(&mut self, method: &str, id: &str) -> Result<Vec<u8>, Status> {
+        let call = self.call(method, field(1, id.as_bytes()));
+        self.runtime.block_on(call)
+    }
+
+    fn call(
+        &self,
+        method: &str,
+        message: Vec<u8>,
+    ) -> impl Future<Output = Result<Vec<u8>, Status>> + Send + use<> {
+        let (channel, namespace) = (self.channel.clone(), self.namespace.clone());
+        call(channel, namespace, method.to_owned(), message)
     }
 
     /// Begins so many waits for the end of a pod, and returns when all of them are on their way.
     pub fn begin_waits(&mut self, id: &str, count: usize) -> anyhow::Result<()> {
         for _ in 0..count {
-            let (channel, message) = (self.channel.clone(), field(1, id.as_bytes()));
-            let wait = async move { call(channel, "Wait", message).await.map(drop) };
+            let wait = self.call("Wait", field(1, id.as_bytes()));
+            let wait = async move { wait.await.map(drop) };
             self.waits.spawn_on(wait, self.runtime.handle());
         }
         // Behind them on the same connection.
-        let message = field(1, id.as_bytes());
-        let status = call(self.channel.clone(), "Status", message);
-        self.runtime.block_on(status)?;
+        self.ask("Status", id)?;
         Ok(())
     }
 
@@ -77,18 +96,37 @@ impl Controller {
     pub fn create(&mut self, id: &str, kind: &str, options: &[u8]) -> Option<Code> {
         let any = [field(1, kind.as_bytes()), field(2, options)].concat();
         let message = [field(1, id.as_bytes()), field(3, &any)].concat();
-        let create = call(self.channel.clone(), "Create", message);
+        let create = self.call("Create", message);
         let created = self.runtime.block_on(create);
         created.err().map(|status| status.code())
     }
+
+    /// Creates a sandbox with the node's network, whose containers share their processes or not.
+    pub fn create_plain(&mut self, id: &str, shares_processes: bool) -> Option<Code> {
+        let metadata = [field(1, id.as_bytes()), field(2, id.as_bytes())].concat();
+        // The node's network; a pid namespace for each container.
+        let mut namespaces = vec![1 << 3, 2];
+        if !shares_processes {
+            namespaces.extend([2 << 3, 1]);
+        }
+        let linux = field(2, &field(1, &namespaces));
+        let config = [field(1, &metadata), field(8, &linux)].concat();
+        self.create(id, "runtime.v1.PodSandboxConfig", &config)
+    }
 }
 
-async fn call(channel: Channel, method: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
+async fn call(
+    channel: Channel,
+    namespace: String,
+    method: String,
+    message: Vec<u8>,
+) -> Result<Vec<u8>, Status> {
     let mut client = Grpc::new(channel);
     let ready = client.ready().await;
     ready.map_err(|error| Status::unavailable(error.to_string()))?;
     let mut request = Request::new(message);
-    let namespace = MetadataValue::from_static("k8s.io");
+    let namespace = MetadataValue::try_from(namespace);
+    let namespace = namespace.map_err(|_| Status::internal("no namespace"))?;
     request
         .metadata_mut()
         .insert("containerd-namespace", namespace);

@@ -12,6 +12,7 @@
 //! successor, `Stopping` and `Removing` are finished.
 
 mod api;
+mod builder;
 mod error;
 mod holder;
 mod isolation;

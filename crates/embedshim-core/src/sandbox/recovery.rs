@@ -1,17 +1,14 @@
 //! A new daemon takes over the sandboxes of its predecessor. Owns the comparison of the records
-//! with what is there: of an earlier boot, half made, half removed. Blocks on the file system.
-
-use std::collections::HashSet;
-use std::ffi::{OsStr, OsString};
+//! with what is there: of an earlier boot, half made, half removed. Changes nothing. Blocks on the
+//! file system.
 
 use exit_monitor::process::{OpenError, Process};
 use tracing::{info, warn};
 
 use crate::sandbox::api::{Ended, SandboxConfig};
 use crate::sandbox::error::SandboxError;
-use crate::sandbox::holder;
 use crate::sandbox::namespaces::is_pinned;
-use crate::sandbox::place::{self, Place};
+use crate::sandbox::place::Place;
 use crate::sandbox::record::{Phase, SandboxRecord};
 use crate::sandbox::sandbox::{Sandbox, State};
 use crate::sandbox::store::Store;
@@ -21,76 +18,51 @@ const LOST: u32 = 255;
 /// A sandbox whose init process was killed.
 pub(super) const KILLED: u32 = 137;
 
-/// All sandboxes that there are, in their states. What cannot be finished or undone is logged and
-/// tried again by the next daemon: it keeps none from the others.
+/// All sandboxes that there are, in their states. What a predecessor has left half done is still to
+/// be finished.
 pub(super) fn recover(
     config: &SandboxConfig,
     store: &Store,
     boot_id: &str,
 ) -> Result<Vec<Sandbox>, SandboxError> {
-    let mut found = Vec::new();
-    for record in store.load()? {
-        let (key, phase) = (record.key.clone(), record.phase);
-        match recover_one(config, store, boot_id, record) {
-            Ok(sandbox) => found.extend(sandbox),
-            Err(error) => warn!(
-                sandbox = %key, ?phase, %error,
-                "cannot take over a sandbox: the next daemon tries again"
-            ),
+    let restored = store.load()?.into_iter().map(|mut record| {
+        if record.boot_id != boot_id {
+            // Another process can have its number and its start time now.
+            record.init = None;
         }
-    }
-    let known: HashSet<OsString> = found
-        .iter()
-        .map(|sandbox| OsStr::new(sandbox.key.id.as_str()).to_owned())
-        .collect();
-    place::remove_dangling(config, |id| known.contains(id));
+        let place = Place::new(config, &record.key);
+        let state = state_of(&record, &place, boot_id);
+        Sandbox::restored(record, place, state)
+    });
+    let found: Vec<Sandbox> = restored.collect();
     info!(sandboxes = found.len(), "sandboxes taken over");
     Ok(found)
 }
 
-fn recover_one(
-    config: &SandboxConfig,
-    store: &Store,
-    boot_id: &str,
-    mut record: SandboxRecord,
-) -> Result<Option<Sandbox>, SandboxError> {
-    let place = Place::new(config, &record.key);
+fn state_of(record: &SandboxRecord, place: &Place, boot_id: &str) -> State {
+    let key = &record.key;
     let lost = |why: &str| {
-        warn!(sandbox = %record.key, why, "a sandbox has lost its namespaces: it has ended");
-        LOST
+        warn!(sandbox = %key, why, "a sandbox has lost its namespaces: it has ended");
+        State::Ending(LOST)
     };
-    let code = match record.phase {
-        Phase::Starting | Phase::Removing => {
-            holder::end(&record.key, record.init.as_ref())?;
-            place.remove()?;
-            store.remove(&record.key)?;
-            return Ok(None);
-        }
-        Phase::Stopped => {
-            let ended = record.ended.unwrap_or(Ended::now(0));
-            return Ok(Some(Sandbox::restored(record, place, State::Ended(ended))));
-        }
-        Phase::Stopping => 0,
+    match record.phase {
+        Phase::Starting | Phase::Removing => State::Leaving,
+        Phase::Stopped => State::Ended(record.ended.unwrap_or(Ended::now(0))),
+        Phase::Stopping => State::Ending(0),
         Phase::Ready if record.boot_id != boot_id => lost("it is of an earlier boot"),
-        Phase::Ready if !is_running(&record) => {
-            warn!(sandbox = %record.key, "the init process of a sandbox has ended, and so has the sandbox");
-            KILLED
+        Phase::Ready if !is_running(record) => {
+            warn!(sandbox = %key, "the init process of a sandbox has ended, and so has the sandbox");
+            State::Ending(KILLED)
         }
         Phase::Ready => {
             let mut pinned = record.isolation.pinned();
             if pinned.all(|name| is_pinned(&place.pin(name))) {
-                return Ok(Some(Sandbox::restored(record, place, State::Ready)));
+                State::Ready
+            } else {
+                lost("a pin is gone")
             }
-            lost("a pin is gone")
         }
-    };
-    holder::end(&record.key, record.init.as_ref())?;
-    place.release()?;
-    let ended = Ended::now(code);
-    record.phase = Phase::Stopped;
-    record.ended = Some(ended);
-    store.save(&record)?;
-    Ok(Some(Sandbox::restored(record, place, State::Ended(ended))))
+    }
 }
 
 /// Whether the init process runs, of a sandbox that has one. One that cannot be looked at is not

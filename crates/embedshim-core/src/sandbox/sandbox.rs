@@ -21,6 +21,11 @@ pub(super) enum State {
     Created(Instant),
     /// It has everything that containers need.
     Ready,
+    /// A predecessor has begun its end, which has this code, or what it had is lost: it is being
+    /// finished.
+    Ending(u32),
+    /// A predecessor has begun its start or its removal: what there is of it is being removed.
+    Leaving,
     /// Its containers cannot be started any more.
     Ended(Ended),
     /// It was removed.
@@ -87,6 +92,11 @@ impl Sandbox {
 
     pub(super) fn set(&self, state: State) {
         self.state.send_replace(state);
+    }
+
+    /// Whether a predecessor has begun something with it that is still to be finished.
+    pub(super) fn is_unfinished(&self) -> bool {
+        matches!(self.state(), State::Ending(_) | State::Leaving)
     }
 
     /// Waits for the end. A sandbox that is removed without one has ended then.

@@ -2,6 +2,7 @@
 //! that outlives its caller, with a deadline for the answer; reads answer from memory.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,23 +10,25 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::error::chain;
 use crate::id::SandboxKey;
-use crate::sandbox::api::{CreateSandbox, Ended, Processes, SandboxConfig, SandboxSnapshot};
+use crate::sandbox::api::{CreateSandbox, Ended, SandboxConfig, SandboxSnapshot};
+use crate::sandbox::builder::Builder;
 use crate::sandbox::error::{SandboxError, failed};
-use crate::sandbox::holder::{self, Base};
-use crate::sandbox::namespaces::{self, Making};
+use crate::sandbox::holder;
 use crate::sandbox::place::{self, Place};
-use crate::sandbox::record::{Init, Phase};
+use crate::sandbox::record::Phase;
 use crate::sandbox::recovery::{self, KILLED};
 use crate::sandbox::sandbox::{Sandbox, State};
 use crate::sandbox::spec;
 use crate::sandbox::store::Store;
-use crate::sandbox::sysctls;
 use crate::task::boot_id;
 
 /// How long a mutation may take before its caller is answered: the kernel and a tmpfs do it in
 /// milliseconds. It goes on, and its sandbox stays locked as long.
 const LIMIT: Duration = Duration::from_secs(10);
+/// The time between two attempts to finish what a predecessor has begun.
+const AGAIN: Duration = Duration::from_secs(1);
 /// A created sandbox that is not started by then never will be: containerd says nothing when it
 /// gives one up.
 const FORGET: Duration = Duration::from_mins(10);
@@ -38,15 +41,8 @@ pub struct Sandboxes(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    config: SandboxConfig,
-    store: Store,
-    boot_id: String,
+    builder: Builder,
     known: Mutex<HashMap<SandboxKey, Arc<Sandbox>>>,
-    /// The directory of all places is a private mount. Finding that out takes the longer the more
-    /// mounts there are.
-    is_private: Mutex<bool>,
-    /// What the init processes of pods are made of, from the first of them on.
-    base: Mutex<Option<Arc<Base>>>,
     mutations: watch::Sender<usize>,
 }
 
@@ -68,29 +64,56 @@ impl Drop for Mutation {
 
 impl Sandboxes {
     /// Takes over what is in the state directory: what a predecessor has left half done is finished
-    /// or undone.
+    /// or undone, before this returns if no process has to end for that.
     pub async fn open(config: SandboxConfig) -> Result<Self, SandboxError> {
         let opening = move || {
             let store = Store::open(&config.state_dir)?;
             let boot_id = boot_id();
             let known = recovery::recover(&config, &store, &boot_id)?;
             let of = |sandbox: Sandbox| (sandbox.key.clone(), Arc::new(sandbox));
-            Ok(Self(Arc::new(Inner {
-                config,
-                store,
-                boot_id,
+            let inner = Inner {
+                builder: Builder::new(config, store, boot_id),
                 known: Mutex::new(known.into_iter().map(of).collect()),
-                is_private: Mutex::default(),
-                base: Mutex::default(),
                 mutations: watch::Sender::new(0),
-            })))
+            };
+            for sandbox in inner.all() {
+                // The end of a process can depend on whatever this process reaps later.
+                if sandbox.init.get().is_none()
+                    && let Err(error) = inner.finish(&sandbox)
+                {
+                    not_finished(&sandbox, &error);
+                }
+            }
+            let is_known = |id: &OsStr| inner.all().iter().any(|one| id == one.key.id.as_str());
+            place::remove_dangling(inner.builder.config(), is_known);
+            Ok(Self(Arc::new(inner)))
         };
         let opened = blocking(opening).await??;
-        let known: Vec<_> = opened.0.known().values().cloned().collect();
-        for sandbox in &known {
-            opened.watch(sandbox);
+        for sandbox in opened.0.all() {
+            opened.watch(&sandbox);
+            opened.finish_later(sandbox);
         }
         Ok(opened)
+    }
+
+    /// Finishes what a predecessor has left half done, again and again until it is.
+    fn finish_later(&self, sandbox: Arc<Sandbox>) {
+        let inner = Arc::clone(&self.0);
+        tokio::spawn(async move {
+            while sandbox.is_unfinished() {
+                {
+                    let _counted = Mutation::begin(&inner);
+                    let _mutation = sandbox.mutation.lock().await;
+                    let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
+                    let finished = blocking(move || worker.finish(&of)).await;
+                    match finished.and_then(|finished| finished) {
+                        Ok(()) => return,
+                        Err(error) => not_finished(&sandbox, &error),
+                    }
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+        });
     }
 
     /// Ends the sandbox when its init process ends, if it has one.
@@ -115,12 +138,15 @@ impl Sandboxes {
             }
             warn!(sandbox = %sandbox.key, pid = identity.pid, "the init process of a sandbox was killed");
             let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
-            let released = blocking(move || worker.release(&of, KILLED)).await;
+            let released = blocking(move || worker.builder.release(&of, KILLED)).await;
             let ended = released
                 .and_then(|released| released)
                 .unwrap_or_else(|error| {
                     // What is left goes with the removal.
-                    warn!(sandbox = %sandbox.key, %error, "cannot release what a sandbox has");
+                    warn!(
+                        sandbox = %sandbox.key, error = %chain(&error),
+                        "cannot release what a sandbox has"
+                    );
                     Ended::now(KILLED)
                 });
             sandbox.set(State::Ended(ended));
@@ -154,7 +180,7 @@ impl Sandboxes {
         if created >= MAX_CREATED {
             return Err(SandboxError::TooMany(created));
         }
-        let place = Place::new(&self.0.config, &request.key);
+        let place = Place::new(self.0.builder.config(), &request.key);
         let key = request.key.clone();
         known.insert(key, Arc::new(Sandbox::new(request, place)));
         Ok(())
@@ -170,10 +196,13 @@ impl Sandboxes {
             match sandbox.state() {
                 State::Created(_) => {}
                 State::Ready => return Ok(sandbox.snapshot()),
-                State::Ended(_) | State::Gone => return Err(wrong(&sandbox, "has ended")),
+                State::Ending(_) | State::Ended(_) => return Err(wrong(&sandbox, "has ended")),
+                State::Leaving | State::Gone => {
+                    return Err(SandboxError::Unknown(sandbox.key.clone()));
+                }
             }
             let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
-            let established = blocking(move || worker.establish(&of)).await?;
+            let established = blocking(move || worker.builder.establish(&of)).await?;
             if let Err(error) = established {
                 inner.forget(&sandbox);
                 return Err(error);
@@ -193,13 +222,14 @@ impl Sandboxes {
         let inner = Arc::clone(&self.0);
         let work = async move {
             let _mutation = sandbox.mutation.lock().await;
-            match sandbox.state() {
-                State::Ready => {}
+            let code = match sandbox.state() {
+                State::Ready => 0,
+                State::Ending(code) => code,
                 State::Created(_) => return Err(wrong(&sandbox, "was not started")),
-                State::Ended(_) | State::Gone => return Ok(()),
-            }
+                State::Ended(_) | State::Leaving | State::Gone => return Ok(()),
+            };
             let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
-            let ended = blocking(move || worker.release(&of, 0)).await??;
+            let ended = blocking(move || worker.builder.release(&of, code)).await??;
             sandbox.set(State::Ended(ended));
             info!(sandbox = %sandbox.key, "sandbox stopped");
             Ok(())
@@ -210,7 +240,8 @@ impl Sandboxes {
     /// Removes everything of a sandbox, also of one that was not stopped. Of one there is not there
     /// is nothing to remove.
     pub async fn remove(&self, key: &SandboxKey) -> Result<(), SandboxError> {
-        let Ok(sandbox) = self.0.find(key) else {
+        let known = self.0.known().get(key).cloned();
+        let Some(sandbox) = known else {
             return Ok(());
         };
         let inner = Arc::clone(&self.0);
@@ -218,7 +249,7 @@ impl Sandboxes {
             let _mutation = sandbox.mutation.lock().await;
             if !matches!(sandbox.state(), State::Created(_) | State::Gone) {
                 let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
-                blocking(move || worker.dismantle(&of)).await??;
+                blocking(move || worker.builder.dismantle(&of)).await??;
                 info!(sandbox = %sandbox.key, "sandbox removed");
             }
             inner.forget(&sandbox);
@@ -279,11 +310,9 @@ impl Sandboxes {
     /// Writes all records again, after their directory was removed.
     pub async fn recreate_records(&self) -> Result<(), SandboxError> {
         let inner = Arc::clone(&self.0);
-        let all: Vec<_> = self.0.known().values().cloned().collect();
+        let all = self.0.all();
         let recreate = move || {
-            // The other directory is perhaps gone, too.
-            *inner.is_private() = false;
-            inner.store.make()?;
+            inner.builder.begin_again()?;
             all.iter().try_for_each(|sandbox| {
                 // A mutation in flight writes its own record, and one that was removed meanwhile
                 // must not come back.
@@ -293,9 +322,11 @@ impl Sandboxes {
                 let phase = match sandbox.state() {
                     State::Ready => Phase::Ready,
                     State::Ended(_) => Phase::Stopped,
+                    State::Ending(_) => Phase::Stopping,
+                    State::Leaving => Phase::Removing,
                     State::Created(_) | State::Gone => return Ok(()),
                 };
-                inner.store.save(&sandbox.record(&inner.boot_id, phase))
+                inner.builder.record(sandbox, phase)
             })
         };
         blocking(recreate).await?
@@ -337,8 +368,14 @@ impl Inner {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn all(&self) -> Vec<Arc<Sandbox>> {
+        self.known().values().cloned().collect()
+    }
+
+    /// The sandbox, unless what there is of it is being removed.
     fn find(&self, key: &SandboxKey) -> Result<Arc<Sandbox>, SandboxError> {
         let found = self.known().get(key).cloned();
+        let found = found.filter(|sandbox| sandbox.state() != State::Leaving);
         found.ok_or_else(|| SandboxError::Unknown(key.clone()))
     }
 
@@ -347,116 +384,28 @@ impl Inner {
         sandbox.set(State::Gone);
     }
 
-    /// Makes everything, or nothing. Blocks.
-    fn establish(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
-        let place = &sandbox.place;
-        let Some(request) = &sandbox.request else {
-            return Err(wrong(sandbox, "was not created by this daemon"));
-        };
-        place.check_cri()?;
-        // Before anything is made, so that a successor undoes it.
-        self.store
-            .save(&sandbox.record(&self.boot_id, Phase::Starting))?;
-        let make = || {
-            self.make_private(&sandbox.key)?;
-            place.make_files(request)?;
-            self.make_namespaces(sandbox, request)?;
-            place.link()?;
-            self.store
-                .save(&sandbox.record(&self.boot_id, Phase::Ready))
-        };
-        make().inspect_err(|_| {
-            let undone = holder::end(&sandbox.key, sandbox.init.get())
-                .and_then(|()| place.remove())
-                .and_then(|()| self.store.remove(&sandbox.key));
-            if let Err(error) = undone {
-                warn!(sandbox = %sandbox.key, %error, "cannot undo the start of a sandbox: the next daemon tries again");
+    /// Finishes what a predecessor has begun, if it has. Blocks.
+    fn finish(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
+        match sandbox.state() {
+            State::Ending(code) => {
+                let ended = self.builder.release(sandbox, code)?;
+                sandbox.set(State::Ended(ended));
             }
-        })
-    }
-
-    /// Blocks.
-    fn make_namespaces(
-        &self,
-        sandbox: &Sandbox,
-        request: &CreateSandbox,
-    ) -> Result<(), SandboxError> {
-        let shares_processes = request.processes == Processes::Pod;
-        let base = shares_processes
-            .then(|| self.base(&sandbox.key))
-            .transpose()?;
-        // A successor ends it then.
-        let note = |identity| {
-            let cgroup = request.cgroup();
-            let _ = sandbox.init.set(Init { identity, cgroup });
-            self.store
-                .save(&sandbox.record(&self.boot_id, Phase::Starting))
-        };
-        namespaces::make(&Making {
-            request,
-            isolation: &sandbox.isolation,
-            place: &sandbox.place,
-            sysctls: &sysctls::of(&self.config, request)?,
-            base: base.as_deref(),
-            note: &note,
-        })
-    }
-
-    /// Blocks for the first.
-    fn base(&self, key: &SandboxKey) -> Result<Arc<Base>, SandboxError> {
-        let mut base = self.base.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(base) = &*base {
-            return Ok(Arc::clone(base));
-        }
-        let stage = place::places(&self.config.state_dir);
-        let doing = "cannot make what init processes are made of with";
-        let made = Base::make(&stage).map_err(failed::<std::io::Error>(key, doing, &stage))?;
-        Ok(Arc::clone(base.insert(Arc::new(made))))
-    }
-
-    /// Once for all sandboxes. Blocks.
-    fn make_private(&self, key: &SandboxKey) -> Result<(), SandboxError> {
-        let mut is_private = self.is_private();
-        if !*is_private {
-            let state_dir = &self.config.state_dir;
-            let doing = "cannot make a private mount of";
-            place::make_private(state_dir).map_err(failed(
-                key,
-                doing,
-                &place::places(state_dir),
-            ))?;
-            *is_private = true;
+            State::Leaving => {
+                self.builder.dismantle(sandbox)?;
+                self.forget(sandbox);
+            }
+            State::Created(_) | State::Ready | State::Ended(_) | State::Gone => {}
         }
         Ok(())
     }
+}
 
-    fn is_private(&self) -> MutexGuard<'_, bool> {
-        self.is_private
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Releases what keeps the kernel's resources. Blocks.
-    fn release(&self, sandbox: &Sandbox, code: u32) -> Result<Ended, SandboxError> {
-        self.store
-            .save(&sandbox.record(&self.boot_id, Phase::Stopping))?;
-        holder::end(&sandbox.key, sandbox.init.get())?;
-        sandbox.place.release()?;
-        let ended = Ended::now(code);
-        let mut record = sandbox.record(&self.boot_id, Phase::Stopped);
-        record.ended = Some(ended);
-        self.store.save(&record)?;
-        Ok(ended)
-    }
-
-    /// Removes everything. Blocks.
-    fn dismantle(&self, sandbox: &Sandbox) -> Result<(), SandboxError> {
-        self.store
-            .save(&sandbox.record(&self.boot_id, Phase::Removing))?;
-        holder::end(&sandbox.key, sandbox.init.get())?;
-        sandbox.place.remove()?;
-        self.store.remove(&sandbox.key)
-    }
+fn not_finished(sandbox: &Sandbox, error: &SandboxError) {
+    warn!(
+        sandbox = %sandbox.key, error = %chain(error),
+        "cannot finish what a predecessor has begun with a sandbox: trying again"
+    );
 }
 
 fn wrong(sandbox: &Sandbox, state: &'static str) -> SandboxError {
