@@ -322,3 +322,46 @@ fn the_answer_to_a_start_names_what_containers_share(stage: &Stage) -> anyhow::R
     ensure!(mounts.len() == 4, "{spec}");
     cri.remove_pod(&pod)
 }
+
+/// A container that its cgroup's freezer holds.
+pub(crate) struct Frozen {
+    file: PathBuf,
+    words: [&'static str; 2],
+}
+
+impl Frozen {
+    pub(crate) fn freeze(sandbox: &Sandbox, id: &str) -> anyhow::Result<Self> {
+        let cgroup = format!("{}/{id}", sandbox.namespace());
+        let [v1, v2] = ["freezer", ""].map(|controller| {
+            PathBuf::from("/sys/fs/cgroup")
+                .join(controller)
+                .join(&cgroup)
+        });
+        let frozen = if v1.is_dir() {
+            let file = v1.join("freezer.state");
+            let words = ["FROZEN", "THAWED"];
+            Self { file, words }
+        } else {
+            let file = v2.join("cgroup.freeze");
+            let words = ["1", "0"];
+            Self { file, words }
+        };
+        frozen.put(0)?;
+        Ok(frozen)
+    }
+
+    fn put(&self, word: usize) -> anyhow::Result<()> {
+        let word = self.words.get(word).context("no such word")?;
+        fs::write(&self.file, word).with_context(|| self.file.display().to_string())
+    }
+
+    pub(crate) fn thaw(&self) -> anyhow::Result<()> {
+        self.put(1)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = self.thaw();
+    }
+}

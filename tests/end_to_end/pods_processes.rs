@@ -14,7 +14,7 @@ use testbed::releases;
 use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::kubernetes::{LONG, ended};
-use crate::pods::{self, HANDLER, OWN_NETWORK, end, seen, with_pods};
+use crate::pods::{self, Frozen, HANDLER, OWN_NETWORK, end, seen, with_pods};
 use crate::tests;
 use crate::user_namespaces::{MAPPED, life_with};
 
@@ -239,49 +239,6 @@ fn a_pod_whose_processes_do_not_end_holds_up_no_daemon_and_is_finished_later(
         before.wait_for_return(&sandbox)?;
     }
     cri.remove_pod(&first)
-}
-
-/// A container that its cgroup's freezer holds.
-struct Frozen {
-    file: PathBuf,
-    words: [&'static str; 2],
-}
-
-impl Frozen {
-    fn freeze(sandbox: &Sandbox, id: &str) -> anyhow::Result<Self> {
-        let cgroup = format!("{}/{id}", sandbox.namespace());
-        let [v1, v2] = ["freezer", ""].map(|controller| {
-            PathBuf::from("/sys/fs/cgroup")
-                .join(controller)
-                .join(&cgroup)
-        });
-        let frozen = if v1.is_dir() {
-            let file = v1.join("freezer.state");
-            let words = ["FROZEN", "THAWED"];
-            Self { file, words }
-        } else {
-            let file = v2.join("cgroup.freeze");
-            let words = ["1", "0"];
-            Self { file, words }
-        };
-        frozen.put(0)?;
-        Ok(frozen)
-    }
-
-    fn put(&self, word: usize) -> anyhow::Result<()> {
-        let word = self.words.get(word).context("no such word")?;
-        fs::write(&self.file, word).with_context(|| self.file.display().to_string())
-    }
-
-    fn thaw(&self) -> anyhow::Result<()> {
-        self.put(1)
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        let _ = self.thaw();
-    }
 }
 
 /// With an OCI runtime that can map the owners of mounts.

@@ -14,15 +14,16 @@ use nix::sys::signal::Signal;
 use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::kubernetes::ended;
-use crate::pods::{HANDLER, OWN_NETWORK, end, seen, with_pods};
+use crate::pods::{Frozen, HANDLER, OWN_NETWORK, end, seen, with_pods};
 use crate::pods_processes::SHARED_PROCESSES;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 7] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 8] = tests!(ContainerdTwo:
     pods_without_a_process_outlive_the_daemon_and_containerd,
     a_daemon_that_dies_at_any_step_of_a_pod_leaves_nothing_of_it,
     a_daemon_that_dies_at_any_step_of_a_pod_with_an_init_leaves_nothing_of_it,
     a_container_that_containerd_gives_up_with_its_connection_is_killed,
+    a_frozen_container_that_containerd_gives_up_is_killed_all_the_same,
     containerd_that_gives_a_bundle_up_after_its_restart_asks_our_launcher,
     a_pod_whose_namespaces_are_lost_has_ended_and_can_be_removed,
     the_record_and_the_socket_of_pods_are_made_again,
@@ -223,9 +224,21 @@ fn arm(sandbox: &Sandbox, step: u32) -> anyhow::Result<()> {
 fn a_container_that_containerd_gives_up_with_its_connection_is_killed(
     stage: &Stage,
 ) -> anyhow::Result<()> {
+    given_up(stage, false)
+}
+
+fn a_frozen_container_that_containerd_gives_up_is_killed_all_the_same(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    given_up(stage, true)
+}
+
+fn given_up(stage: &Stage, is_frozen: bool) -> anyhow::Result<()> {
     let Some((sandbox, mut cri)) = with_pods(stage)? else {
         return Ok(());
     };
+    let first = cri.run_pod("first", HANDLER, Namespaces::SIMPLE)?;
+    let before = Footprint::of(&sandbox);
     let pod = cri.run_pod("pod", HANDLER, Namespaces::SIMPLE)?;
     let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
     let record = sandbox.state_dir().join(format!("tasks/k8s.io:{id}.json"));
@@ -234,6 +247,9 @@ fn a_container_that_containerd_gives_up_with_its_connection_is_killed(
     let pid = record_of.pointer("/init/identity/pid");
     let pid = i32::try_from(pid.and_then(serde_json::Value::as_i64).context("no pid")?)?;
     ensure!(is_alive(pid), "it does not run");
+    let frozen = is_frozen
+        .then(|| Frozen::freeze(&sandbox, &id))
+        .transpose()?;
     sandbox.end_daemon(Signal::SIGKILL)?;
     let end = ended(&mut cri, &id)?;
     ensure!(end.0 == 255, "{end:?}");
@@ -241,8 +257,14 @@ fn a_container_that_containerd_gives_up_with_its_connection_is_killed(
     sandbox.start_daemon()?;
     until("it is killed and forgotten", || {
         Ok(!is_alive(pid) && !record.exists())
-    })?;
-    until("the pod is removed", || Ok(cri.remove_pod(&pod).is_ok()))
+    })
+    .with_context(|| sandbox.daemon_log())?;
+    until("the pod is removed", || Ok(cri.remove_pod(&pod).is_ok()))?;
+    before
+        .wait_for_return(&sandbox)
+        .with_context(|| sandbox.daemon_log())?;
+    drop(frozen);
+    cri.remove_pod(&first)
 }
 
 /// Without the path of our launcher in the bundle that would be runc-v2's shim, behind our back.

@@ -48,6 +48,9 @@ use crate::sys;
 
 /// How often a call that can be repeated at will is made, if its runtime is killed each time.
 const REPEATS: u32 = 4;
+/// What is asked of the runtime for a container whose bundle containerd has removed. None of it is
+/// asked in an ordinary life.
+const OF_LOST_BUNDLES: [&str; 4] = ["delete", "kill", "resume", "state"];
 const CHECKPOINT: &str = "checkpoint";
 
 /// The OCI runtime as one container uses it.
@@ -357,13 +360,11 @@ impl Runtime {
         log: &Path,
     ) -> Result<Vec<u8>, Failure> {
         let mut command = Command::new(&self.binary);
-        command
-            .arg("--root")
-            .arg(&self.root)
-            .arg("--log")
-            .arg(log)
-            .arg("--log-format")
-            .arg("json");
+        command.arg("--root").arg(&self.root);
+        // Without its directory runc would not begin; without a log it says all on its stderr.
+        if !OF_LOST_BUNDLES.contains(&operation) || has_directory(log).await {
+            command.arg("--log").arg(log).args(["--log-format", "json"]);
+        }
         if self.systemd_cgroup {
             command.arg("--systemd-cgroup");
         }
@@ -480,6 +481,14 @@ impl Runtime {
             Ok(Ok(child)) => child.map_err(Failure::NotRun),
         }
     }
+}
+
+/// Whether the directory of a file is there.
+async fn has_directory(file: &Path) -> bool {
+    let directory = file.parent().unwrap_or(Path::new("/"));
+    tokio::fs::metadata(directory)
+        .await
+        .is_ok_and(|found| found.is_dir())
 }
 
 /// Whether systemd is the init system, as `sd_booted(3)` finds out: without it no cgroup can be

@@ -1,6 +1,7 @@
 //! [`Builder`]: what is done to a sandbox on disk and in the kernel: everything is made or nothing,
-//! it is released, it is removed. Owns the order of the steps, and the record before each of them by
-//! which a successor goes on. Everything here blocks; in which state a sandbox is, others decide.
+//! it is released, it is removed. Owns the order of the steps, and the record before each of them,
+//! by which a successor goes on. Everything here blocks; it never decides in which state a sandbox
+//! is.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
