@@ -18,7 +18,7 @@ use crate::exits::{REBOOTS, reboots_when_told};
 use crate::survival::handles_term;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 10] = tests!(EmbedshimOnly:
+pub(crate) const TESTS: [Test; 11] = tests!(EmbedshimOnly:
     a_client_gets_its_exit_code_though_the_daemon_was_killed,
     an_init_that_reboots_ends_as_ever_though_the_daemon_was_killed,
     ten_kills_in_a_row_lose_nothing,
@@ -28,6 +28,7 @@ pub(crate) const TESTS: [Test; 10] = tests!(EmbedshimOnly:
     an_upgrade_without_a_keeper_is_refused,
     garbage_does_not_disturb_the_keeper,
     a_stopped_keeper_holds_up_nobody,
+    what_a_stopped_keeper_has_not_read_outlives_the_daemon,
     a_status_waits_for_the_next_daemon_without_bpf_too,
 );
 
@@ -324,6 +325,36 @@ fn a_stopped_keeper_holds_up_nobody(stage: &Stage) -> anyhow::Result<()> {
     ensure!(log.contains("is it stopped?"), "{log}");
     sandbox.kill_daemon()?;
     Shim::connect(&sandbox)?.state("c").map(drop).unwrap_err();
+    Ok(())
+}
+
+/// More of it than the queue of a socket takes by the kernel's default.
+fn what_a_stopped_keeper_has_not_read_outlives_the_daemon(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let daemon = sandbox.daemon_pid().context("no daemon")?;
+    let keeper = Pid::from_raw(sandbox.keeper_pid().context("no keeper")?);
+    stop(keeper)?;
+    let mut lives = Vec::new();
+    for number in 0..20 {
+        let id = format!("c{number}");
+        let script = "trap 'exit 9' TERM; while :; do sleep 0.1; done";
+        let bundle = Bundle::new(&sandbox, &id, &["sh", "-c", script])?;
+        let shim = Shim::connect(&sandbox)?;
+        let pid = shim.create(&id, bundle.path())?;
+        shim.start(&id)?;
+        lives.push((id, bundle, shim, i32::try_from(pid)?));
+    }
+    let log = sandbox.daemon_log();
+    ensure!(!log.contains("is it stopped?"), "{log}");
+    kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
+    kill(keeper, Signal::SIGCONT)?;
+    sandbox.successor_of(daemon)?;
+    for (id, _, shim, pid) in &lives {
+        handles_term(*pid)?;
+        shim.kill(id, Signal::SIGTERM)?;
+        ensure!(shim.wait(id)? == 9 && shim.delete(id)? == 9, "not 9");
+    }
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! [`Inbox`]: the socket that `NOTIFY_SOCKET` names. Owns receiving, and that only the daemon is
 //! listened to; [`crate::service_manager::message`] says what a datagram means.
 
+use std::fs;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -20,6 +21,12 @@ use rustix::process::Pid;
 pub(super) const MAX_MESSAGE: usize = 1024;
 /// The most descriptors of one datagram: `SCM_MAX_FD` of the kernel.
 const MAX_DESCRIPTORS: usize = 253;
+/// How many datagrams a new socket of this network namespace takes that are not read yet. What is in
+/// that queue outlives the daemon, so the kernel's default of 10 would be lost with it that much
+/// earlier where the keeper does not run for a while.
+const QUEUE_LENGTH: &str = "/proc/sys/net/unix/max_dgram_qlen";
+/// What systemd sets it to when a machine starts.
+const ENOUGH: u32 = 512;
 
 /// The path of the socket.
 pub(super) fn path(state_dir: &Path) -> PathBuf {
@@ -50,12 +57,14 @@ impl Inbox {
     /// Makes the socket, in the place of an old one: the caller holds the keeper's lock, so no
     /// other process listens there.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        match std::fs::remove_file(path) {
+        match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Unix, SockType::Datagram, flags, None)?;
+        let fd = with_long_queue(|| {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            socket(AddressFamily::Unix, SockType::Datagram, flags, None)
+        })?;
         setsockopt(&fd, PassCred, &true)?;
         // The umask sets the mode of the file: with a chmod afterwards other users could connect
         // before.
@@ -99,6 +108,20 @@ impl Inbox {
             lacks_descriptors: received.flags.contains(ReturnFlags::CTRUNC),
         }))
     }
+}
+
+/// Makes a socket whose queue is as long as systemd's. The kernel reads the length when the socket
+/// is made, so the setting is restored at once. Where it cannot be changed, it stays as it is.
+fn with_long_queue<T>(make: impl FnOnce() -> T) -> T {
+    let text = fs::read_to_string(QUEUE_LENGTH).unwrap_or_default();
+    let length: Option<u32> = text.trim().parse().ok();
+    let is_raised = length.is_some_and(|length| length < ENOUGH)
+        && fs::write(QUEUE_LENGTH, ENOUGH.to_string()).is_ok();
+    let made = make();
+    if is_raised {
+        let _ = fs::write(QUEUE_LENGTH, text);
+    }
+    made
 }
 
 impl Received {

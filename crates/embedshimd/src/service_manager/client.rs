@@ -13,6 +13,8 @@ use embedshim_core::failpoint;
 use embedshim_core::fdstore::{FdName, FdStore, InheritedFds};
 use embedshim_core::process::ProcessIdentity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use tracing::warn;
@@ -21,6 +23,8 @@ use super::message::Message;
 use super::outgoing::Outgoing;
 use super::store_usage::StoreUsage;
 
+/// The bytes of datagrams that the kernel keeps for a manager that does not read.
+const SEND_BUFFER: usize = 1024 * 1024;
 /// How long the manager may take to handle everything that was sent, in milliseconds.
 const BARRIER_LIMIT: u16 = 5_000;
 /// How long the manager may take to answer how processes ended, in milliseconds.
@@ -60,6 +64,11 @@ impl ServiceManager {
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+        // Datagrams that are not read yet count, each with 1 KiB or so: as many as its queue takes.
+        // It takes CAP_NET_ADMIN to have more than others.
+        if setsockopt(&socket, SndBufForce, &SEND_BUFFER).is_err() {
+            let _ = setsockopt(&socket, SndBuf, &SEND_BUFFER);
+        }
         // A connected socket goes on working when the path is removed from the file system.
         match connect(&socket, &address) {
             // The keeper has ended since it started this process, which takes its place.
