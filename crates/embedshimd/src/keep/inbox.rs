@@ -21,9 +21,8 @@ use rustix::process::Pid;
 pub(super) const MAX_MESSAGE: usize = 1024;
 /// The most descriptors of one datagram: `SCM_MAX_FD` of the kernel.
 const MAX_DESCRIPTORS: usize = 253;
-/// How many datagrams a new socket of this network namespace takes that are not read yet. What is in
-/// that queue outlives the daemon, so the kernel's default of 10 would be lost with it that much
-/// earlier where the keeper does not run for a while.
+/// How many datagrams a new socket of this network namespace takes that are not read yet, 10 by the
+/// kernel's default. What is in that queue outlives the daemon, also while the keeper does not run.
 const QUEUE_LENGTH: &str = "/proc/sys/net/unix/max_dgram_qlen";
 /// What systemd sets it to when a machine starts.
 const ENOUGH: u32 = 512;
@@ -117,11 +116,11 @@ fn with_long_queue<T>(make: impl FnOnce() -> T) -> T {
     let length: Option<u32> = text.trim().parse().ok();
     let is_raised = length.is_some_and(|length| length < ENOUGH)
         && fs::write(QUEUE_LENGTH, ENOUGH.to_string()).is_ok();
-    let made = make();
+    let socket = make();
     if is_raised {
         let _ = fs::write(QUEUE_LENGTH, text);
     }
-    made
+    socket
 }
 
 impl Received {
