@@ -42,6 +42,7 @@ mod operators;
 mod pipes;
 mod pods;
 mod pods_like_others;
+mod pods_shown;
 mod pods_survival;
 mod regressions;
 mod removed_state;
@@ -157,6 +158,7 @@ fn without_docker() -> Vec<Test> {
         &strangers::TESTS,
         &pods::TESTS,
         &pods_like_others::TESTS,
+        &pods_shown::TESTS,
         &pods_survival::TESTS,
         &pipes::TESTS,
         &pipes::OURS,

@@ -68,12 +68,17 @@ prints the same as `--json`.";
 const PS: &str = "\
 Lists the tasks that the daemon serves, those that are being created included. AGE is that of the \
 container's first process, EXECS counts those that were not deleted, MEMORY is what the cgroup is \
-charged with.";
+charged with. With `--sandboxes` it lists the pods without a pause container, of which this daemon \
+is the sandbox controller: created (not started yet), ready, or stopped, with 255 if the namespaces \
+were lost.";
 
 const INSPECT: &str = "\
 Shows all that the daemon knows of one task: bundle, cgroup, streams, execs, calls of the OCI \
 runtime in flight, and how each process ended with the evidence for it: wait (by its parent), bpf, \
-ptrace, zombie, pidfd_info, or none.";
+ptrace, zombie, pidfd_info, or none.
+
+The id may be that of a sandbox, a pod without a pause container: then its record, its namespaces \
+with their pins, its files and its containers are shown.";
 
 const METRICS: &str = "\
 Prints the metrics as Prometheus reads them: tasks, exits by evidence, durations of requests and of \
@@ -128,10 +133,10 @@ pub(crate) enum Command {
     /// Show what the daemon does, and whether something needs attention
     #[command(long_about = STATUS, after_help = EXIT_CODES)]
     Status(Status),
-    /// List the tasks of this node
+    /// List the tasks of this node, or its sandboxes
     #[command(long_about = PS, after_help = EXIT_CODES)]
     Ps(Ps),
-    /// Show all that is known of one task
+    /// Show all that is known of one task or sandbox
     #[command(long_about = INSPECT, after_help = EXIT_CODES)]
     Inspect(Inspect),
     /// Print what is counted, for Prometheus
@@ -270,6 +275,9 @@ pub(crate) struct Ps {
     /// List again after so many seconds, until it is interrupted
     #[arg(long, short, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
     pub(crate) watch: Option<u64>,
+    /// List pods without a pause container instead of tasks
+    #[arg(long)]
+    pub(crate) sandboxes: bool,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -351,7 +359,7 @@ pub(crate) struct Report {
 pub(crate) struct Inspect {
     #[command(flatten)]
     pub(crate) daemon: Asked,
-    /// The container's id
+    /// The id of a container or of a sandbox
     #[arg(value_name = "ID")]
     pub(crate) id: String,
     /// containerd's namespace; needed if several have this id

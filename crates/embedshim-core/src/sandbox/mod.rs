@@ -13,6 +13,7 @@
 mod api;
 mod error;
 mod namespaces;
+mod overview;
 mod place;
 mod record;
 mod recovery;
@@ -29,4 +30,5 @@ pub use api::{
     CreateSandbox, Dns, Ended, Network, Processes, Reach, SandboxConfig, SandboxSnapshot,
 };
 pub use error::SandboxError;
+pub use overview::{NamespaceOwner, SandboxNamespace, SandboxOverview, SandboxState};
 pub use sandboxes::Sandboxes;

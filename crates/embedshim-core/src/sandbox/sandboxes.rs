@@ -13,6 +13,7 @@ use crate::id::SandboxKey;
 use crate::sandbox::api::{CreateSandbox, Ended, SandboxConfig, SandboxSnapshot};
 use crate::sandbox::error::{SandboxError, failed};
 use crate::sandbox::namespaces;
+use crate::sandbox::overview::SandboxOverview;
 use crate::sandbox::place::{self, Place};
 use crate::sandbox::record::Phase;
 use crate::sandbox::recovery;
@@ -180,6 +181,20 @@ impl Sandboxes {
         Ok(self.0.find(key)?.snapshot())
     }
 
+    /// All sandboxes as an operator sees them at this moment, by name.
+    pub fn overview(&self) -> Vec<SandboxOverview> {
+        let mut all: Vec<_> = self.0.known().values().cloned().collect();
+        all.sort_by(|one, other| one.key.cmp(&other.key));
+        let seen = all.iter().filter_map(|sandbox| self.0.overview(sandbox));
+        seen.collect()
+    }
+
+    /// One of them; `None` if it is not there.
+    pub fn overview_of(&self, key: &SandboxKey) -> Option<SandboxOverview> {
+        let sandbox = self.0.find(key).ok()?;
+        self.0.overview(&sandbox)
+    }
+
     /// What containers of a sandbox share, as an OCI specification (JSON) with nothing else: the
     /// namespaces with their paths, of which a missing one is the node's, and one for processes
     /// without a path if each container has its own; the files and the shared memory as mounts.
@@ -289,6 +304,10 @@ impl Inner {
     fn find(&self, key: &SandboxKey) -> Result<Arc<Sandbox>, SandboxError> {
         let found = self.known().get(key).cloned();
         found.ok_or_else(|| SandboxError::Unknown(key.clone()))
+    }
+
+    fn overview(&self, sandbox: &Sandbox) -> Option<SandboxOverview> {
+        SandboxOverview::of(sandbox, self.store.path(&sandbox.key))
     }
 
     fn forget(&self, sandbox: &Sandbox) {

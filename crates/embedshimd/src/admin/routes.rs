@@ -14,16 +14,25 @@ pub(super) fn answer(view: &View, path: &str) -> Answer {
         "/healthz" => health(view),
         "/v1/status" => json(&view.status()),
         "/v1/tasks" => json(&view.tasks()),
-        _ => match path
-            .strip_prefix("/v1/tasks/")
-            .and_then(|rest| rest.split_once('/'))
-        {
-            Some((namespace, id)) => task(view, namespace, id),
-            None => Answer::text(
+        "/v1/sandboxes" => json(&view.sandboxes()),
+        _ => one(view, path).unwrap_or_else(|| {
+            Answer::text(
                 404,
-                "there are /v1/status, /v1/tasks, /v1/tasks/NAMESPACE/ID, /metrics and /healthz",
-            ),
-        },
+                "there are /v1/status, /v1/tasks, /v1/tasks/NAMESPACE/ID, /v1/sandboxes, \
+                 /v1/sandboxes/NAMESPACE/ID, /metrics and /healthz",
+            )
+        }),
+    }
+}
+
+/// Answers a request for one thing by its name; `None` for another path.
+fn one(view: &View, path: &str) -> Option<Answer> {
+    let (kind, name) = path.strip_prefix("/v1/")?.split_once('/')?;
+    let (namespace, id) = name.split_once('/')?;
+    match kind {
+        "tasks" => Some(found("task", view.task(namespace, id))),
+        "sandboxes" => Some(found("sandbox", view.sandbox(namespace, id))),
+        _ => None,
     }
 }
 
@@ -62,10 +71,10 @@ fn health(view: &View) -> Answer {
     }
 }
 
-fn task(view: &View, namespace: &str, id: &str) -> Answer {
-    match view.task(namespace, id) {
+fn found(what: &str, detail: Option<impl Serialize>) -> Answer {
+    match detail {
         Some(detail) => json(&detail),
-        None => Answer::text(404, "there is no such task"),
+        None => Answer::text(404, &format!("there is no such {what}")),
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use embedshim_core::exit::{Backend, Guarantees};
 use embedshim_core::id::TaskKey;
+use embedshim_core::sandbox::Sandboxes;
 use embedshim_core::task::{self, Node, ProcessOverview, ProcessStatus, TaskOverview};
 use nix::unistd::getppid;
 use shim_api::events::Outboxes;
@@ -56,6 +57,8 @@ pub(crate) struct Serving {
     pub(crate) backend: Backend,
     pub(crate) guarantees: Guarantees,
     pub(crate) metrics: Arc<Metrics>,
+    /// If it is a sandbox controller.
+    pub(crate) sandboxes: Option<Sandboxes>,
 }
 
 impl View {
@@ -77,6 +80,7 @@ impl View {
             monitor: serving.map(|serving| self.monitor(serving)),
             tasks: states(tasks.iter().map(|task| (task.is_complete, &task.init))),
             execs: states(all_execs(&tasks)),
+            sandboxes: self.sandbox_states(),
             connections: serving.map_or(0, |serving| serving.connections.count()),
             events: serving.map_or_else(Vec::new, |serving| events(&serving.outboxes)),
             descriptors: self.descriptors(),
@@ -112,6 +116,7 @@ impl View {
             task: self.line(&task),
             bundle: task.bundle.display().to_string(),
             containerd: task.owner.clone(),
+            sandbox: task.sandbox.as_ref().map(ToString::to_string),
             cgroup: task.cgroup.as_ref().map(|path| path.display().to_string()),
             init: process(&task.init),
             execs: task.execs.iter().map(process).collect(),

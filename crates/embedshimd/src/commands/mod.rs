@@ -8,6 +8,7 @@ pub(crate) mod metrics;
 pub(crate) mod pins;
 pub(crate) mod ps;
 pub(crate) mod report;
+mod sandboxes;
 pub(crate) mod status;
 mod table;
 pub(crate) mod watch;

@@ -167,6 +167,7 @@ async fn serve(
         backend,
         guarantees,
         metrics,
+        sandboxes: pods.as_ref().map(|pods| pods.sandboxes().clone()),
     });
     let parts = Parts {
         state_dir: &options.locations.state_dir,
