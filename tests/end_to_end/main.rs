@@ -21,6 +21,7 @@ mod cut_short_execs;
 mod docker;
 mod embedding;
 mod events;
+mod events_shown;
 mod exits;
 mod failures;
 mod guardians;
@@ -138,6 +139,7 @@ fn without_docker() -> Vec<Test> {
         &exits::OURS,
         &events::TESTS,
         &events::OURS,
+        &events_shown::OURS,
         &at_most_once::TESTS,
         &guardians::TESTS,
         &creations::TESTS,

@@ -105,6 +105,19 @@ fn operators_see_each_pod_with_its_state_its_pins_and_its_containers(
 
     cri.remove_pod(&pod)?;
     cri.remove_pod(&other)?;
+    let told = ask(stage, &sandbox, &["events", "--json"])?.stdout;
+    let of = |id: &str| -> Vec<String> {
+        let events = told.lines().filter_map(|line| {
+            let event: Value = serde_json::from_str(line).ok()?;
+            (event["id"] == id).then(|| event["kind"].as_str().unwrap_or_default().to_owned())
+        });
+        events.collect()
+    };
+    // By this daemon, which has not started them.
+    ensure!(
+        of(&other.id) == ["sandbox-stopped", "sandbox-removed"],
+        "{told}"
+    );
     until("they are gone", || {
         Ok(
             line(stage, &sandbox, &pod.id)?.is_none()

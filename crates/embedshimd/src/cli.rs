@@ -15,7 +15,7 @@ Exit codes:
   6  another daemon or keeper works on this state directory
   7  probe: it would run, but exits can be lost while the daemon is down
   8  status: the daemon serves, but something needs attention
-  9  no daemon answers";
+  9  no daemon answers, or the one that was followed has ended";
 
 const KEEP: &str = "\
 Starts `embedshimd serve` and keeps it running: starts it again whenever it ends, and holds its \
@@ -75,10 +75,22 @@ were lost.";
 const INSPECT: &str = "\
 Shows all that the daemon knows of one task: bundle, cgroup, streams, execs, calls of the OCI \
 runtime in flight, and how each process ended with the evidence for it: wait (by its parent), bpf, \
-ptrace, zombie, pidfd_info, or none.
+ptrace, zombie, pidfd_info, or none; and what has happened to it, as far as this daemon remembers \
+(see `embedshimd events`).
 
 The id may be that of a sandbox, a pod without a pause container: then its record, its namespaces \
 with their pins, its files and its containers are shown.";
+
+const EVENTS: &str = "\
+Shows what has happened to tasks and sandboxes since the daemon began, the last thousand events: \
+create, start, exit, oom, delete, paused, resumed, exec-added, exec-started, sandbox-started, \
+sandbox-stopped, sandbox-removed; with the namespace, the id, the process and its exit code. A daemon \
+that takes over tells again of the exits of tasks that are not deleted, with the times of the exits.
+
+With `--follow` it shows each event when it happens, until it is interrupted or the daemon ends, which \
+is exit code 9: another daemon begins with none. A reader that is too slow misses the oldest events and \
+is told how many; it holds up nothing. With `--json` each line is an object, {\"lost\":NUMBER} where \
+events are missing.";
 
 const METRICS: &str = "\
 Prints the metrics as Prometheus reads them: tasks, exits by evidence, durations of requests and of \
@@ -139,6 +151,9 @@ pub(crate) enum Command {
     /// Show all that is known of one task or sandbox
     #[command(long_about = INSPECT, after_help = EXIT_CODES)]
     Inspect(Inspect),
+    /// Show what happens to tasks and sandboxes, and the last of what has
+    #[command(long_about = EVENTS, after_help = EXIT_CODES)]
+    Events(Events),
     /// Print what is counted, for Prometheus
     #[command(long_about = METRICS, after_help = EXIT_CODES)]
     Metrics(Metrics),
@@ -281,6 +296,19 @@ pub(crate) struct Ps {
 }
 
 #[derive(Args, Clone, Debug)]
+pub(crate) struct Events {
+    #[command(flatten)]
+    pub(crate) daemon: Asked,
+    /// Show each event when it happens
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Show only so many of those that the daemon remembers; with --follow there are none without
+    /// this option
+    #[arg(long, short = 'n', value_name = "NUMBER")]
+    pub(crate) last: Option<usize>,
+}
+
+#[derive(Args, Clone, Debug)]
 pub(crate) struct Metrics {
     /// Directory of the daemon's socket
     #[arg(
@@ -403,6 +431,7 @@ mod tests {
         insta::assert_snapshot!("help_status", help(&["status"]));
         insta::assert_snapshot!("help_ps", help(&["ps"]));
         insta::assert_snapshot!("help_inspect", help(&["inspect"]));
+        insta::assert_snapshot!("help_events", help(&["events"]));
         insta::assert_snapshot!("help_metrics", help(&["metrics"]));
         insta::assert_snapshot!("help_watch", help(&["watch"]));
         insta::assert_snapshot!("help_config", help(&["config"]));

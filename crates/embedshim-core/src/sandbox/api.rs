@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use crate::id::SandboxKey;
+use crate::sandbox::observer::{SandboxChange, SandboxObserver};
 
 /// The longest name of a machine that the kernel takes.
 const MAX_HOSTNAME: usize = 64;
@@ -24,6 +26,17 @@ pub struct SandboxConfig {
     pub unprivileged_ports: bool,
     /// The same for ICMP echo sockets.
     pub unprivileged_ping: bool,
+    /// Hears of what becomes of sandboxes.
+    pub observer: Option<Arc<dyn SandboxObserver>>,
+}
+
+impl SandboxConfig {
+    /// Tells the observer.
+    pub(super) fn tell(&self, key: &SandboxKey, change: SandboxChange) {
+        if let Some(observer) = &self.observer {
+            observer.changed(key, change);
+        }
+    }
 }
 
 /// Whether a pod has a namespace of its own or the node's.
@@ -126,6 +139,14 @@ pub struct Ended {
     pub code: u32,
     /// When.
     pub at: SystemTime,
+}
+
+impl Ended {
+    /// The same, as an observer hears it.
+    pub(super) fn change(self) -> SandboxChange {
+        let Self { code, at } = self;
+        SandboxChange::Ended { code, at }
+    }
 }
 
 /// A sandbox at one moment.

@@ -13,6 +13,7 @@
 mod api;
 mod error;
 mod namespaces;
+mod observer;
 mod overview;
 mod place;
 mod record;
@@ -30,5 +31,6 @@ pub use api::{
     CreateSandbox, Dns, Ended, Network, Processes, Reach, SandboxConfig, SandboxSnapshot,
 };
 pub use error::SandboxError;
+pub use observer::{SandboxChange, SandboxObserver};
 pub use overview::{NamespaceOwner, SandboxNamespace, SandboxOverview, SandboxState};
 pub use sandboxes::Sandboxes;

@@ -87,5 +87,6 @@ fn recover_one(
     record.phase = Phase::Stopped;
     record.ended = Some(ended);
     store.save(&record)?;
+    config.tell(&record.key, ended.change());
     Ok(Some(Sandbox::restored(record, place, State::Ended(ended))))
 }

@@ -13,6 +13,7 @@ use crate::id::SandboxKey;
 use crate::sandbox::api::{CreateSandbox, Ended, SandboxConfig, SandboxSnapshot};
 use crate::sandbox::error::{SandboxError, failed};
 use crate::sandbox::namespaces;
+use crate::sandbox::observer::SandboxChange;
 use crate::sandbox::overview::SandboxOverview;
 use crate::sandbox::place::{self, Place};
 use crate::sandbox::record::Phase;
@@ -129,6 +130,7 @@ impl Sandboxes {
                 return Err(error);
             }
             sandbox.set(State::Ready);
+            inner.config.tell(&sandbox.key, SandboxChange::Started);
             info!(sandbox = %sandbox.key, "sandbox started");
             Ok(sandbox.snapshot())
         };
@@ -150,6 +152,7 @@ impl Sandboxes {
             let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
             let ended = blocking(move || worker.release(&of)).await??;
             sandbox.set(State::Ended(ended));
+            inner.config.tell(&sandbox.key, ended.change());
             info!(sandbox = %sandbox.key, "sandbox stopped");
             Ok(())
         };
@@ -168,6 +171,7 @@ impl Sandboxes {
             if !matches!(sandbox.state(), State::Created(_) | State::Gone) {
                 let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
                 blocking(move || worker.dismantle(&of)).await??;
+                inner.config.tell(&sandbox.key, SandboxChange::Removed);
                 info!(sandbox = %sandbox.key, "sandbox removed");
             }
             inner.forget(&sandbox);

@@ -204,6 +204,8 @@ pub(crate) struct TaskDetail {
     pub(crate) init: Process,
     pub(crate) execs: Vec<Process>,
     pub(crate) runtime_calls: Vec<RuntimeCall>,
+    /// `None` of a daemon that remembers none.
+    pub(crate) history: Option<History>,
 }
 
 /// A process of a task.
@@ -232,6 +234,54 @@ pub(crate) struct Exit {
     /// Where it is from: `wait`, `bpf`, `ptrace`, `zombie`, `pidfd_info` or `none`.
     pub(crate) evidence: Option<String>,
     pub(crate) seconds_ago: Option<f64>,
+}
+
+/// `/v1/events`: what has happened since this daemon began, the last of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Recent {
+    pub(crate) version: u32,
+    /// All events since then are here; in seconds since the epoch.
+    pub(crate) since: f64,
+    /// The number of the next event, for `/v1/events/follow/NUMBER`.
+    pub(crate) next: u64,
+    pub(crate) events: Vec<Event>,
+}
+
+/// What has happened to one task while this daemon ran.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct History {
+    /// All events since then are here; in seconds since the epoch.
+    pub(crate) since: f64,
+    pub(crate) events: Vec<Event>,
+}
+
+/// One event.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Event {
+    /// The first of a daemon is 0.
+    pub(crate) number: u64,
+    /// In seconds since the epoch.
+    pub(crate) at: f64,
+    /// `create`, `start`, `exit`, `oom`, `delete`, `paused`, `resumed`, `exec-added`,
+    /// `exec-started`, `sandbox-started`, `sandbox-stopped`, `sandbox-removed`, or one that a later
+    /// version adds.
+    pub(crate) kind: String,
+    pub(crate) namespace: String,
+    /// Of a container or a sandbox.
+    pub(crate) id: String,
+    pub(crate) exec: Option<String>,
+    pub(crate) pid: Option<u32>,
+    pub(crate) exit_code: Option<u32>,
+}
+
+/// One line of `/v1/events/follow`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum EventLine {
+    /// This has happened.
+    Event(Event),
+    /// The reader was too slow: so many events are missing here.
+    Lost { lost: u64 },
 }
 
 /// `/v1/sandboxes`.

@@ -2,24 +2,40 @@
 
 use serde::Serialize;
 
+use super::follow::Follower;
 use super::http::Answer;
 use super::view::View;
+use super::workers::Reply;
 use crate::metrics::CONTENT_TYPE;
 
-/// Answers a request for this path, of root.
-pub(super) fn answer(view: &View, path: &str) -> Answer {
+/// What root gets for a request for this path.
+pub(super) fn reply(view: &View, path: &str) -> Reply {
     let path = without_query(path);
+    let from = match path.strip_prefix("/v1/events/follow") {
+        Some("") => None,
+        Some(rest) => match rest.strip_prefix('/').map(str::parse) {
+            Some(Ok(number)) => Some(number),
+            _ => return Reply::Answer(Answer::text(404, "there is no event of such a number")),
+        },
+        None => return Reply::Answer(answer(view, path)),
+    };
+    Reply::Events(Follower::new(&view.history, from))
+}
+
+fn answer(view: &View, path: &str) -> Answer {
     match path {
         "/metrics" => metrics(view),
         "/healthz" => health(view),
         "/v1/status" => json(&view.status()),
         "/v1/tasks" => json(&view.tasks()),
+        "/v1/events" => json(&view.history.recent()),
         "/v1/sandboxes" => json(&view.sandboxes()),
         _ => one(view, path).unwrap_or_else(|| {
             Answer::text(
                 404,
                 "there are /v1/status, /v1/tasks, /v1/tasks/NAMESPACE/ID, /v1/sandboxes, \
-                 /v1/sandboxes/NAMESPACE/ID, /metrics and /healthz",
+                 /v1/sandboxes/NAMESPACE/ID, /v1/events, /v1/events/follow, \
+                 /v1/events/follow/NUMBER, /metrics and /healthz",
             )
         }),
     }
@@ -36,13 +52,13 @@ fn one(view: &View, path: &str) -> Option<Answer> {
     }
 }
 
-/// Answers a request for this path, of any client.
-pub(super) fn answer_stranger(view: &View, path: &str) -> Answer {
-    match without_query(path) {
+/// What any client gets for a request for this path.
+pub(super) fn reply_to_stranger(view: &View, path: &str) -> Reply {
+    Reply::Answer(match without_query(path) {
         "/metrics" => metrics(view),
         "/healthz" => health(view),
         _ => Answer::text(404, "there are /metrics and /healthz"),
-    }
+    })
 }
 
 fn without_query(path: &str) -> &str {

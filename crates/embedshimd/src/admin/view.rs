@@ -21,6 +21,7 @@ use super::documents::{
     RuntimeCall, States, Status, Task, TaskDetail, Tasks, VERSION, seconds,
 };
 use super::health;
+use crate::history::History;
 use crate::limits;
 use crate::metrics::Metrics;
 use crate::service_manager::ServiceManager;
@@ -42,6 +43,8 @@ pub(crate) struct View {
     /// The pid of the keeper; `None` under systemd.
     pub(crate) keeper: Option<i32>,
     pub(crate) capacity: u32,
+    /// What has happened since this daemon began.
+    pub(crate) history: Arc<History>,
     pub(crate) reactor: Handle,
     /// Set when the daemon serves.
     pub(crate) serving: OnceLock<Serving>,
@@ -121,6 +124,7 @@ impl View {
             init: process(&task.init),
             execs: task.execs.iter().map(process).collect(),
             runtime_calls: self.runtime_calls(|call| call.task == key),
+            history: Some(self.history.of_task(namespace, id)),
         })
     }
 

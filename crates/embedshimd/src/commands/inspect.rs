@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::ps::state;
 use super::words::{dash, size, time, time_or_dash, visible};
-use super::{document, json, sandboxes};
+use super::{document, events, json, sandboxes};
 use crate::admin::documents::{Exit, Process, SandboxDetail, SandboxList, TaskDetail, Tasks};
 use crate::cli;
 use crate::outcome::{Code, Failure, print};
@@ -114,6 +114,9 @@ fn render(detail: &TaskDetail) -> String {
             time(call.seconds)
         );
     }
+    if let Some(history) = &detail.history {
+        text.push_str(&events::of_task(history));
+    }
     text.trim_end().to_owned()
 }
 
@@ -177,9 +180,10 @@ fn shown(exit: &Exit) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::events::tests::event;
     use super::super::ps::tests::task;
     use super::*;
-    use crate::admin::documents::{BlockedStream, RuntimeCall, VERSION};
+    use crate::admin::documents::{BlockedStream, History, RuntimeCall, VERSION};
 
     fn init() -> Process {
         Process {
@@ -233,6 +237,10 @@ mod tests {
                 operation: "exec".into(),
                 seconds: 2.0,
             }],
+            history: Some(History {
+                since: 1_764_424_000.0,
+                events: vec![event("create"), event("start")],
+            }),
         };
         insta::assert_snapshot!("inspect", render(&detail));
     }

@@ -29,7 +29,7 @@ const MAX_LISTED: usize = 20_000;
 const CONTENTS: &str = "\
 What embedshim knows of itself on this machine, for a bug report.
 
-status.json, tasks.json, sandboxes.json, metrics.txt
+status.json, tasks.json, sandboxes.json, events.json, metrics.txt
                  as the daemon has answered; *.error.txt: why it has not
 probe.json       what the kernel offers to exit monitors
 config.txt       every setting, and where it is from
@@ -107,6 +107,7 @@ fn collect<W: Write>(archive: &mut Archive<W>, locations: &cli::Locations) -> an
         ("status.json", "/v1/status"),
         ("tasks.json", "/v1/tasks"),
         ("sandboxes.json", "/v1/sandboxes"),
+        ("events.json", "/v1/events"),
         ("metrics.txt", "/metrics"),
     ] {
         archive.add_answer(state_dir, name, path)?;
