@@ -26,6 +26,7 @@ mod routes;
 mod sandboxes;
 pub(crate) mod scrape;
 mod server;
+pub(crate) mod textfile;
 pub(crate) mod view;
 mod workers;
 

@@ -5,13 +5,13 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tracing::warn;
 
 use crate::admin::view::{Serving, View};
-use crate::admin::{Admin, scrape};
+use crate::admin::{Admin, scrape, textfile};
 use crate::config::Config;
 use crate::history::History;
 use crate::service_manager::ServiceManager;
@@ -63,6 +63,12 @@ impl Oversight {
             && let Err(error) = scrape::start(Arc::clone(&view), address)
         {
             warn!(%address, %error, "cannot serve metrics by TCP: `embedshimd metrics` has them");
+        }
+        if let Some(path) = config.metrics.textfile.clone() {
+            let period = Duration::from_secs(config.metrics.textfile_seconds);
+            if let Err(error) = textfile::start(Arc::clone(&view), path, period) {
+                warn!(%error, "cannot write metrics to a file: `embedshimd metrics` has them");
+            }
         }
         Self {
             lives,
