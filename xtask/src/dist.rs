@@ -17,11 +17,15 @@ use crate::deb::{self, Packing};
 /// The programs, which go to `bin`.
 const PROGRAMS: [&str; 2] = ["embedshimd", "containerd-shim-embed-v1"];
 /// Where each other file is here, and in the archive.
-const FILES: [(&str, &str); 13] = [
+const FILES: [(&str, &str); 14] = [
     ("packaging/install.sh", "install.sh"),
     ("packaging/config.toml", "config.toml"),
     ("packaging/embedshimd.service", "systemd/embedshimd.service"),
     ("packaging/embedshimd.socket", "systemd/embedshimd.socket"),
+    (
+        "packaging/containerd-shim-embed-v1.8",
+        "share/man/man8/containerd-shim-embed-v1.8",
+    ),
     ("LICENSE", "share/doc/embedshim/LICENSE"),
     ("README.md", "share/doc/embedshim/README.md"),
     ("CHANGELOG.md", "share/doc/embedshim/CHANGELOG.md"),

@@ -7,6 +7,7 @@ mod dist;
 mod fuzz;
 mod matrix;
 mod package;
+mod shipped;
 mod suite;
 mod systemd;
 mod tidy;
