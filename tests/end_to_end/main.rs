@@ -21,6 +21,7 @@ mod cut_short_execs;
 mod docker;
 mod embedding;
 mod events;
+mod events_shown;
 mod exits;
 mod failures;
 mod guardians;
@@ -43,6 +44,7 @@ mod pipes;
 mod pods;
 mod pods_like_others;
 mod pods_processes;
+mod pods_shown;
 mod pods_survival;
 mod regressions;
 mod removed_state;
@@ -138,6 +140,7 @@ fn without_docker() -> Vec<Test> {
         &exits::OURS,
         &events::TESTS,
         &events::OURS,
+        &events_shown::OURS,
         &at_most_once::TESTS,
         &guardians::TESTS,
         &creations::TESTS,
@@ -159,6 +162,7 @@ fn without_docker() -> Vec<Test> {
         &pods::TESTS,
         &pods_like_others::TESTS,
         &pods_processes::TESTS,
+        &pods_shown::TESTS,
         &pods_survival::TESTS,
         &pipes::TESTS,
         &pipes::OURS,

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -20,13 +21,16 @@ pub(crate) const TESTS: [Test; 1] = tests!(EmbedshimOnly:
     every_metric_of_rules_and_dashboard_is_told_by_a_daemon,
 );
 
-pub(crate) const OURS: [Test; 2] = tests!(WithoutContainerd:
+pub(crate) const OURS: [Test; 4] = tests!(WithoutContainerd:
     what_is_counted_is_what_was_done,
+    the_file_of_metrics_is_whole_at_each_moment_and_written_again,
+    a_file_of_metrics_in_no_directory_is_refused_by_name,
     by_tcp_only_metrics_and_health_are_told_and_only_if_asked_for,
 );
 
 /// Those that need Prometheus.
-pub(crate) const WITH_PROMETHEUS: [Test; 2] = tests!(WithoutContainerd:
+pub(crate) const WITH_PROMETHEUS: [Test; 3] = tests!(WithoutContainerd:
+    the_file_of_metrics_is_what_node_exporter_parses,
     the_packaged_alerts_fire_when_they_have_to,
     a_prometheus_scrapes_a_daemon,
 );
@@ -188,6 +192,97 @@ fn by_tcp_only_metrics_and_health_are_told_and_only_if_asked_for(
     ensure!(
         !silent.daemon_log().contains("metrics are served"),
         "nothing was asked for"
+    );
+    Ok(())
+}
+
+/// A daemon that writes its metrics to this file each second.
+fn writing_to_a_file(stage: &Stage) -> anyhow::Result<(Sandbox, PathBuf)> {
+    let mut sandbox = stage.bare_sandbox()?;
+    let directory = sandbox.directory().join("textfile");
+    fs::create_dir(&directory)?;
+    let file = directory.join("embedshim.prom");
+    let config = sandbox.directory().join("config.toml");
+    fs::write(
+        &config,
+        format!(
+            "[metrics]\ntextfile = \"{}\"\ntextfile_seconds = 1\n",
+            file.display()
+        ),
+    )?;
+    sandbox.set_environment("EMBEDSHIM_CONFIG", &config.to_string_lossy());
+    sandbox.start_daemon()?;
+    until("the file is written", || Ok(file.exists()))?;
+    Ok((sandbox, file))
+}
+
+fn the_file_of_metrics_is_whole_at_each_moment_and_written_again(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let (sandbox, file) = writing_to_a_file(stage)?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "secret", &["sleep", "1000"])?;
+    shim.create("secret", bundle.path())?;
+    shim.start("secret")?;
+    let mut inodes = BTreeSet::new();
+    until(
+        "it was written several times, the last time with the task",
+        || {
+            let (text, inode) = (fs::read_to_string(&file)?, fs::metadata(&file)?.ino());
+            // The last sample of the text.
+            let last = text.lines().last().unwrap_or_default();
+            ensure!(
+                last.starts_with("embedshim_process_cpu_seconds_total ") && text.ends_with('\n'),
+                "it is not whole: {text}"
+            );
+            ensure!(!text.contains("secret"), "{text}");
+            inodes.insert(inode);
+            let running = value(&text, "embedshim_tasks{state=\"running\"}");
+            Ok(inodes.len() > 1 && running == Some(1.0))
+        },
+    )?;
+    let names = fs::read_dir(file.parent().context("no directory")?)?;
+    let names: Vec<_> = names.flatten().map(|entry| entry.file_name()).collect();
+    let is_read = |name: &&std::ffi::OsString| name.to_string_lossy().ends_with(".prom");
+    ensure!(names.iter().filter(is_read).count() == 1, "{names:?}");
+    Ok(())
+}
+
+fn a_file_of_metrics_in_no_directory_is_refused_by_name(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    let config = sandbox.directory().join("config.toml");
+    let absent = sandbox.directory().join("absent");
+    let file = absent.join("embedshim.prom");
+    let text = format!("[metrics]\ntextfile = \"{}\"\n", file.display());
+    fs::write(&config, text)?;
+    let mut command = Command::new(stage.binary("embedshimd"));
+    command
+        .args(["config", "check", "--config"])
+        .arg(&config)
+        .stdin(Stdio::null());
+    let refused = Running::capture(&mut command)?.finish(PATIENCE)?;
+    let named = format!(
+        "metrics.textfile: there is no directory {}",
+        absent.display()
+    );
+    ensure!(
+        refused.code == Some(3) && refused.stderr.contains(&named),
+        "{refused:?}"
+    );
+    Ok(())
+}
+
+fn the_file_of_metrics_is_what_node_exporter_parses(stage: &Stage) -> anyhow::Result<()> {
+    let (_sandbox, file) = writing_to_a_file(stage)?;
+    let mut command = Command::new(prometheus()?.join("promtool"));
+    // By the parser of node_exporter. 3: it understands all, and does not like every name.
+    command
+        .args(["check", "metrics"])
+        .stdin(fs::File::open(&file)?);
+    let checked = Running::capture(&mut command)?.finish(PATIENCE)?;
+    ensure!(
+        matches!(checked.code, Some(0 | 3)) && !checked.stderr.contains("error while"),
+        "{checked:?}"
     );
     Ok(())
 }

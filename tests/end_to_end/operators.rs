@@ -46,7 +46,7 @@ pub(crate) fn ask(stage: &Stage, sandbox: &Sandbox, words: &[&str]) -> anyhow::R
 }
 
 /// The document that a command prints.
-fn json(stage: &Stage, sandbox: &Sandbox, words: &[&str]) -> anyhow::Result<Value> {
+pub(crate) fn json(stage: &Stage, sandbox: &Sandbox, words: &[&str]) -> anyhow::Result<Value> {
     let words = [words, &["--json"]].concat();
     let finished = ask(stage, sandbox, &words)?;
     let document = serde_json::from_str(&finished.stdout);

@@ -198,6 +198,8 @@ fn a_report_has_what_helps_and_nothing_private(stage: &Stage) -> anyhow::Result<
         "README.txt",
         "status.json",
         "tasks.json",
+        "sandboxes.json",
+        "events.json",
         "metrics.txt",
         "probe.json",
         "config.txt",

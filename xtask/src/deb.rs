@@ -17,11 +17,12 @@ const BINARIES: [&str; 2] = ["embedshimd", "containerd-shim-embed-v1"];
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 /// Where each file is here, and in the package. containerd finds the launcher in /usr/bin by its
 /// `PATH`.
-const FILES: [(&str, &str); 11] = [
+const FILES: [(&str, &str); 12] = [
     ("packaging/embedshimd.service", "lib/systemd/system"),
     ("packaging/embedshimd.socket", "lib/systemd/system"),
     ("packaging/config.toml", "etc/embedshim"),
     ("packaging/debian/copyright", "usr/share/doc/embedshim"),
+    ("packaging/containerd-shim-embed-v1.8", "usr/share/man/man8"),
     ("docs/operating.md", "usr/share/doc/embedshim"),
     ("docs/sandbox.md", "usr/share/doc/embedshim"),
     (
@@ -42,6 +43,9 @@ const FILES: [(&str, &str); 11] = [
     ),
     ("packaging/debian/conffiles", "DEBIAN"),
 ];
+
+/// What lintian is not to say, and why.
+const OVERRIDES: &str = "packaging/debian/lintian-overrides";
 
 /// How a package is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +101,9 @@ pub(crate) fn build(
     for (file, target) in FILES {
         install(file, &root.join(target), 0o644)?;
     }
+    // A file for each package, which has its name.
+    let overrides = root.join("usr/share/lintian/overrides").join(NAME);
+    install_as(OVERRIDES, &overrides, 0o644)?;
     write_documents(binaries, &root.join("usr/share"))?;
     for script in SCRIPTS {
         let file = format!("packaging/debian/{script}");
@@ -128,14 +135,17 @@ pub(crate) fn build(
     Ok(package)
 }
 
-/// Copies a file of the workspace into a directory. The mode does not depend on who has checked it
-/// out.
+/// Copies a file of the workspace into a directory.
 fn install(file: &str, directory: &Path, mode: u32) -> anyhow::Result<()> {
+    let name = Path::new(file).file_name().context("no file name")?;
+    install_as(file, &directory.join(name), mode)
+}
+
+/// Copies a file of the workspace to a path. The mode does not depend on who has checked it out.
+fn install_as(file: &str, target: &Path, mode: u32) -> anyhow::Result<()> {
     let source = workspace().join(file);
-    let name = source.file_name().context("no file name")?;
-    let target = directory.join(name);
-    fs::create_dir_all(directory)?;
-    fs::copy(&source, &target).with_context(|| source.display().to_string())?;
+    fs::create_dir_all(target.parent().context("no directory")?)?;
+    fs::copy(&source, target).with_context(|| source.display().to_string())?;
     Ok(fs::set_permissions(
         target,
         fs::Permissions::from_mode(mode),

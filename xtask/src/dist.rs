@@ -1,6 +1,6 @@
 //! `cargo xtask dist`: what a release has: the Debian package, an archive with `install.sh` for
-//! other systems, and checksums. Owns the layout of the archive; what is installed where is the
-//! script's (`packaging/install.sh`).
+//! other systems, a bill of materials, and checksums. Owns the layout of the archive; what is
+//! installed where is the script's (`packaging/install.sh`).
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,15 +13,20 @@ use testbed::machine;
 use testbed::products::{self, Profile, strip, workspace};
 
 use crate::deb::{self, Packing};
+use crate::sbom;
 
 /// The programs, which go to `bin`.
 const PROGRAMS: [&str; 2] = ["embedshimd", "containerd-shim-embed-v1"];
 /// Where each other file is here, and in the archive.
-const FILES: [(&str, &str); 13] = [
+const FILES: [(&str, &str); 14] = [
     ("packaging/install.sh", "install.sh"),
     ("packaging/config.toml", "config.toml"),
     ("packaging/embedshimd.service", "systemd/embedshimd.service"),
     ("packaging/embedshimd.socket", "systemd/embedshimd.socket"),
+    (
+        "packaging/containerd-shim-embed-v1.8",
+        "share/man/man8/containerd-shim-embed-v1.8",
+    ),
     ("LICENSE", "share/doc/embedshim/LICENSE"),
     ("README.md", "share/doc/embedshim/README.md"),
     ("CHANGELOG.md", "share/doc/embedshim/CHANGELOG.md"),
@@ -67,6 +72,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
     fs::remove_dir_all(directory.join(&name))?;
     deb::build(&programs, &version, Packing::Small, &directory)?;
     fs::remove_dir_all(directory.join("root"))?;
+    let bill = directory.join(format!("embedshim-{version}.cdx.json"));
+    fs::write(bill, sbom::bill()?)?;
     write_checksums(&directory)?;
     for file in fs::read_dir(&directory)? {
         println!("{}", file?.path().display());

@@ -7,6 +7,8 @@ mod dist;
 mod fuzz;
 mod matrix;
 mod package;
+mod sbom;
+mod shipped;
 mod suite;
 mod systemd;
 mod tidy;
@@ -44,7 +46,8 @@ enum Command {
     TestSystemd(systemd::Options),
     /// Build the Debian package
     Deb,
-    /// Build what a release has: the Debian package, an archive with install.sh, checksums
+    /// Build what a release has: the Debian package, an archive with install.sh, a bill of
+    /// materials, checksums
     Dist,
     /// Package the library crates as for a registry; nothing is published
     Package(package::Options),

@@ -15,7 +15,7 @@ use testbed::products::{self, Profile};
 use testbed::releases::{self, Release};
 use testbed::sandbox::EMBEDSHIM;
 
-use crate::package;
+use crate::{package, shipped};
 
 /// What `--clients` runs.
 const CLIENTS: &str = "docker::";
@@ -123,7 +123,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         let documentation = count(cargo.arg("--").args(&options.filter))?;
         let outside = count(outside().arg("--").args(&options.filter))?;
         let sum = targets.plus(loader).plus(documentation).plus(outside);
-        return verdict(sum.plus(packages(options.filter.as_deref())));
+        return verdict(sum.plus(own(&binaries, options.filter.as_deref())));
     }
     let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);
     let default = if options.clients {
@@ -195,21 +195,32 @@ fn outside() -> Command {
     cargo
 }
 
-/// That the libraries can be packaged counts as one test.
-fn packages(filter: Option<&str>) -> Counts {
-    const NAME: &str = "the_libraries_can_be_packaged";
-    if filter.is_some_and(|filter| !NAME.contains(filter)) {
-        return Counts::default();
-    }
-    let packaged = package::run(package::Options::default());
-    let counts = Counts {
-        passed: packaged.is_ok().into(),
-        failed: packaged.is_err().into(),
-        skipped: 0,
-    };
-    match packaged {
-        Ok(()) => println!("test {NAME} ... ok"),
-        Err(error) => println!("test {NAME} ... FAILED: {error:#}"),
+/// What is checked by this program itself: each counts as a test.
+fn own(binaries: &Path, filter: Option<&str>) -> Counts {
+    let packages = || package::run(package::Options::default());
+    let shipped = || shipped::check(binaries);
+    let checks: [(&str, &dyn Fn() -> anyhow::Result<()>); 2] = [
+        ("the_libraries_can_be_packaged", &packages),
+        (
+            "scripts_and_debian_package_have_no_fault_that_debian_knows",
+            &shipped,
+        ),
+    ];
+    let mut counts = Counts::default();
+    for (name, check) in checks {
+        if filter.is_some_and(|filter| !name.contains(filter)) {
+            continue;
+        }
+        match check() {
+            Ok(()) => {
+                counts.passed += 1;
+                println!("test {name} ... ok");
+            }
+            Err(error) => {
+                counts.failed += 1;
+                println!("test {name} ... FAILED: {error:#}");
+            }
+        }
     }
     counts
 }

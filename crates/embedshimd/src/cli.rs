@@ -15,7 +15,7 @@ Exit codes:
   6  another daemon or keeper works on this state directory
   7  probe: it would run, but exits can be lost while the daemon is down
   8  status: the daemon serves, but something needs attention
-  9  no daemon answers";
+  9  no daemon answers, or the one that was followed has ended";
 
 const KEEP: &str = "\
 Starts `embedshimd serve` and keeps it running: starts it again whenever it ends, and holds its \
@@ -68,12 +68,29 @@ prints the same as `--json`.";
 const PS: &str = "\
 Lists the tasks that the daemon serves, those that are being created included. AGE is that of the \
 container's first process, EXECS counts those that were not deleted, MEMORY is what the cgroup is \
-charged with.";
+charged with. With `--sandboxes` it lists the pods without a pause container, of which this daemon \
+is the sandbox controller: created (not started yet), ready, or stopped, with 255 if the namespaces \
+were lost.";
 
 const INSPECT: &str = "\
 Shows all that the daemon knows of one task: bundle, cgroup, streams, execs, calls of the OCI \
 runtime in flight, and how each process ended with the evidence for it: wait (by its parent), bpf, \
-ptrace, zombie, pidfd_info, or none.";
+ptrace, zombie, pidfd_info, or none; and what has happened to it, as far as this daemon remembers \
+(see `embedshimd events`).
+
+The id may be that of a sandbox, a pod without a pause container: then its record, its namespaces \
+with their pins, its files and its containers are shown.";
+
+const EVENTS: &str = "\
+Shows what has happened to tasks and sandboxes since the daemon began, the last thousand events: \
+create, start, exit, oom, delete, paused, resumed, exec-added, exec-started, sandbox-started, \
+sandbox-stopped, sandbox-removed; with the namespace, the id, the process and its exit code. A daemon \
+that takes over tells again of the exits of tasks that are not deleted, with the times of the exits.
+
+With `--follow` it shows each event when it happens, until it is interrupted or the daemon ends, which \
+is exit code 9: another daemon begins with none. A reader that is too slow misses the oldest events and \
+is told how many; it holds up nothing. With `--json` each line is an object, {\"lost\":NUMBER} where \
+events are missing.";
 
 const METRICS: &str = "\
 Prints the metrics as Prometheus reads them: tasks, exits by evidence, durations of requests and of \
@@ -128,12 +145,15 @@ pub(crate) enum Command {
     /// Show what the daemon does, and whether something needs attention
     #[command(long_about = STATUS, after_help = EXIT_CODES)]
     Status(Status),
-    /// List the tasks of this node
+    /// List the tasks of this node, or its sandboxes
     #[command(long_about = PS, after_help = EXIT_CODES)]
     Ps(Ps),
-    /// Show all that is known of one task
+    /// Show all that is known of one task or sandbox
     #[command(long_about = INSPECT, after_help = EXIT_CODES)]
     Inspect(Inspect),
+    /// Show what happens to tasks and sandboxes, and the last of what has
+    #[command(long_about = EVENTS, after_help = EXIT_CODES)]
+    Events(Events),
     /// Print what is counted, for Prometheus
     #[command(long_about = METRICS, after_help = EXIT_CODES)]
     Metrics(Metrics),
@@ -270,6 +290,22 @@ pub(crate) struct Ps {
     /// List again after so many seconds, until it is interrupted
     #[arg(long, short, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2")]
     pub(crate) watch: Option<u64>,
+    /// List pods without a pause container instead of tasks
+    #[arg(long)]
+    pub(crate) sandboxes: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Events {
+    #[command(flatten)]
+    pub(crate) daemon: Asked,
+    /// Show each event when it happens
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Show only so many of those that the daemon remembers; with --follow there are none without
+    /// this option
+    #[arg(long, short = 'n', value_name = "NUMBER")]
+    pub(crate) last: Option<usize>,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -351,7 +387,7 @@ pub(crate) struct Report {
 pub(crate) struct Inspect {
     #[command(flatten)]
     pub(crate) daemon: Asked,
-    /// The container's id
+    /// The id of a container or of a sandbox
     #[arg(value_name = "ID")]
     pub(crate) id: String,
     /// containerd's namespace; needed if several have this id
@@ -395,6 +431,7 @@ mod tests {
         insta::assert_snapshot!("help_status", help(&["status"]));
         insta::assert_snapshot!("help_ps", help(&["ps"]));
         insta::assert_snapshot!("help_inspect", help(&["inspect"]));
+        insta::assert_snapshot!("help_events", help(&["events"]));
         insta::assert_snapshot!("help_metrics", help(&["metrics"]));
         insta::assert_snapshot!("help_watch", help(&["watch"]));
         insta::assert_snapshot!("help_config", help(&["config"]));

@@ -166,6 +166,7 @@ mod tests {
             pages,
             [
                 "embedshimd-config.8",
+                "embedshimd-events.8",
                 "embedshimd-inspect.8",
                 "embedshimd-keep.8",
                 "embedshimd-metrics.8",

@@ -9,6 +9,7 @@ mod commands;
 mod config;
 mod daemon;
 mod documents;
+mod history;
 mod keep;
 mod limits;
 mod logging;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Status(options) => commands::status::run(options),
         Command::Ps(options) => commands::ps::run(options),
         Command::Inspect(options) => commands::inspect::run(options),
+        Command::Events(options) => commands::events::run(options),
         Command::Metrics(options) => commands::metrics::run(options),
         Command::Watch(options) => commands::watch::run(options),
         Command::Pins(options) => commands::pins::run(options),

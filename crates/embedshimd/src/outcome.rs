@@ -22,7 +22,7 @@ pub(crate) enum Code {
     Partly = 7,
     /// The daemon serves, and something needs attention.
     Attention = 8,
-    /// No daemon answers.
+    /// No daemon answers, or the one that was followed has ended.
     NoDaemon = 9,
 }
 

@@ -115,6 +115,20 @@ const FOR_DEBIAN_GUESTS: [Requirement; 1] = [Requirement {
     is_there: || on_path("mmdebstrap"),
 }];
 
+/// What checks the package and its scripts.
+const FOR_PACKAGE_CHECKS: [Requirement; 2] = [
+    Requirement {
+        package: "shellcheck",
+        purpose: "checks the scripts that are shipped",
+        is_there: || on_path("shellcheck"),
+    },
+    Requirement {
+        package: "lintian",
+        purpose: "checks the Debian package",
+        is_there: || on_path("lintian"),
+    },
+];
+
 /// Installs what is missing and mounts bpffs.
 pub fn prepare() -> anyhow::Result<()> {
     if !nix::unistd::geteuid().is_root() {
@@ -134,6 +148,11 @@ pub fn prepare_for_guests() -> anyhow::Result<()> {
 pub fn prepare_for_debian_guests() -> anyhow::Result<()> {
     prepare_for_guests()?;
     install(&FOR_DEBIAN_GUESTS)
+}
+
+/// Installs what checks the package and its scripts.
+pub fn prepare_for_package_checks() -> anyhow::Result<()> {
+    install(&FOR_PACKAGE_CHECKS)
 }
 
 /// Two of us at once, as two suites in guests, would find apt's lists locked.

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::home;
 use crate::id::SandboxKey;
+use crate::sandbox::observer::{SandboxChange, SandboxObserver};
 use crate::sandbox::users::Users;
 
 /// The longest name of a machine that the kernel takes.
@@ -26,6 +28,17 @@ pub struct SandboxConfig {
     pub unprivileged_ports: bool,
     /// The same for ICMP echo sockets.
     pub unprivileged_ping: bool,
+    /// Hears of what becomes of sandboxes.
+    pub observer: Option<Arc<dyn SandboxObserver>>,
+}
+
+impl SandboxConfig {
+    /// Tells the observer.
+    pub(super) fn tell(&self, key: &SandboxKey, change: SandboxChange) {
+        if let Some(observer) = &self.observer {
+            observer.changed(key, change);
+        }
+    }
 }
 
 /// Whether a pod has a namespace of its own or the node's.
@@ -157,6 +170,12 @@ impl Ended {
     pub(super) fn now(code: u32) -> Self {
         let at = SystemTime::now();
         Self { code, at }
+    }
+
+    /// The same, as an observer hears it.
+    pub(super) fn change(self) -> SandboxChange {
+        let Self { code, at } = self;
+        SandboxChange::Ended { code, at }
     }
 }
 

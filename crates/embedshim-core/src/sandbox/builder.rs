@@ -3,6 +3,7 @@
 //! by which a successor goes on. Everything here blocks; it never decides in which state a sandbox
 //! is.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
@@ -45,6 +46,11 @@ impl Builder {
 
     pub(super) fn config(&self) -> &SandboxConfig {
         &self.config
+    }
+
+    /// Where the record of this sandbox is, or would be.
+    pub(super) fn record_of(&self, key: &SandboxKey) -> PathBuf {
+        self.store.path(key)
     }
 
     /// Makes the directory of records again. That of the places is perhaps gone, too.

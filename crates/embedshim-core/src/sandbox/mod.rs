@@ -17,6 +17,8 @@ mod error;
 mod holder;
 mod isolation;
 mod namespaces;
+mod observer;
+mod overview;
 mod place;
 mod record;
 mod recovery;
@@ -35,5 +37,7 @@ pub use api::{
     CreateSandbox, Dns, Ended, Network, Processes, Reach, SandboxConfig, SandboxSnapshot,
 };
 pub use error::SandboxError;
+pub use observer::{SandboxChange, SandboxObserver};
+pub use overview::{NamespaceOwner, SandboxNamespace, SandboxOverview, SandboxState};
 pub use sandboxes::Sandboxes;
 pub use users::{IdRange, Users};

@@ -16,6 +16,8 @@ use crate::sandbox::api::{CreateSandbox, Ended, SandboxConfig, SandboxSnapshot};
 use crate::sandbox::builder::Builder;
 use crate::sandbox::error::{SandboxError, failed};
 use crate::sandbox::holder;
+use crate::sandbox::observer::SandboxChange;
+use crate::sandbox::overview::SandboxOverview;
 use crate::sandbox::place::{self, Place};
 use crate::sandbox::record::Phase;
 use crate::sandbox::recovery::{self, KILLED};
@@ -150,6 +152,7 @@ impl Sandboxes {
                     Ended::now(KILLED)
                 });
             sandbox.set(State::Ended(ended));
+            inner.tell(&sandbox, ended.change());
         });
     }
 
@@ -209,6 +212,7 @@ impl Sandboxes {
             }
             sandbox.set(State::Ready);
             this.watch(&sandbox);
+            inner.tell(&sandbox, SandboxChange::Started);
             info!(sandbox = %sandbox.key, "sandbox started");
             Ok(sandbox.snapshot())
         };
@@ -231,6 +235,7 @@ impl Sandboxes {
             let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
             let ended = blocking(move || worker.builder.release(&of, code)).await??;
             sandbox.set(State::Ended(ended));
+            inner.tell(&sandbox, ended.change());
             info!(sandbox = %sandbox.key, "sandbox stopped");
             Ok(())
         };
@@ -250,6 +255,7 @@ impl Sandboxes {
             if !matches!(sandbox.state(), State::Created(_) | State::Gone) {
                 let (worker, of) = (Arc::clone(&inner), Arc::clone(&sandbox));
                 blocking(move || worker.builder.dismantle(&of)).await??;
+                inner.tell(&sandbox, SandboxChange::Removed);
                 info!(sandbox = %sandbox.key, "sandbox removed");
             }
             inner.forget(&sandbox);
@@ -261,6 +267,20 @@ impl Sandboxes {
     /// The sandbox at this moment.
     pub fn state(&self, key: &SandboxKey) -> Result<SandboxSnapshot, SandboxError> {
         Ok(self.0.find(key)?.snapshot())
+    }
+
+    /// All sandboxes as an operator sees them at this moment, by name.
+    pub fn overview(&self) -> Vec<SandboxOverview> {
+        let mut all: Vec<_> = self.0.known().values().cloned().collect();
+        all.sort_by(|one, other| one.key.cmp(&other.key));
+        let seen = all.iter().filter_map(|sandbox| self.0.overview(sandbox));
+        seen.collect()
+    }
+
+    /// One of them; `None` if it is not there.
+    pub fn overview_of(&self, key: &SandboxKey) -> Option<SandboxOverview> {
+        let sandbox = self.0.find(key).ok()?;
+        self.0.overview(&sandbox)
     }
 
     /// What containers of a sandbox share, as an OCI specification (JSON) with nothing else: the
@@ -368,6 +388,10 @@ impl Inner {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn tell(&self, sandbox: &Sandbox, change: SandboxChange) {
+        self.builder.config().tell(&sandbox.key, change);
+    }
+
     fn all(&self) -> Vec<Arc<Sandbox>> {
         self.known().values().cloned().collect()
     }
@@ -377,6 +401,10 @@ impl Inner {
         let found = self.known().get(key).cloned();
         let found = found.filter(|sandbox| sandbox.state() != State::Leaving);
         found.ok_or_else(|| SandboxError::Unknown(key.clone()))
+    }
+
+    fn overview(&self, sandbox: &Sandbox) -> Option<SandboxOverview> {
+        SandboxOverview::of(sandbox, self.builder.record_of(&sandbox.key))
     }
 
     fn forget(&self, sandbox: &Sandbox) {
@@ -390,6 +418,7 @@ impl Inner {
             State::Ending(code) => {
                 let ended = self.builder.release(sandbox, code)?;
                 sandbox.set(State::Ended(ended));
+                self.tell(sandbox, ended.change());
             }
             State::Leaving => {
                 self.builder.dismantle(sandbox)?;

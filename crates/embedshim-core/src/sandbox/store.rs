@@ -1,7 +1,7 @@
 //! [`Store`]: the records of the sandboxes in the state directory. The format is
 //! [`record`](super::record)'s; whose error a failure is, is owned here.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::failpoint;
 use crate::id::SandboxKey;
@@ -44,6 +44,11 @@ impl Store {
     pub(super) fn make(&self) -> Result<(), SandboxError> {
         let made = self.0.make();
         made.map_err(all_failed("cannot create the directory of sandbox records"))
+    }
+
+    /// Where the record of this sandbox is, or would be.
+    pub(super) fn path(&self, key: &SandboxKey) -> PathBuf {
+        self.0.path(&name(key))
     }
 
     /// Replaces the record: after a crash there is the old one or the new one. Blocks on the file

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::clock::BootTime;
-use crate::id::{ExecId, TaskKey};
+use crate::id::{ExecId, SandboxId, TaskKey};
 use crate::stdio::StdioPaths;
 use crate::task::api::{Exit, ProcessStatus};
 use crate::task::process::TaskProcess;
@@ -22,6 +22,8 @@ pub struct TaskOverview {
     pub runtime: String,
     /// What [`CreateTask::owner`](super::CreateTask::owner) said.
     pub owner: String,
+    /// The sandbox that it is in, if that is one of [`Sandboxes`](crate::sandbox::Sandboxes).
+    pub sandbox: Option<SandboxId>,
     /// Its `Create` is over: clients can see it.
     pub is_complete: bool,
     /// The directory of its cgroup that lists its processes.
@@ -71,6 +73,7 @@ impl TaskOverview {
             bundle: task.bundle.path.clone(),
             runtime: task.runtime.program_name().to_string_lossy().into_owned(),
             owner: task.owner.clone(),
+            sandbox: task.sandbox.clone(),
             is_complete: task.is_complete(),
             cgroup: task.cgroup().and_then(|cgroup| cgroup.path()),
             oom_kills: task.oom_kills(),

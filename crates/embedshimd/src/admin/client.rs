@@ -1,7 +1,7 @@
 //! Asks a running daemon for a document. Owns what is said when no daemon answers, and the bounds
 //! of an answer; shows nothing.
 
-use std::io::{self, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,6 +20,10 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The longest answer: a thousand tasks have less than 1 MiB.
 const MAX_ANSWER: usize = 64 << 20;
 const MAX_HEADERS: usize = 16;
+/// The longest head of an answer.
+const MAX_HEAD: usize = 8 * 1024;
+/// The longest line of an answer that does not end.
+const MAX_LINE: u64 = 64 * 1024;
 
 /// Why there is no document.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +46,9 @@ pub(crate) enum AskError {
     NotFound { what: String },
     #[error("embedshimd refuses: {status} {what}")]
     Refused { status: u16, what: String },
+    /// It was told events, and the connection has ended.
+    #[error("embedshimd on {state_dir} has ended", state_dir = .state_dir.display())]
+    Ended { state_dir: PathBuf },
     #[error("the answer cannot be read; the daemon may be of another version")]
     NotUnderstood(#[source] serde_json::Error),
 }
@@ -69,6 +76,78 @@ pub(crate) fn fetch(state_dir: &Path, path: &str) -> Result<Vec<u8>, AskError> {
             what: what(),
         }),
     }
+}
+
+/// An answer that does not end: a line for each thing that happens.
+#[derive(Debug)]
+pub(crate) struct Lines {
+    state_dir: PathBuf,
+    lines: BufReader<UnixStream>,
+}
+
+impl Lines {
+    /// The daemon has begun to answer when this returns.
+    pub(crate) fn open(state_dir: &Path, path: &str) -> Result<Self, AskError> {
+        let mut stream = connect(state_dir)?;
+        let begun = begin_lines(&mut stream, path).map_err(|source| AskError::NoAnswer {
+            state_dir: state_dir.to_owned(),
+            source,
+        })?;
+        match begun {
+            None => Ok(Self {
+                state_dir: state_dir.to_owned(),
+                lines: BufReader::new(stream),
+            }),
+            Some((status, what)) => Err(AskError::Refused { status, what }),
+        }
+    }
+
+    /// Waits for the next line. With the daemon it ends, also in the middle of a line.
+    pub(crate) fn next(&mut self) -> Result<String, AskError> {
+        let mut line = String::new();
+        let read = (&mut self.lines).take(MAX_LINE).read_line(&mut line);
+        if read.is_err() || !line.ends_with('\n') {
+            let state_dir = self.state_dir.clone();
+            return Err(AskError::Ended { state_dir });
+        }
+        Ok(line)
+    }
+}
+
+/// Sends the request for lines, and reads the head of the answer, which comes at once; returns what
+/// the daemon says if it refuses.
+fn begin_lines(stream: &mut UnixStream, path: &str) -> io::Result<Option<(u16, String)>> {
+    stream.set_limits(Some(LIMIT))?;
+    send_request(stream, path)?;
+    let mut head = Vec::new();
+    // No byte of the lines is read here.
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        head.extend_from_slice(&byte);
+        if head.len() > MAX_HEAD {
+            return Err(io::Error::other("the head of the answer is too long"));
+        }
+    }
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut response = httparse::Response::new(&mut headers);
+    response.parse(&head).map_err(io::Error::other)?;
+    match response.code {
+        Some(200) => {
+            stream.set_limits(None)?;
+            Ok(None)
+        }
+        code => {
+            let mut said = String::new();
+            stream.take(MAX_LINE).read_to_string(&mut said)?;
+            Ok(Some((code.unwrap_or(0), said.trim().to_owned())))
+        }
+    }
+}
+
+fn send_request(stream: &mut UnixStream, path: &str) -> io::Result<()> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: embedshimd\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())
 }
 
 /// Connects to the daemon, also to one that is just being replaced.
@@ -113,9 +192,8 @@ fn is_kept(state_dir: &Path) -> bool {
 /// Sends the request, and reads status and body of the answer.
 fn converse(mut stream: UnixStream, path: &str) -> io::Result<(u16, Vec<u8>)> {
     let deadline = Instant::now() + LIMIT;
-    stream.set_limits(LIMIT)?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: embedshimd\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes())?;
+    stream.set_limits(Some(LIMIT))?;
+    send_request(&mut stream, path)?;
     let mut bytes = Vec::new();
     let mut buffer = vec![0; 64 * 1024];
     loop {

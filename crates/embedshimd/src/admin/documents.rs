@@ -22,6 +22,8 @@ pub(crate) struct Status {
     pub(crate) monitor: Option<Monitor>,
     pub(crate) tasks: States,
     pub(crate) execs: States,
+    /// `None` if the daemon is no sandbox controller.
+    pub(crate) sandboxes: Option<SandboxStates>,
     /// Connections of containerd and launchers.
     pub(crate) connections: usize,
     pub(crate) events: Vec<Events>,
@@ -108,6 +110,16 @@ pub(crate) struct States {
     pub(crate) stopped: u64,
 }
 
+/// Numbers of sandboxes by their state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SandboxStates {
+    /// Not started yet.
+    pub(crate) created: u64,
+    pub(crate) ready: u64,
+    /// Stopped, or without their namespaces; not removed yet.
+    pub(crate) stopped: u64,
+}
+
 /// What waits for one containerd.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Events {
@@ -186,10 +198,14 @@ pub(crate) struct TaskDetail {
     pub(crate) bundle: String,
     /// The address of the containerd that has created it.
     pub(crate) containerd: String,
+    /// The sandbox that it is in, if this daemon is its controller.
+    pub(crate) sandbox: Option<String>,
     pub(crate) cgroup: Option<String>,
     pub(crate) init: Process,
     pub(crate) execs: Vec<Process>,
     pub(crate) runtime_calls: Vec<RuntimeCall>,
+    /// `None` of a daemon that remembers none.
+    pub(crate) history: Option<History>,
 }
 
 /// A process of a task.
@@ -218,6 +234,116 @@ pub(crate) struct Exit {
     /// Where it is from: `wait`, `bpf`, `ptrace`, `zombie`, `pidfd_info` or `none`.
     pub(crate) evidence: Option<String>,
     pub(crate) seconds_ago: Option<f64>,
+}
+
+/// `/v1/events`: what has happened since this daemon began, the last of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Recent {
+    pub(crate) version: u32,
+    /// All events since then are here; in seconds since the epoch.
+    pub(crate) since: f64,
+    /// The number of the next event, for `/v1/events/follow/NUMBER`.
+    pub(crate) next: u64,
+    pub(crate) events: Vec<Event>,
+}
+
+/// What has happened to one task while this daemon ran.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct History {
+    /// All events since then are here; in seconds since the epoch.
+    pub(crate) since: f64,
+    pub(crate) events: Vec<Event>,
+}
+
+/// One event.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Event {
+    /// The first of a daemon is 0.
+    pub(crate) number: u64,
+    /// In seconds since the epoch.
+    pub(crate) at: f64,
+    /// `create`, `start`, `exit`, `oom`, `delete`, `paused`, `resumed`, `exec-added`,
+    /// `exec-started`, `sandbox-started`, `sandbox-stopped`, `sandbox-removed`, or one that a later
+    /// version adds.
+    pub(crate) kind: String,
+    pub(crate) namespace: String,
+    /// Of a container or a sandbox.
+    pub(crate) id: String,
+    pub(crate) exec: Option<String>,
+    pub(crate) pid: Option<u32>,
+    pub(crate) exit_code: Option<u32>,
+}
+
+/// One line of `/v1/events/follow`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum EventLine {
+    /// This has happened.
+    Event(Event),
+    /// The reader was too slow: so many events are missing here.
+    Lost { lost: u64 },
+}
+
+/// `/v1/sandboxes`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SandboxList {
+    pub(crate) version: u32,
+    /// Whether the daemon is a sandbox controller.
+    pub(crate) is_enabled: bool,
+    pub(crate) sandboxes: Vec<Sandbox>,
+}
+
+/// One line of `embedshimd ps --sandboxes`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Sandbox {
+    pub(crate) namespace: String,
+    pub(crate) id: String,
+    /// What tells its pod from all others.
+    pub(crate) name: String,
+    /// `created`, `ready` or `stopped`.
+    pub(crate) state: String,
+    /// Since it was created.
+    pub(crate) age_seconds: Option<f64>,
+    /// Tasks that are in it.
+    pub(crate) containers: usize,
+    /// 0 after a stop, 255 if it has lost its namespaces.
+    pub(crate) exit_code: Option<u32>,
+}
+
+/// `/v1/sandboxes/NAMESPACE/ID`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SandboxDetail {
+    pub(crate) version: u32,
+    pub(crate) sandbox: Sandbox,
+    /// Its record; a sandbox that was not started has none.
+    pub(crate) record: Option<String>,
+    pub(crate) namespaces: Vec<Namespace>,
+    /// The files that its containers share.
+    pub(crate) mounts: Vec<Mount>,
+    /// The ids of the tasks that are in it.
+    pub(crate) tasks: Vec<String>,
+    pub(crate) ended_seconds_ago: Option<f64>,
+}
+
+/// A namespace as the containers of a sandbox have it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Namespace {
+    /// `net`, `ipc`, `uts` or `pid`.
+    pub(crate) name: String,
+    /// `pod`, `container` or `node`.
+    pub(crate) owner: String,
+    /// Where the pod's is pinned while the sandbox is ready.
+    pub(crate) pin: Option<String>,
+    /// Whether it is pinned there now.
+    pub(crate) is_pinned: Option<bool>,
+}
+
+/// A file that the containers of a sandbox share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Mount {
+    /// Where it is in a container.
+    pub(crate) target: String,
+    pub(crate) source: String,
 }
 
 /// Seconds as documents have them: to the millisecond.

@@ -3,6 +3,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -12,21 +13,22 @@ const MAX_HEAD: usize = 8 * 1024;
 const MAX_HEADERS: usize = 64;
 
 /// A connection whose reads and writes can be bounded in time.
-pub(super) trait Stream: Read + Write {
-    fn set_limits(&self, limit: Duration) -> io::Result<()>;
+pub(super) trait Stream: Read + Write + AsFd {
+    /// `None` is no bound.
+    fn set_limits(&self, limit: Option<Duration>) -> io::Result<()>;
 }
 
 impl Stream for UnixStream {
-    fn set_limits(&self, limit: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(limit))?;
-        self.set_write_timeout(Some(limit))
+    fn set_limits(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(limit)?;
+        self.set_write_timeout(limit)
     }
 }
 
 impl Stream for TcpStream {
-    fn set_limits(&self, limit: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(limit))?;
-        self.set_write_timeout(Some(limit))
+    fn set_limits(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.set_read_timeout(limit)?;
+        self.set_write_timeout(limit)
     }
 }
 
@@ -49,22 +51,11 @@ impl Answer {
     }
 }
 
-/// Reads a request, gives its path to `route`, and writes what that answers.
-pub(super) fn serve(
-    stream: &mut impl Stream,
-    limit: Duration,
-    route: impl FnOnce(&str) -> Answer,
-) -> io::Result<()> {
-    let deadline = Instant::now() + limit;
-    let answer = match read_path(stream, deadline)? {
-        Ok(path) => route(&path),
-        Err(refused) => refused,
-    };
-    write(stream, &answer, Instant::now() + limit)
-}
-
 /// The path of a request, or the answer by which it is refused.
-fn read_path(stream: &mut impl Stream, deadline: Instant) -> io::Result<Result<String, Answer>> {
+pub(super) fn read_path(
+    stream: &mut impl Stream,
+    deadline: Instant,
+) -> io::Result<Result<String, Answer>> {
     let mut head = Vec::new();
     let mut buffer = [0; 1024];
     loop {
@@ -104,7 +95,7 @@ pub(super) fn read_some(
     deadline: Instant,
 ) -> io::Result<usize> {
     loop {
-        stream.set_limits(left(deadline)?)?;
+        stream.set_limits(Some(left(deadline)?))?;
         match stream.read(buffer) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             read => return read,
@@ -133,15 +124,31 @@ pub(super) fn write(
         answer.content_type,
         answer.body.len()
     );
-    for mut bytes in [head.as_bytes(), &answer.body] {
-        while !bytes.is_empty() {
-            stream.set_limits(left(deadline)?)?;
-            match stream.write(bytes) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+    for bytes in [head.as_bytes(), &answer.body] {
+        write_bytes(stream, bytes, deadline)?;
+    }
+    Ok(())
+}
+
+/// Writes the head of an answer whose body ends with the connection.
+pub(super) fn write_open_head(
+    stream: &mut impl Stream,
+    content_type: &str,
+    deadline: Instant,
+) -> io::Result<()> {
+    let head =
+        format!("HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nConnection: close\r\n\r\n");
+    write_bytes(stream, head.as_bytes(), deadline)
+}
+
+fn write_bytes(stream: &mut impl Stream, mut bytes: &[u8], deadline: Instant) -> io::Result<()> {
+    while !bytes.is_empty() {
+        stream.set_limits(Some(left(deadline)?))?;
+        match stream.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(())
@@ -161,6 +168,16 @@ mod tests {
     use std::thread;
 
     use super::*;
+
+    fn serve(
+        stream: &mut UnixStream,
+        limit: Duration,
+        route: impl FnOnce(&str) -> Answer,
+    ) -> io::Result<()> {
+        let answer = read_path(stream, Instant::now() + limit)?;
+        let answer = answer.map_or_else(|refused| refused, |path| route(&path));
+        write(stream, &answer, Instant::now() + limit)
+    }
 
     fn converse(request: &[u8]) -> (String, io::Result<()>) {
         let (mut client, mut ours) = UnixStream::pair().unwrap();

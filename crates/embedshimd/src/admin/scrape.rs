@@ -25,7 +25,7 @@ pub(crate) fn start(view: Arc<View>, address: SocketAddr) -> io::Result<()> {
         loop {
             let accepted = listener.accept().and_then(|(stream, _)| {
                 let view = Arc::clone(&view);
-                workers.answer(stream, move |path| routes::answer_stranger(&view, path))
+                workers.answer(stream, move |path| routes::reply_to_stranger(&view, path))
             });
             if let Err(error) = accepted {
                 debug!(%error, "metrics: cannot accept a client: trying again");

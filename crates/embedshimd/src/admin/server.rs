@@ -104,7 +104,7 @@ fn accept_all(shared: &Arc<Shared>, listener: &UnixListener) -> io::Result<()> {
         let view = Arc::clone(&shared.view);
         shared
             .workers
-            .answer(stream, move |path| routes::answer(&view, path))?;
+            .answer(stream, move |path| routes::reply(&view, path))?;
     }
 }
 
@@ -129,6 +129,7 @@ mod tests {
     use super::super::client::ask;
     use super::super::documents::{Manager, Phase, Status};
     use super::*;
+    use crate::history::History;
     use crate::state_dir::lives::Lives;
 
     fn view(state_dir: &Path, reactor: tokio::runtime::Handle) -> Arc<View> {
@@ -139,6 +140,7 @@ mod tests {
             manager: None,
             keeper: None,
             capacity: 1,
+            history: History::new(),
             reactor,
             serving: OnceLock::new(),
             is_leaving: AtomicBool::new(false),

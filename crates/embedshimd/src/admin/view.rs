@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use embedshim_core::exit::{Backend, Guarantees};
 use embedshim_core::id::TaskKey;
+use embedshim_core::sandbox::Sandboxes;
 use embedshim_core::task::{self, Node, ProcessOverview, ProcessStatus, TaskOverview};
 use nix::unistd::getppid;
 use shim_api::events::Outboxes;
@@ -20,6 +21,7 @@ use super::documents::{
     RuntimeCall, States, Status, Task, TaskDetail, Tasks, VERSION, seconds,
 };
 use super::health;
+use crate::history::History;
 use crate::limits;
 use crate::metrics::Metrics;
 use crate::service_manager::ServiceManager;
@@ -41,6 +43,8 @@ pub(crate) struct View {
     /// The pid of the keeper; `None` under systemd.
     pub(crate) keeper: Option<i32>,
     pub(crate) capacity: u32,
+    /// What has happened since this daemon began.
+    pub(crate) history: Arc<History>,
     pub(crate) reactor: Handle,
     /// Set when the daemon serves.
     pub(crate) serving: OnceLock<Serving>,
@@ -56,6 +60,8 @@ pub(crate) struct Serving {
     pub(crate) backend: Backend,
     pub(crate) guarantees: Guarantees,
     pub(crate) metrics: Arc<Metrics>,
+    /// If it is a sandbox controller.
+    pub(crate) sandboxes: Option<Sandboxes>,
 }
 
 impl View {
@@ -77,6 +83,7 @@ impl View {
             monitor: serving.map(|serving| self.monitor(serving)),
             tasks: states(tasks.iter().map(|task| (task.is_complete, &task.init))),
             execs: states(all_execs(&tasks)),
+            sandboxes: self.sandbox_states(),
             connections: serving.map_or(0, |serving| serving.connections.count()),
             events: serving.map_or_else(Vec::new, |serving| events(&serving.outboxes)),
             descriptors: self.descriptors(),
@@ -112,10 +119,12 @@ impl View {
             task: self.line(&task),
             bundle: task.bundle.display().to_string(),
             containerd: task.owner.clone(),
+            sandbox: task.sandbox.as_ref().map(ToString::to_string),
             cgroup: task.cgroup.as_ref().map(|path| path.display().to_string()),
             init: process(&task.init),
             execs: task.execs.iter().map(process).collect(),
             runtime_calls: self.runtime_calls(|call| call.task == key),
+            history: Some(self.history.of_task(namespace, id)),
         })
     }
 

@@ -9,12 +9,15 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
+use super::follow::Follower;
 use super::http::{self, Answer, Stream};
 
 /// How long a client may take to send its request, and how long to read the answer.
 const LIMIT: Duration = Duration::from_secs(5);
 /// So many clients are answered at once; more are refused.
 const MAX_CLIENTS: usize = 8;
+/// So many beside them are told events.
+const MAX_FOLLOWERS: usize = 8;
 /// How long a client that is refused may take to hear so.
 const REFUSAL_LIMIT: Duration = Duration::from_millis(10);
 /// The stack of each thread, which writes documents into the heap.
@@ -24,6 +27,14 @@ pub(super) const STACK: usize = 256 * 1024;
 #[derive(Debug, Default)]
 pub(super) struct Workers {
     clients: AtomicUsize,
+    followers: AtomicUsize,
+}
+
+/// What a client gets for its request.
+pub(super) enum Reply {
+    Answer(Answer),
+    /// Each event, for as long as it stays.
+    Events(Follower),
 }
 
 impl Workers {
@@ -31,17 +42,16 @@ impl Workers {
     pub(super) fn answer(
         self: &Arc<Self>,
         mut stream: impl Stream + Send + 'static,
-        route: impl FnOnce(&str) -> Answer + Send + 'static,
+        route: impl FnOnce(&str) -> Reply + Send + 'static,
     ) -> io::Result<()> {
-        let Some(client) = Client::admit(self) else {
+        let Some(client) = Place::take(self, |workers| &workers.clients, MAX_CLIENTS) else {
             let answer = Answer::text(503, "too many clients are being answered");
             // A client that does not read it finds its connection closed.
             let _ = http::write(&mut stream, &answer, Instant::now() + REFUSAL_LIMIT);
             return Ok(());
         };
         let work = move || {
-            let _client = client;
-            if let Err(error) = http::serve(&mut stream, LIMIT, route) {
+            if let Err(error) = serve(&mut stream, client, route) {
                 debug!(%error, "a client of the admin socket or of the metrics was not answered");
             }
         };
@@ -52,19 +62,54 @@ impl Workers {
     }
 }
 
-/// A client that is being answered, for as long as this lives.
-struct Client(Arc<Workers>);
+/// Reads a request, gives its path to `route`, and writes what the client gets.
+fn serve(
+    stream: &mut impl Stream,
+    client: Place,
+    route: impl FnOnce(&str) -> Reply,
+) -> io::Result<()> {
+    let reply = match http::read_path(stream, Instant::now() + LIMIT)? {
+        Ok(path) => route(&path),
+        Err(refused) => Reply::Answer(refused),
+    };
+    let answer = match reply {
+        Reply::Answer(answer) => answer,
+        Reply::Events(follower) => {
+            let workers = Arc::clone(&client.workers);
+            match Place::take(&workers, |workers| &workers.followers, MAX_FOLLOWERS) {
+                Some(_follower) => {
+                    // One that stays keeps no other from being answered.
+                    drop(client);
+                    return follower.run(stream);
+                }
+                None => Answer::text(503, "too many clients are being told events"),
+            }
+        }
+    };
+    http::write(stream, &answer, Instant::now() + LIMIT)
+}
 
-impl Client {
-    fn admit(workers: &Arc<Workers>) -> Option<Self> {
-        let client = Self(Arc::clone(workers));
-        let before = workers.clients.fetch_add(1, Ordering::AcqRel);
-        (before < MAX_CLIENTS).then_some(client)
+/// A client that is being answered, or told events, for as long as this lives.
+struct Place {
+    workers: Arc<Workers>,
+    counter: fn(&Workers) -> &AtomicUsize,
+}
+
+impl Place {
+    fn take(
+        workers: &Arc<Workers>,
+        counter: fn(&Workers) -> &AtomicUsize,
+        limit: usize,
+    ) -> Option<Self> {
+        let workers = Arc::clone(workers);
+        let place = Self { workers, counter };
+        let before = counter(&place.workers).fetch_add(1, Ordering::AcqRel);
+        (before < limit).then_some(place)
     }
 }
 
-impl Drop for Client {
+impl Drop for Place {
     fn drop(&mut self) {
-        self.0.clients.fetch_sub(1, Ordering::AcqRel);
+        (self.counter)(&self.workers).fetch_sub(1, Ordering::AcqRel);
     }
 }

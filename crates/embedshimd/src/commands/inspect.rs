@@ -1,32 +1,51 @@
-//! `embedshimd inspect`: all that the daemon knows of one task.
+//! `embedshimd inspect`: all that the daemon knows of one task, or of one sandbox.
 
 use std::fmt::Write;
 
 use anyhow::anyhow;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::ps::state;
 use super::words::{dash, size, time, time_or_dash, visible};
-use super::{document, json};
-use crate::admin::documents::{Exit, Process, TaskDetail, Tasks};
+use super::{document, events, json, sandboxes};
+use crate::admin::documents::{Exit, Process, SandboxDetail, SandboxList, TaskDetail, Tasks};
 use crate::cli;
 use crate::outcome::{Code, Failure, print};
 
 /// Asks and shows.
 pub(crate) fn run(options: &cli::Inspect) -> Result<Code, Failure> {
-    let state_dir = &options.daemon.state_dir;
-    let id = &options.id;
-    let namespace = match &options.namespace {
-        Some(namespace) => namespace.clone(),
-        None => namespace_of(&document(state_dir, "/v1/tasks")?, id)?,
-    };
-    let is_plain = |name: &str| {
-        let is_safe = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        !name.is_empty() && name.chars().all(is_safe)
-    };
-    if !is_plain(&namespace) || !is_plain(id) {
-        return Err(anyhow!("{namespace}/{id} is no name of a task").into());
+    let (state_dir, id) = (&options.daemon.state_dir, &options.id);
+    let asked = options.namespace.as_deref();
+    let tasks: Tasks = document(state_dir, "/v1/tasks")?;
+    let tasks = tasks.tasks.iter().map(|task| (&task.namespace, &task.id));
+    if let Some(namespace) = namespace_of("task", tasks, asked, id)? {
+        let path = format!("/v1/tasks/{namespace}/{id}");
+        return show::<TaskDetail>(options, &path, render);
     }
-    let detail: TaskDetail = document(state_dir, &format!("/v1/tasks/{namespace}/{id}"))?;
+    let all: SandboxList = document(state_dir, "/v1/sandboxes")?;
+    let all = all.sandboxes.iter().map(|one| (&one.namespace, &one.id));
+    if let Some(namespace) = namespace_of("sandbox", all, asked, id)? {
+        let path = format!("/v1/sandboxes/{namespace}/{id}");
+        return show::<SandboxDetail>(options, &path, sandboxes::render_one);
+    }
+    let place = asked.map_or_else(
+        || "no namespace".to_owned(),
+        |name| format!("no namespace {name} that"),
+    );
+    Err(anyhow!(
+        "{place} has a task or a sandbox {id}; `embedshimd ps`, with --sandboxes or without, lists \
+         all"
+    )
+    .into())
+}
+
+fn show<T: DeserializeOwned + Serialize>(
+    options: &cli::Inspect,
+    path: &str,
+    render: fn(&T) -> String,
+) -> Result<Code, Failure> {
+    let detail: T = document(&options.daemon.state_dir, path)?;
     let text = if options.daemon.json {
         json(&detail)?
     } else {
@@ -36,22 +55,26 @@ pub(crate) fn run(options: &cli::Inspect) -> Result<Code, Failure> {
     Ok(Code::Ok)
 }
 
-/// The one namespace that has a task of this id.
-fn namespace_of(tasks: &Tasks, id: &str) -> anyhow::Result<String> {
-    let mut namespaces = tasks
-        .tasks
-        .iter()
-        .filter(|task| task.id == id)
-        .map(|task| task.namespace.clone());
-    let first = namespaces
-        .next()
-        .ok_or_else(|| anyhow!("no namespace has a task {id}; `embedshimd ps` lists all"))?;
+/// The one namespace that has a thing of this id, or the one that was asked for; `None` if there is
+/// none.
+fn namespace_of<'a>(
+    what: &str,
+    all: impl Iterator<Item = (&'a String, &'a String)>,
+    asked: Option<&str>,
+    id: &str,
+) -> anyhow::Result<Option<String>> {
+    let mut namespaces = all
+        .filter(|(namespace, one)| *one == id && asked.is_none_or(|asked| asked == *namespace))
+        .map(|(namespace, _)| namespace.clone());
+    let Some(first) = namespaces.next() else {
+        return Ok(None);
+    };
     let others: Vec<String> = namespaces.collect();
     if others.is_empty() {
-        return Ok(first);
+        return Ok(Some(first));
     }
     Err(anyhow!(
-        "several namespaces have a task {id}: {first}, {}; say which with --namespace",
+        "several namespaces have a {what} {id}: {first}, {}; say which with --namespace",
         others.join(", ")
     ))
 }
@@ -63,6 +86,10 @@ fn render(detail: &TaskDetail) -> String {
         ("runtime", visible(&task.runtime)),
         ("bundle", visible(&detail.bundle)),
         ("containerd", visible(&detail.containerd)),
+        (
+            "sandbox",
+            detail.sandbox.as_deref().map_or_else(dash, visible),
+        ),
         (
             "cgroup",
             detail.cgroup.as_deref().map_or_else(dash, visible),
@@ -86,6 +113,9 @@ fn render(detail: &TaskDetail) -> String {
             call.operation,
             time(call.seconds)
         );
+    }
+    if let Some(history) = &detail.history {
+        text.push_str(&events::of_task(history));
     }
     text.trim_end().to_owned()
 }
@@ -150,9 +180,10 @@ fn shown(exit: &Exit) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::events::tests::event;
     use super::super::ps::tests::task;
     use super::*;
-    use crate::admin::documents::{BlockedStream, RuntimeCall, VERSION};
+    use crate::admin::documents::{BlockedStream, History, RuntimeCall, VERSION};
 
     fn init() -> Process {
         Process {
@@ -196,6 +227,7 @@ mod tests {
             task: task("web"),
             bundle: "/run/containerd/io.containerd.runtime.v2.task/k8s.io/web".into(),
             containerd: "/run/containerd/containerd.sock.ttrpc".into(),
+            sandbox: Some("pod-1".into()),
             cgroup: Some("/sys/fs/cgroup/kubepods/web".into()),
             init: init(),
             execs: vec![exec],
@@ -205,6 +237,10 @@ mod tests {
                 operation: "exec".into(),
                 seconds: 2.0,
             }],
+            history: Some(History {
+                since: 1_764_424_000.0,
+                events: vec![event("create"), event("start")],
+            }),
         };
         insta::assert_snapshot!("inspect", render(&detail));
     }
@@ -213,14 +249,17 @@ mod tests {
     fn an_id_in_several_namespaces_has_to_be_told_apart() {
         let mut other = task("web");
         other.namespace = "default".into();
-        let tasks = Tasks {
-            version: VERSION,
-            tasks: vec![task("web"), other, task("db")],
+        let tasks = [task("web"), other, task("db")];
+        let of = |asked, id| {
+            let tasks = tasks.iter().map(|task| (&task.namespace, &task.id));
+            namespace_of("task", tasks, asked, id)
         };
-        assert_eq!(namespace_of(&tasks, "db").unwrap(), "k8s.io");
-        for id in ["web", "none"] {
-            let error = namespace_of(&tasks, id).unwrap_err().to_string();
-            assert!(error.contains(id), "{error}");
-        }
+        assert_eq!(of(None, "db").unwrap().as_deref(), Some("k8s.io"));
+        assert_eq!(of(None, "none").unwrap(), None);
+        assert_eq!(of(Some("other"), "web").unwrap(), None);
+        let named = of(Some("default"), "web").unwrap();
+        assert_eq!(named.as_deref(), Some("default"));
+        let error = of(None, "web").unwrap_err().to_string();
+        assert!(error.contains("a task web: k8s.io, default"), "{error}");
     }
 }

@@ -3,11 +3,13 @@
 //! exit monitor's.
 
 pub(crate) mod config;
+pub(crate) mod events;
 pub(crate) mod inspect;
 pub(crate) mod metrics;
 pub(crate) mod pins;
 pub(crate) mod ps;
 pub(crate) mod report;
+mod sandboxes;
 pub(crate) mod status;
 mod table;
 pub(crate) mod watch;
@@ -34,7 +36,9 @@ fn text(state_dir: &Path, path: &str) -> Result<String, Failure> {
 
 fn failure(error: AskError) -> Failure {
     let code = match error {
-        AskError::NotRunning { .. } | AskError::NoAnswer { .. } => Code::NoDaemon,
+        AskError::NotRunning { .. } | AskError::NoAnswer { .. } | AskError::Ended { .. } => {
+            Code::NoDaemon
+        }
         _ => Code::Failed,
     };
     Failure::new(code, error)

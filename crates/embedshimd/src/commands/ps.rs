@@ -1,13 +1,16 @@
-//! `embedshimd ps`: the tasks of the node, a line for each.
+//! `embedshimd ps`: the tasks of the node, or its sandboxes, a line for each.
 
 use std::io::{self, IsTerminal};
 use std::thread::sleep;
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use super::table::Table;
 use super::words::{dash, size, time_or_dash};
-use super::{document, json};
-use crate::admin::documents::{Task, Tasks};
+use super::{document, json, sandboxes};
+use crate::admin::documents::{SandboxList, Task, Tasks};
 use crate::cli;
 use crate::outcome::{Code, Failure, print_while_read};
 
@@ -17,11 +20,10 @@ const CLEAR: &str = "\u{1b}[H\u{1b}[J";
 /// Asks and shows, once or until it is interrupted.
 pub(crate) fn run(options: &cli::Ps) -> Result<Code, Failure> {
     loop {
-        let tasks: Tasks = document(&options.daemon.state_dir, "/v1/tasks")?;
-        let mut text = if options.daemon.json {
-            json(&tasks)?
+        let mut text = if options.sandboxes {
+            list::<SandboxList>(options, "/v1/sandboxes", sandboxes::render)?
         } else {
-            render(&tasks)
+            list::<Tasks>(options, "/v1/tasks", render)?
         };
         let Some(pause) = options.watch else {
             print_while_read(&text)?;
@@ -35,6 +37,18 @@ pub(crate) fn run(options: &cli::Ps) -> Result<Code, Failure> {
         }
         sleep(Duration::from_secs(pause.max(1)));
     }
+}
+
+fn list<T: DeserializeOwned + Serialize>(
+    options: &cli::Ps,
+    path: &str,
+    render: fn(&T) -> String,
+) -> Result<String, Failure> {
+    let all: T = document(&options.daemon.state_dir, path)?;
+    if options.daemon.json {
+        return Ok(json(&all)?);
+    }
+    Ok(render(&all))
 }
 
 fn render(tasks: &Tasks) -> String {

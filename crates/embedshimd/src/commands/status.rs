@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::words::{count, processes, size, time, visible};
 use super::{document, json, pins};
-use crate::admin::documents::{Descriptors, Events, Manager, Phase, States, Status};
+use crate::admin::documents::{Descriptors, Events, Manager, Phase, SandboxStates, States, Status};
 use crate::cli;
 use crate::outcome::{Code, Failure, print};
 
@@ -71,7 +71,7 @@ fn lines(status: &Status) -> Vec<(&'static str, String)> {
         || "nothing yet".to_owned(),
         |monitor| format!("{} of {}", processes(monitor.watched), monitor.capacity),
     );
-    vec![
+    let mut lines = vec![
         (
             "process",
             format!(
@@ -89,9 +89,15 @@ fn lines(status: &Status) -> Vec<(&'static str, String)> {
         ("watched", watched),
         ("tasks", states(&status.tasks)),
         ("execs", states(&status.execs)),
+    ];
+    if let Some(sandboxes) = &status.sandboxes {
+        lines.push(("sandboxes", sandbox_states(sandboxes)));
+    }
+    lines.extend([
         ("connections", status.connections.to_string()),
         ("descriptors", descriptors(status.descriptors)),
-    ]
+    ]);
+    lines
 }
 
 fn manager(manager: &Manager) -> String {
@@ -123,6 +129,18 @@ fn states(states: &States) -> String {
         (states.paused, "paused"),
         (states.stopped, "stopped"),
     ];
+    counted(&all)
+}
+
+fn sandbox_states(states: &SandboxStates) -> String {
+    counted(&[
+        (states.created, "created"),
+        (states.ready, "ready"),
+        (states.stopped, "stopped"),
+    ])
+}
+
+fn counted(all: &[(u64, &str)]) -> String {
     let some: Vec<String> = all
         .iter()
         .filter(|(count, _)| *count > 0)
@@ -242,6 +260,7 @@ pub(crate) mod tests {
                 running: 1,
                 ..States::default()
             },
+            sandboxes: None,
             connections: 13,
             events: Vec::new(),
             descriptors: Descriptors {
@@ -286,6 +305,11 @@ pub(crate) mod tests {
             stream: "stdout".into(),
             seconds: 4.5,
         }];
+        status.sandboxes = Some(SandboxStates {
+            created: 1,
+            ready: 3,
+            stopped: 0,
+        });
         status.monitor = None;
         status.daemon.reactor_seconds = None;
         status.daemon.phase = Phase::Starting;

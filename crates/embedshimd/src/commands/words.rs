@@ -27,6 +27,43 @@ pub(super) fn time_or_dash(seconds: Option<f64>) -> String {
     seconds.map_or_else(dash, time)
 }
 
+/// A moment, as in `2025-11-29T14:03:20.250Z`; the epoch is the first that there is.
+pub(super) fn clock(since_epoch: f64) -> String {
+    // Saturates, as above.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a float saturates, and is not negative here"
+    )]
+    let millis = (since_epoch.clamp(0.0, LAST_MOMENT) * 1000.0).round() as u64;
+    let (seconds, millis) = (millis / 1000, millis % 1000);
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = date(days);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
+}
+
+/// The end of the year 9999.
+const LAST_MOMENT: f64 = 253_402_300_799.0;
+
+/// The Gregorian date of a day since the epoch. Counts from the first of March of the year 0, so
+/// that the day that leap years have more is the last of its year.
+fn date(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    // From March on, months have 31, 30, 31, 30, 31 days, again and again.
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 {
+        (month + 3, 0)
+    } else {
+        (month - 9, 1)
+    };
+    (era * 400 + year + next, month, day)
+}
+
 /// A size in the binary unit that leaves at most four digits, such as `3.4 MiB`.
 pub(super) fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
@@ -88,6 +125,22 @@ mod tests {
             sizes,
             ["0 B", "1023 B", "1.0 KiB", "3.4 MiB", "16384.0 PiB"]
         );
+        let moments = [
+            0.0,
+            951_782_400.0,
+            1_764_425_000.25,
+            4_107_542_399.999,
+            f64::MAX,
+        ];
+        let moments = moments.map(clock);
+        let expected = [
+            "1970-01-01T00:00:00.000Z",
+            "2000-02-29T00:00:00.000Z",
+            "2025-11-29T14:03:20.250Z",
+            "2100-02-28T23:59:59.999Z",
+            "9999-12-31T23:59:59.000Z",
+        ];
+        assert_eq!(moments, expected);
         assert_eq!(visible("a\u{1b}[2Jb\n"), "a\\u{1b}[2Jb\\n");
     }
 }

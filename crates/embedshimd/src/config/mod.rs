@@ -60,12 +60,16 @@ pub(crate) struct Log {
     pub(crate) format: LogFormat,
 }
 
-/// `[metrics]`: where they are served beside the admin socket.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// `[metrics]`: where they are beside the admin socket.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Metrics {
     /// An address and a port, for plain HTTP; nowhere if there is none.
     pub(crate) listen: Option<SocketAddr>,
+    /// A file that is written for the textfile collector of `node_exporter`; none by default.
+    pub(crate) textfile: Option<PathBuf>,
+    /// How often.
+    pub(crate) textfile_seconds: u64,
 }
 
 /// `[sandbox]`: pods without a pause container, of which this daemon is the sandbox controller.
@@ -161,6 +165,44 @@ impl Default for Log {
     }
 }
 
+impl Default for Metrics {
+    fn default() -> Self {
+        // As often as Prometheus scrapes, mostly.
+        Self {
+            listen: None,
+            textfile: None,
+            textfile_seconds: 15,
+        }
+    }
+}
+
+impl Metrics {
+    /// Refuses a file that could never be written or would never be read.
+    fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.textfile_seconds > 0,
+            "metrics.textfile_seconds must be at least 1"
+        );
+        let Some(path) = &self.textfile else {
+            return Ok(());
+        };
+        let is_read = path
+            .extension()
+            .is_some_and(|extension| extension == "prom");
+        anyhow::ensure!(
+            path.is_absolute() && is_read,
+            "metrics.textfile must be an absolute path that ends with .prom: other files are not read"
+        );
+        let directory = path.parent().unwrap_or(path);
+        anyhow::ensure!(
+            directory.is_dir(),
+            "metrics.textfile: there is no directory {}",
+            directory.display()
+        );
+        Ok(())
+    }
+}
+
 impl Default for Sandbox {
     fn default() -> Self {
         Self {
@@ -210,6 +252,7 @@ impl Config {
             config.runtime.deadline_seconds > 0,
             "runtime.deadline_seconds must be at least 1"
         );
+        config.metrics.check()?;
         let Sandbox {
             cri_root,
             cri_state,
@@ -295,7 +338,7 @@ mod tests {
             })
             .flat_map(|line| [line, "\n"])
             .collect();
-        assert_eq!(uncommented.matches(" = ").count(), 15, "{uncommented}");
+        assert_eq!(uncommented.matches(" = ").count(), 17, "{uncommented}");
         assert_eq!(Config::parse(&uncommented).unwrap(), Config::default());
     }
 
@@ -304,6 +347,7 @@ mod tests {
         let mut config = Config::default();
         config.monitor.btf = Some("/btf".into());
         config.metrics.listen = "127.0.0.1:1".parse().ok();
+        config.metrics.textfile = Some("/x.prom".into());
         let table = toml::Table::try_from(&config).unwrap();
         let mut keys: Vec<(&str, &str)> = Vec::new();
         for (section, values) in &table {
@@ -322,6 +366,18 @@ mod tests {
         insta::assert_snapshot!(error);
         let error = Config::parse("[monitor]\ncapacity = 0\n").unwrap_err();
         insta::assert_snapshot!(error);
+        for (value, why) in [
+            ("/nonexistent/a.prom", "there is no directory /nonexistent"),
+            ("a.prom", "an absolute path"),
+            ("/tmp/a.txt", "ends with .prom"),
+        ] {
+            let error = Config::parse(&format!("[metrics]\ntextfile = {value:?}\n"));
+            let error = error.unwrap_err().to_string();
+            assert!(
+                error.contains("metrics.textfile") && error.contains(why),
+                "{error}"
+            );
+        }
         let error = Config::parse("[sandbox]\ncri_root = \"containerd\"\n").unwrap_err();
         insta::assert_snapshot!(error);
     }

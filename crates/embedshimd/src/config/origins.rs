@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use toml::de::{DeTable, DeValue};
 
 /// All keys, each after its section.
-pub(crate) const KEYS: [(&str, &str); 15] = [
+pub(crate) const KEYS: [(&str, &str); 17] = [
     ("monitor", "backend"),
     ("monitor", "capacity"),
     ("monitor", "btf"),
@@ -16,6 +16,8 @@ pub(crate) const KEYS: [(&str, &str); 15] = [
     ("log", "level"),
     ("log", "format"),
     ("metrics", "listen"),
+    ("metrics", "textfile"),
+    ("metrics", "textfile_seconds"),
     ("sandbox", "enabled"),
     ("sandbox", "cri_root"),
     ("sandbox", "cri_state"),

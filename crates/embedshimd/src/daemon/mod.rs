@@ -27,6 +27,7 @@ use tracing::{info, warn};
 use crate::admin::view::Serving;
 use crate::cli::Serve;
 use crate::config::Config;
+use crate::history::{History, Remembered};
 use crate::keep::Succession;
 use crate::metrics::{Metrics, Observed};
 use crate::outcome::{Code, Failure};
@@ -134,7 +135,14 @@ async fn serve(
     let started = tokio::select! {
         biased;
         end = early_end(guardian.as_ref(), &mut requests) => return Ok(end),
-        started = start(config, options, activation, manager, &mut unknown_names) => started?,
+        started = start(
+            config,
+            options,
+            activation,
+            manager,
+            &oversight.history,
+            &mut unknown_names,
+        ) => started?,
     };
     if let Some((manager, period)) = manager.cloned().zip(watchdog) {
         let (node, backend) = (started.node.clone(), started.backend);
@@ -167,6 +175,7 @@ async fn serve(
         backend,
         guarantees,
         metrics,
+        sandboxes: pods.as_ref().map(|pods| pods.sandboxes().clone()),
     });
     let parts = Parts {
         state_dir: &options.locations.state_dir,
@@ -208,6 +217,7 @@ async fn start(
     options: &Serve,
     activation: Activation,
     manager: Option<&Arc<ServiceManager>>,
+    history: &Arc<History>,
     unknown_names: &mut Vec<String>,
 ) -> Result<Started, Failure> {
     let state_dir = &options.locations.state_dir;
@@ -231,7 +241,10 @@ async fn start(
         runtime_deadline: config.runtime_deadline(),
         reap_orphans: true,
         descriptors: Arc::clone(&store),
-        events: Some(outboxes.clone()),
+        events: Some(Arc::new(Remembered {
+            sink: outboxes.clone(),
+            history: Arc::clone(history),
+        })),
         observer: Some(metrics.clone()),
         ..NodeConfig::new(state_dir)
     };
@@ -242,7 +255,14 @@ async fn start(
     // Before the first request of a task: it may be in one.
     let pods = if config.sandbox.enabled {
         let places = (state_dir.as_path(), socket.as_path());
-        let opened = PodService::open(&config.sandbox, places, &mut inherited, store.as_ref());
+        let observer = Arc::clone(history);
+        let opened = PodService::open(
+            &config.sandbox,
+            places,
+            observer,
+            &mut inherited,
+            store.as_ref(),
+        );
         Some(opened.await?)
     } else {
         pods::warn_of_left(state_dir);

@@ -5,14 +5,15 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tracing::warn;
 
 use crate::admin::view::{Serving, View};
-use crate::admin::{Admin, scrape};
+use crate::admin::{Admin, scrape, textfile};
 use crate::config::Config;
+use crate::history::History;
 use crate::service_manager::ServiceManager;
 use crate::state_dir::lives::Lives;
 
@@ -21,6 +22,7 @@ use crate::state_dir::lives::Lives;
 pub(super) struct Oversight {
     pub(super) lives: Arc<Lives>,
     pub(super) admin: Option<Admin>,
+    pub(super) history: Arc<History>,
     view: Arc<View>,
 }
 
@@ -37,6 +39,7 @@ impl Oversight {
     /// Begins, for a process that has the lock of the state directory.
     pub(super) fn begin(state_dir: &Path, config: &Config, kept: Kept, reactor: Handle) -> Self {
         let lives = Arc::new(Lives::begin(state_dir, kept.predecessor.as_deref()));
+        let history = History::new();
         let view = Arc::new(View {
             began: Instant::now(),
             state_dir: state_dir.to_owned(),
@@ -44,6 +47,7 @@ impl Oversight {
             manager: kept.manager,
             keeper: kept.keeper,
             capacity: config.monitor.capacity,
+            history: Arc::clone(&history),
             reactor,
             serving: OnceLock::new(),
             is_leaving: AtomicBool::new(false),
@@ -60,7 +64,18 @@ impl Oversight {
         {
             warn!(%address, %error, "cannot serve metrics by TCP: `embedshimd metrics` has them");
         }
-        Self { lives, admin, view }
+        if let Some(path) = config.metrics.textfile.clone() {
+            let period = Duration::from_secs(config.metrics.textfile_seconds);
+            if let Err(error) = textfile::start(Arc::clone(&view), path, period) {
+                warn!(%error, "cannot write metrics to a file: `embedshimd metrics` has them");
+            }
+        }
+        Self {
+            lives,
+            admin,
+            history,
+            view,
+        }
     }
 
     /// The daemon serves from now on.

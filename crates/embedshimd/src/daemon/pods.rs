@@ -2,12 +2,12 @@
 //! Composition: the sandboxes, their gRPC server and its socket, what tasks need to join them.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
 use embedshim_core::fdstore::{FdName, FdStore, InheritedFds};
-use embedshim_core::sandbox::{SandboxConfig, Sandboxes};
+use embedshim_core::sandbox::{SandboxConfig, SandboxObserver, Sandboxes};
 use embedshim_core::task::Node;
 use sandbox_api::{Controller, Server, known_to_containerd};
 use shim_api::services::Pods;
@@ -54,6 +54,7 @@ impl PodService {
     pub(super) async fn open(
         config: &config::Sandbox,
         (state_dir, tasks): (&Path, &Path),
+        observer: Arc<dyn SandboxObserver>,
         inherited: &mut InheritedFds,
         store: &dyn FdStore,
     ) -> anyhow::Result<Self> {
@@ -63,6 +64,7 @@ impl PodService {
             cri_state: config.cri_state.clone(),
             unprivileged_ports: config.unprivileged_ports,
             unprivileged_ping: config.unprivileged_ping,
+            observer: Some(observer),
         };
         let sandboxes = Sandboxes::open(sandbox_config)
             .await

@@ -10,7 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::admin::documents::{Phase, States, Status};
+use crate::admin::documents::{Phase, SandboxStates, States, Status};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StateLabels {
@@ -70,6 +70,11 @@ fn of_daemon(registry: &mut Registry, status: &Status) {
 fn of_containers(registry: &mut Registry, status: &Status) {
     registry.register("tasks", "Tasks by state", by_state(status.tasks));
     registry.register("execs", "Execs by state", by_state(status.execs));
+    registry.register(
+        "sandboxes",
+        "Pods without a pause container, by state",
+        sandboxes_by_state(status.sandboxes.unwrap_or_default()),
+    );
     let oldest = status
         .runtime_calls
         .first()
@@ -162,15 +167,28 @@ fn of_limits(registry: &mut Registry, status: &Status) {
 }
 
 fn by_state(states: States) -> Family<StateLabels, Gauge> {
-    let family = Family::<StateLabels, Gauge>::default();
-    let all = [
+    family_of([
         ("creating", states.creating),
         ("created", states.created),
         ("running", states.running),
         ("pausing", states.pausing),
         ("paused", states.paused),
         ("stopped", states.stopped),
-    ];
+    ])
+}
+
+fn sandboxes_by_state(states: SandboxStates) -> Family<StateLabels, Gauge> {
+    family_of([
+        ("created", states.created),
+        ("ready", states.ready),
+        ("stopped", states.stopped),
+    ])
+}
+
+fn family_of<const STATES: usize>(
+    all: [(&'static str, u64); STATES],
+) -> Family<StateLabels, Gauge> {
+    let family = Family::<StateLabels, Gauge>::default();
     for (state, number) in all {
         let number = i64::try_from(number).unwrap_or(i64::MAX);
         family.get_or_create(&StateLabels { state }).set(number);

@@ -3,6 +3,7 @@
 
 mod gauges;
 mod observed;
+mod textfile;
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 pub(crate) use observed::Observed;
+pub(crate) use textfile::textfile;
 
 use crate::admin::documents::Status;
 use crate::state_dir::lock::VERSION;

@@ -29,7 +29,8 @@ const MAX_LISTED: usize = 20_000;
 const CONTENTS: &str = "\
 What embedshim knows of itself on this machine, for a bug report.
 
-status.json, tasks.json, metrics.txt   as the daemon has answered; *.error.txt: why it has not
+status.json, tasks.json, sandboxes.json, events.json, metrics.txt
+                 as the daemon has answered; *.error.txt: why it has not
 probe.json       what the kernel offers to exit monitors
 config.txt       every setting, and where it is from
 versions.txt     kernel, distribution, OCI runtimes, containerd, systemd
@@ -37,9 +38,10 @@ log.txt          the end of the daemon's log
 state-dir.txt    the names, modes and sizes of the files in the state directory
 lives.json       when the last daemons began and ended, and why
 records/         of each task what the daemon has recorded
+sandboxes/       of each pod without a pause container the same
 
-Left out are environments, arguments, standard streams and mount options of containers, and what the
-daemon has inherited. Names of containers, namespaces, images' bundles and sockets are in it: look
+Left out are environments, arguments, standard streams and mount options of containers, labels of
+pods, and what the daemon has inherited. Names of containers, namespaces, images' bundles and sockets are in it: look
 through it before you publish it.
 ";
 
@@ -104,6 +106,8 @@ fn collect<W: Write>(archive: &mut Archive<W>, locations: &cli::Locations) -> an
     for (name, path) in [
         ("status.json", "/v1/status"),
         ("tasks.json", "/v1/tasks"),
+        ("sandboxes.json", "/v1/sandboxes"),
+        ("events.json", "/v1/events"),
         ("metrics.txt", "/metrics"),
     ] {
         archive.add_answer(state_dir, name, path)?;
@@ -114,8 +118,11 @@ fn collect<W: Write>(archive: &mut Archive<W>, locations: &cli::Locations) -> an
     archive.add("state-dir.txt", listing(state_dir).as_bytes())?;
     let lives = tail(&state_dir.join("lives.json"), MAX_LOG);
     archive.add("lives.json", &lives.unwrap_or_default())?;
-    for (name, record) in records::redacted(&state_dir.join("tasks")) {
+    for (name, record) in records::of_tasks(state_dir) {
         archive.add(&format!("records/{name}"), &record)?;
+    }
+    for (name, record) in records::of_sandboxes(state_dir) {
+        archive.add(&format!("sandboxes/{name}"), &record)?;
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Task records without what is private of a container: only fields that are known not to be are
-//! taken, so that a field of a later version stays out.
+//! Records without what is private of a container or a pod: only fields that are known not to be
+//! are taken, so that a field of a later version stays out.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -33,10 +33,33 @@ const OF_PROCESS: [&str; 8] = [
     "start_failed",
     "may_have_run",
 ];
+/// The fields of a sandbox that are taken as they are: labels are the user's.
+const OF_SANDBOX: [&str; 10] = [
+    "version",
+    "boot_id",
+    "namespace",
+    "id",
+    "phase",
+    "created_at",
+    "ended",
+    "network",
+    "ipc",
+    "processes",
+];
 
-/// The names of all records, each with what may be told of it.
-pub(super) fn redacted(tasks: &Path) -> Vec<(String, Vec<u8>)> {
-    let entries = fs::read_dir(tasks).into_iter().flatten().flatten();
+/// The names of all records of tasks, each with what may be told of it.
+pub(super) fn of_tasks(state_dir: &Path) -> Vec<(String, Vec<u8>)> {
+    redacted(&state_dir.join("tasks"), redact)
+}
+
+/// The same of sandboxes.
+pub(super) fn of_sandboxes(state_dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let redact = |record: &Value| Value::Object(fields(record, &OF_SANDBOX));
+    redacted(&state_dir.join("sandboxes"), redact)
+}
+
+fn redacted(folder: &Path, redact: impl Fn(&Value) -> Value) -> Vec<(String, Vec<u8>)> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let records = entries.take(MAX_RECORDS).map(|entry| {
         let name = entry.file_name().to_string_lossy().into_owned();
         let told = match read(&entry.path()) {
