@@ -42,10 +42,15 @@ impl Reader {
     pub(crate) fn start(path: &Path, is_slow: bool) -> Self {
         let read = Arc::<Mutex<Progress>>::default();
         let (own, fifo) = (Arc::clone(&read), path.to_owned());
+        // A client whose thread does not run for half a second does not read: its output is not
+        // waited for.
+        let (runs, running) = std::sync::mpsc::sync_channel(0);
         std::thread::spawn(move || {
+            let _ = runs.send(());
             let end = read_all(&fifo, is_slow, &own);
             lock(&own).end = Some(end.map_err(|error| error.to_string()));
         });
+        let _ = running.recv();
         Self {
             path: path.into(),
             read,

@@ -35,18 +35,16 @@ pub(crate) const OWN_NETWORK: Namespaces = Namespaces {
 /// A daemon that is a sandbox controller, and a containerd that uses it; `None` if this containerd
 /// cannot.
 pub(crate) fn with_pods(stage: &Stage) -> anyhow::Result<Option<(Sandbox, Cri)>> {
-    with_runtime(stage, None)
+    with_prepared(stage, |_| Ok(()))
 }
 
-/// The same, with this OCI runtime instead of the installed one.
-pub(crate) fn with_runtime(
+/// The same, in a sandbox that is prepared before anything is started in it.
+pub(crate) fn with_prepared(
     stage: &Stage,
-    runtime: Option<PathBuf>,
+    prepare: impl FnOnce(&mut Sandbox) -> anyhow::Result<()>,
 ) -> anyhow::Result<Option<(Sandbox, Cri)>> {
     let mut sandbox = stage.bare_sandbox()?;
-    if let Some(runtime) = runtime {
-        sandbox.use_oci_runtime(runtime);
-    }
+    prepare(&mut sandbox)?;
     sandbox.enable_sandboxer()?;
     sandbox.start_daemon()?;
     sandbox.start_containerd()?;

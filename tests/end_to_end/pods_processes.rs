@@ -14,7 +14,7 @@ use testbed::releases;
 use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::kubernetes::{LONG, ended};
-use crate::pods::{self, Frozen, HANDLER, OWN_NETWORK, end, seen, with_pods};
+use crate::pods::{Frozen, HANDLER, OWN_NETWORK, end, seen, with_pods, with_prepared};
 use crate::tests;
 use crate::user_namespaces::{MAPPED, life_with};
 
@@ -243,7 +243,10 @@ fn a_pod_whose_processes_do_not_end_holds_up_no_daemon_and_is_finished_later(
 
 /// With an OCI runtime that can map the owners of mounts.
 fn with_newer_runc(stage: &Stage) -> anyhow::Result<Option<(Sandbox, Cri)>> {
-    pods::with_runtime(stage, Some(releases::runc()?.join("runc")))
+    with_prepared(stage, |sandbox| {
+        sandbox.use_oci_runtime(releases::runc()?.join("runc"));
+        Ok(())
+    })
 }
 
 fn a_pod_with_users_of_its_own_lives_without_a_pause_container(

@@ -336,6 +336,18 @@ impl Cri {
         Ok(())
     }
 
+    /// Writes a checkpoint of a container, as an archive, and lets it run on.
+    pub fn checkpoint(&mut self, id: &str, archive: &Path) -> anyhow::Result<()> {
+        let request = api::CheckpointContainerRequest {
+            container_id: id.into(),
+            location: archive.to_string_lossy().into_owned(),
+            timeout: 0,
+        };
+        self.runtime
+            .block_on(self.client.checkpoint_container(request))?;
+        Ok(())
+    }
+
     /// Removes a container.
     pub fn remove(&mut self, id: &str) -> anyhow::Result<()> {
         let request = api::RemoveContainerRequest {

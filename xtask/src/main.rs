@@ -7,6 +7,7 @@ mod dist;
 mod fuzz;
 mod matrix;
 mod package;
+mod rpm;
 mod sbom;
 mod shipped;
 mod suite;
@@ -46,6 +47,8 @@ enum Command {
     TestSystemd(systemd::Options),
     /// Build the Debian package
     Deb,
+    /// Build the package for systems with RPM
+    Rpm,
     /// Build what a release has: the Debian package, an archive with install.sh, a bill of
     /// materials, checksums
     Dist,
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Command::TestMatrix(options) => matrix::run(options),
         Command::TestSystemd(options) => systemd::run(options),
         Command::Deb => deb::run(),
+        Command::Rpm => rpm::run(),
         Command::Dist => dist::run(),
         Command::Package(options) => package::run(*options),
         Command::Bench(options) => bench::run(options),

@@ -15,7 +15,7 @@ use testbed::products::{self, Profile};
 use testbed::releases::{self, Release};
 use testbed::sandbox::EMBEDSHIM;
 
-use crate::{package, shipped};
+use crate::{package, rpm, shipped};
 
 /// What `--clients` runs.
 const CLIENTS: &str = "docker::";
@@ -199,11 +199,16 @@ fn outside() -> Command {
 fn own(binaries: &Path, filter: Option<&str>) -> Counts {
     let packages = || package::run(package::Options::default());
     let shipped = || shipped::check(binaries);
-    let checks: [(&str, &dyn Fn() -> anyhow::Result<()>); 2] = [
+    let rpm = || rpm::check(binaries);
+    let checks: [(&str, &dyn Fn() -> anyhow::Result<()>); 3] = [
         ("the_libraries_can_be_packaged", &packages),
         (
             "scripts_and_debian_package_have_no_fault_that_debian_knows",
             &shipped,
+        ),
+        (
+            "the_rpm_is_installed_verified_and_removed_and_its_scripts_stop_no_container",
+            &rpm,
         ),
     ];
     let mut counts = Counts::default();

@@ -148,10 +148,22 @@ mod tests {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let path = directory.path().canonicalize().unwrap();
         let expected = format!(
-            "100\n200\n0027\n{}\nA=1\nPATH=/bin:/usr/bin\nSigIgn:\t0000000000000000\n",
-            path.display()
+            "100\n200\n0027\n{}\nA=1\nPATH=/bin:/usr/bin\nSigIgn:\t{:016x}\n",
+            path.display(),
+            ignored_from_the_start()
         );
         assert_eq!(text, expected);
+    }
+
+    /// The signals that this process ignores since its start: a shell's background job ignores
+    /// SIGINT and SIGQUIT. Rust's runtime ignores SIGPIPE, glibc's `posix_spawn` signal 32.
+    fn ignored_from_the_start() -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let ignored = u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap();
+        [libc::SIGPIPE, 32]
+            .iter()
+            .fold(ignored, |rest, signal| rest & !(1 << (signal - 1)))
     }
 
     #[test]

@@ -116,7 +116,7 @@ const FOR_DEBIAN_GUESTS: [Requirement; 1] = [Requirement {
 }];
 
 /// What checks the package and its scripts.
-const FOR_PACKAGE_CHECKS: [Requirement; 2] = [
+const FOR_PACKAGE_CHECKS: [Requirement; 3] = [
     Requirement {
         package: "shellcheck",
         purpose: "checks the scripts that are shipped",
@@ -126,6 +126,11 @@ const FOR_PACKAGE_CHECKS: [Requirement; 2] = [
         package: "lintian",
         purpose: "checks the Debian package",
         is_there: || on_path("lintian"),
+    },
+    Requirement {
+        package: "rpm",
+        purpose: "makes and installs the RPM",
+        is_there: || on_path("rpmbuild"),
     },
 ];
 

@@ -29,7 +29,7 @@ use crate::task::boot_id;
 /// How long a mutation may take before its caller is answered: the kernel and a tmpfs do it in
 /// milliseconds. It goes on, and its sandbox stays locked as long.
 const LIMIT: Duration = Duration::from_secs(10);
-/// The time between two attempts to finish what a predecessor has begun.
+/// The time between two attempts at what has to be done in the end.
 const AGAIN: Duration = Duration::from_secs(1);
 /// A created sandbox that is not started by then never will be: containerd says nothing when it
 /// gives one up.
@@ -129,9 +129,15 @@ impl Sandboxes {
         let (identity, inner) = (init.identity, Arc::clone(&self.0));
         let sandbox = Arc::clone(sandbox);
         tokio::spawn(async move {
-            if let Err(error) = holder::ended(identity).await {
-                warn!(sandbox = %sandbox.key, %error, "cannot wait for the init process of a sandbox");
-                return;
+            while let Err(error) = holder::ended(identity).await {
+                warn!(
+                    sandbox = %sandbox.key, %error,
+                    "cannot wait for the init process of a sandbox: trying again"
+                );
+                tokio::time::sleep(AGAIN).await;
+                if sandbox.state() != State::Ready {
+                    return;
+                }
             }
             let _counted = Mutation::begin(&inner);
             let _mutation = sandbox.mutation.lock().await;
