@@ -56,7 +56,10 @@ impl Base {
     pub(super) fn make(stage: &Path) -> io::Result<Self> {
         let program = program::file()?;
         Ok(Self {
-            program: program.ok_or(io::ErrorKind::Unsupported)?,
+            program: program.ok_or_else(|| {
+                let why = "shared processes need x86-64 or arm64: elsewhere there is no program";
+                io::Error::new(io::ErrorKind::Unsupported, why)
+            })?,
             mounts: empty_mounts(stage)?,
         })
     }
@@ -116,7 +119,11 @@ pub(super) fn end(key: &SandboxKey, init: Option<&InitRecord>) -> Result<(), San
 fn kill(identity: ProcessIdentity) -> io::Result<()> {
     match Process::reopen(identity) {
         Ok(process) => {
-            process.signal(libc::SIGKILL)?;
+            match process.signal(libc::SIGKILL) {
+                // Reaped this moment.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+                killed => killed?,
+            }
             let give_up = Instant::now() + END;
             while !process.has_ended()? {
                 if Instant::now() >= give_up {

@@ -55,9 +55,10 @@ fn run(plan: &Plan<'_>, ends: &Ends<'_>) -> ! {
         end();
     };
     // Not the C library's: it has handlers of its own.
+    let (flags, none): (libc::c_long, libc::c_long) = (libc::SIGCHLD.into(), 0);
     // SAFETY: without CLONE_VM and a stack it returns twice, as fork does; both make system calls
     // alone.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
     match i32::try_from(pid) {
         Ok(0) => {
             if pass(ends) {
@@ -117,9 +118,10 @@ fn give_up((user, group): (u32, u32)) -> rustix::io::Result<()> {
     rustix::process::chdir(c"/")?;
     // SAFETY: no handler is installed. It survives the execution: the kernel reaps its children.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    let none: libc::c_ulong = 0;
     for capability in 0..CAPABILITIES {
         // SAFETY: prctl with plain numbers; it touches no memory. An unknown capability is refused.
-        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, none, none, none) };
     }
     // These change one thread, which is the only one here; the C library would look for others.
     set_thread_groups(&[])?;
