@@ -27,6 +27,10 @@ not measured is named with its reason.";
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "they are flags of a command line"
+)]
 pub struct Options {
     /// Measure what changes most often, with fewer rounds: three minutes
     #[arg(long)]
@@ -50,6 +54,10 @@ pub struct Options {
     /// Write everything that was found to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Measure what a pod costs instead, through containerd 2.x: with a pause container under
+    /// runc-v2 and under embedshim, and without one
+    #[arg(long, conflicts_with_all = ["quick", "counts_only", "page", "parts", "peers", "containers", "from"])]
+    pub pods: bool,
     /// Write docs/benchmarks.md and its plots, of this run or of the file of --from
     #[arg(long)]
     pub page: bool,
@@ -113,6 +121,9 @@ impl Options {
 
 /// Builds and runs the program.
 pub fn run(options: &Options) -> anyhow::Result<()> {
+    if options.pods {
+        return run_pods(options);
+    }
     let program = products::build_test_program("embedshim-bench")?;
     let mut bench = Command::new(program);
     bench.args(std::env::args_os().skip(2));
@@ -126,6 +137,24 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let status = bench.status().context("cannot run the bench")?;
     if !status.success() {
         bail!("the bench failed");
+    }
+    Ok(())
+}
+
+fn run_pods(options: &Options) -> anyhow::Result<()> {
+    machine::prepare()?;
+    let binaries = products::build(Profile::Release)?;
+    let mut costs = Command::new(products::build_test_program("pod-costs")?);
+    costs.arg("--binaries").arg(binaries);
+    if let Some(rounds) = options.rounds {
+        costs.args(["--rounds", &rounds.to_string()]);
+    }
+    if let Some(file) = &options.json {
+        costs.arg("--json").arg(file);
+    }
+    let status = costs.status().context("cannot run pod-costs")?;
+    if !status.success() {
+        bail!("the bench of pods failed");
     }
     Ok(())
 }

@@ -61,12 +61,13 @@ pub fn build_test_program(name: &str) -> anyhow::Result<PathBuf> {
 pub const DEV_SELECTION: [&str; 3] = ["--workspace", "--features", FAILPOINTS];
 
 /// The programs that tests start, but for xtask.
-const DEV_PROGRAMS: [&str; 5] = [
+const DEV_PROGRAMS: [&str; 6] = [
     "embedshimd",
     "containerd-shim-embed-v1",
     "chaos",
     "crowd",
     "embedshim-bench",
+    "pod-costs",
 ];
 
 fn build_dev() -> anyhow::Result<PathBuf> {
