@@ -132,6 +132,8 @@ fn no_prometheus() -> Option<&'static str> {
 fn without_docker() -> Vec<Test> {
     [
         containers::TESTS.as_slice(),
+        // The longest of all: first.
+        &pods_survival::TESTS,
         &control::TESTS,
         &control::OURS,
         &streams::TESTS,
@@ -163,7 +165,6 @@ fn without_docker() -> Vec<Test> {
         &pods_like_others::TESTS,
         &pods_processes::TESTS,
         &pods_shown::TESTS,
-        &pods_survival::TESTS,
         &pipes::TESTS,
         &pipes::OURS,
         &terminals::TESTS,

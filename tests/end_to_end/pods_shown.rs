@@ -59,7 +59,10 @@ fn operators_see_each_pod_with_its_state_its_pins_and_its_containers(
         .iter()
         .filter_map(|one| one["owner"].as_str())
         .collect();
-    ensure!(owners == ["pod", "pod", "pod", "container"], "{detail}");
+    ensure!(
+        owners == ["pod", "pod", "pod", "container", "node"],
+        "{detail}"
+    );
     ensure!(
         detail["tasks"] == serde_json::json!([container]),
         "{detail}"
