@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -76,6 +77,12 @@ fn main() -> anyhow::Result<()> {
     let archive = image::build(image.path())?;
     let mut sandbox = Sandbox::new(&options.binaries, EMBEDSHIM)?;
     sandbox.use_programs(Release::Sid.programs()?);
+    // Its own shim, which executes itself again.
+    let shims = sandbox.directory().join("shims");
+    fs::create_dir(&shims)?;
+    let shim = Release::Sid.runc_v2().context("no shim of runc-v2")?;
+    symlink(shim, shims.join("containerd-shim-runc-v2"))?;
+    sandbox.use_shims(shims);
     sandbox.enable_sandboxer()?;
     sandbox.start_daemon()?;
     sandbox.start_containerd()?;
