@@ -152,7 +152,7 @@ impl Container<'_> {
     pub(crate) fn pause(&self) -> anyhow::Result<()> {
         self.persist(
             "OCI runtime pause failed",
-            || self.client.pause(),
+            || self.freeze(),
             || self.runs_on(),
         )
         .context("Pause")?;
@@ -169,6 +169,22 @@ impl Container<'_> {
         )
         .context("Resume")?;
         self.runs_on()
+    }
+
+    /// runc gives up on a cgroup of version 1 that does not freeze within its 50 ms or so, as on a
+    /// busy machine (seed 1670187), and thaws it: that is asked again.
+    fn freeze(&self) -> anyhow::Result<Answer<api::Empty>> {
+        let mut answer = self.client.pause()?;
+        for _ in 0..MANY {
+            match &answer {
+                Err(told) if told.contains("unable to freeze") => {
+                    self.runs_on()?;
+                    answer = self.client.pause()?;
+                }
+                _ => break,
+            }
+        }
+        Ok(answer)
     }
 
     /// It is told to run, and does.

@@ -15,7 +15,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use exit_monitor::process::{OpenError, Process, ProcessIdentity};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{chdir, pivot_root};
 use tokio::io::Interest;
@@ -31,8 +33,9 @@ use crate::sandbox::record::Init as InitRecord;
 
 /// How long the kernel may take to end it and what shares its pid namespace.
 const END: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(5);
 /// How often it is looked at where the kernel has no pidfds.
+const PAUSE: Duration = Duration::from_millis(5);
+/// The same by what only waits for it.
 const LOOK: Duration = Duration::from_secs(1);
 /// As the CRI's own controller gives: of a node's processes it is one of the last to be killed for
 /// memory.
@@ -124,19 +127,34 @@ fn kill(identity: ProcessIdentity) -> io::Result<()> {
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
                 killed => killed?,
             }
-            let give_up = Instant::now() + END;
-            while !process.has_ended()? {
-                if Instant::now() >= give_up {
-                    return Err(io::Error::new(
-                        io::ErrorKind::TimedOut,
-                        format!("process {} does not end", identity.pid),
-                    ));
-                }
-                std::thread::sleep(PAUSE);
-            }
+            wait_for_end(&process)?;
         }
         Err(OpenError::Gone { .. }) => {}
         Err(error) => return Err(io::Error::other(error)),
+    }
+    Ok(())
+}
+
+/// Waits for its end, for a bounded time. Blocks.
+fn wait_for_end(process: &Process) -> io::Result<()> {
+    let give_up = Instant::now() + END;
+    while !process.has_ended()? {
+        let left = give_up.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let pid = process.identity().pid;
+            let why = format!("process {pid} does not end");
+            return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+        }
+        let Some(pidfd) = process.pidfd() else {
+            std::thread::sleep(PAUSE);
+            continue;
+        };
+        let mut polled = [PollFd::new(pidfd, PollFlags::POLLIN)];
+        let limit = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut polled, limit) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
     Ok(())
 }
