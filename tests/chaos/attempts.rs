@@ -171,8 +171,8 @@ impl Container<'_> {
         self.runs_on()
     }
 
-    /// runc gives up on a cgroup of version 1 that does not freeze within its 50 ms or so, as on a
-    /// busy machine (seed 1670187), and thaws it: that is asked again.
+    /// runc gives up on a cgroup of version 1 that does not freeze soon, as on a busy machine (seed
+    /// 1670187), and thaws it: that is asked again.
     fn freeze(&self) -> anyhow::Result<Answer<api::Empty>> {
         let mut answer = self.client.pause()?;
         for _ in 0..MANY {

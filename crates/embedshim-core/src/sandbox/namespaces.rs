@@ -120,7 +120,7 @@ impl Making<'_> {
             .transpose();
         let user_namespace =
             user_namespace.map_err(self.failed_at("cannot have the user namespace", "ns/user"))?;
-        let ids = users.map_or(users::nobody(), Users::nobody);
+        let ids = users.map_or(users::unprivileged(), Users::unprivileged);
         let plan = Plan {
             users: user_namespace.as_ref().map(AsFd::as_fd),
             network: network.map(AsFd::as_fd),

@@ -3,8 +3,8 @@
 
 /// The kernel takes no more ranges.
 const MAX_RANGES: usize = 340;
-/// Who a process is that shall be nobody.
-const NOBODY: u32 = 65_535;
+/// The user and the group of a process that owns nothing.
+const UNPRIVILEGED: u32 = 65_535;
 
 /// Some ids of a user namespace, one after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,20 +61,20 @@ impl Users {
         Some((root(&self.users)?, root(&self.groups)?))
     }
 
-    /// The user and the group inside that come nearest to nobody.
-    pub(super) fn nobody(&self) -> (u32, u32) {
+    /// The user and the group inside that a process gets which owns nothing.
+    pub(super) fn unprivileged(&self) -> (u32, u32) {
         let last = |ranges: &[IdRange]| {
-            let lasts = ranges.iter().filter(|range| range.inside <= NOBODY);
+            let lasts = ranges.iter().filter(|range| range.inside <= UNPRIVILEGED);
             let lasts = lasts.map(|range| range.inside.saturating_add(range.size - 1));
-            lasts.max().unwrap_or(0).min(NOBODY)
+            lasts.max().unwrap_or(0).min(UNPRIVILEGED)
         };
         (last(&self.users), last(&self.groups))
     }
 }
 
-/// The user and the group that have nothing, of the node.
-pub(super) const fn nobody() -> (u32, u32) {
-    (NOBODY, NOBODY)
+/// The same of the node.
+pub(super) const fn unprivileged() -> (u32, u32) {
+    (UNPRIVILEGED, UNPRIVILEGED)
 }
 
 fn fault_of(ranges: &[IdRange]) -> Option<String> {
@@ -122,13 +122,13 @@ mod tests {
     }
 
     #[test]
-    fn root_and_nobody_are_of_the_mapping() {
+    fn root_and_the_unprivileged_are_of_the_mapping() {
         let whole = users(&[range(0, 200_000, 1 << 16)]);
         assert_eq!(whole.root(), Some((200_000, 300_000)));
-        assert_eq!(whole.nobody(), (NOBODY, NOBODY));
+        assert_eq!(whole.unprivileged(), (UNPRIVILEGED, UNPRIVILEGED));
         assert_eq!(whole.maps()[0], "0 200000 65536\n");
         let few = users(&[range(0, 1, 10), range(1000, 11, 10)]);
-        assert_eq!(few.nobody(), (1009, NOBODY));
+        assert_eq!(few.unprivileged(), (1009, UNPRIVILEGED));
         assert_eq!(users(&[range(1, 1, 1)]).root(), None);
     }
 }

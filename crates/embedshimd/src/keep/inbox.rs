@@ -1,11 +1,13 @@
 //! [`Inbox`]: the socket that `NOTIFY_SOCKET` names. Owns receiving, and that only the daemon is
 //! listened to; [`crate::service_manager::message`] says what a datagram means.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, bind, setsockopt, socket, sockopt::PassCred,
@@ -26,6 +28,9 @@ const MAX_DESCRIPTORS: usize = 253;
 const QUEUE_LENGTH: &str = "/proc/sys/net/unix/max_dgram_qlen";
 /// What systemd sets it to when a machine starts.
 const ENOUGH: u32 = 512;
+/// How often, and after what time, a keeper tries to be the only one that changes it.
+const LOCK_ATTEMPTS: u32 = 50;
+const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
 /// The path of the socket.
 pub(super) fn path(state_dir: &Path) -> PathBuf {
@@ -110,8 +115,19 @@ impl Inbox {
 }
 
 /// Makes a socket whose queue is as long as systemd's. The kernel reads the length when the socket
-/// is made, so the setting is restored at once. Where it cannot be changed, it stays as it is.
+/// is made, so the setting is restored at once. Where it cannot be changed, it stays as it is. Two
+/// keepers that start together would restore it under each other: they take turns.
 fn with_long_queue<T>(make: impl FnOnce() -> T) -> T {
+    let turn = File::open(QUEUE_LENGTH).ok();
+    if let Some(turn) = &turn {
+        // Any user can have the lock, and keep it.
+        for _ in 0..LOCK_ATTEMPTS {
+            if turn.try_lock().is_ok() {
+                break;
+            }
+            sleep(LOCK_PAUSE);
+        }
+    }
     let text = fs::read_to_string(QUEUE_LENGTH).unwrap_or_default();
     let length: Option<u32> = text.trim().parse().ok();
     let is_raised = length.is_some_and(|length| length < ENOUGH)

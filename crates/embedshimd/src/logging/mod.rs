@@ -46,19 +46,35 @@ pub(crate) fn start(config: &Log, level: Option<&str>, state_dir: &Path) -> Resu
     Ok(())
 }
 
+/// Each frame from containerd to the sandbox controller would be a line. An operator asks for them
+/// by name (`debug,h2=debug`).
+const HTTP2: &str = "h2=info";
+
 /// The filter that a level stands for. A word that is no level is refused: `tracing` takes it for
 /// the name of a module and would log only that one's lines.
 fn filter(level: &str) -> anyhow::Result<EnvFilter> {
+    let mut directives = level.to_owned();
     for part in level.split(',').filter(|part| !part.contains('=')) {
         ensure!(!part.trim().is_empty(), "it is empty");
-        part.trim().parse::<LevelFilter>()?;
+        if part.trim().parse::<LevelFilter>()? > LevelFilter::INFO {
+            directives = format!("{HTTP2},{level}");
+        }
     }
-    Ok(EnvFilter::try_new(level)?)
+    Ok(EnvFilter::try_new(directives)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frames_of_http_are_not_among_our_debug_lines() {
+        for (level, is_shown) in [("debug", false), ("debug,h2=debug", true)] {
+            let filter = filter(level).unwrap().to_string();
+            assert_eq!(filter.contains("h2=debug"), is_shown, "{filter}");
+            assert_eq!(filter.contains("h2=info"), !is_shown, "{filter}");
+        }
+    }
 
     #[test]
     fn a_word_that_is_no_level_is_refused() {

@@ -6,12 +6,18 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::unistd::pipe2;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, pipe2};
 
 use super::plan::{Plan, Step};
 use super::sys::{self, Ends};
 use crate::sys::wait_unseen;
+
+/// How long a child may take from one report to the next, in milliseconds.
+const LIMIT: u16 = 5_000;
 
 /// What failed, in words.
 fn step(number: i32) -> &'static str {
@@ -82,7 +88,19 @@ impl Child {
         }
     }
 
+    /// What it reports next; `None` at the end. Not without end: any other child that is about to
+    /// execute a program has the other end as well, until it does.
     fn read(&mut self) -> io::Result<Option<(i32, i32)>> {
+        let mut polled = [PollFd::new(self.report.as_fd(), PollFlags::POLLIN)];
+        let is_late = loop {
+            match poll(&mut polled, LIMIT) {
+                Err(Errno::EINTR) => {}
+                ready => break ready? == 0,
+            }
+        };
+        if is_late {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         let mut words = [[0; 4]; 2];
         match self.report.read_exact(words.as_flattened_mut()) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
@@ -97,7 +115,10 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        drop(self.gate.take());
+        if self.gate.take().is_some() {
+            // It was not let go. Our own child, not reaped yet: the number is no other process's.
+            let _ = kill(Pid::from_raw(self.first), Signal::SIGKILL);
+        }
         // It fails for one that was waited for already, and nothing can have.
         let _ = wait_unseen(self.first);
     }

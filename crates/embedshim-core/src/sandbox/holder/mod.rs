@@ -1,6 +1,7 @@
-//! The init process of a pod whose containers share their processes: the one process of a sandbox
-//! of ours. Owns what it is made of ([`Base`]), and its end. It has no right and nothing to read:
-//! a container that traces it or looks behind `/proc/1` finds an empty file system.
+//! The init process of a pod whose containers share their processes, the only process that the
+//! daemon starts for a sandbox. Owns what it is made of ([`Base`]), and its end. It has no right
+//! and nothing to read: a container that traces it or looks behind `/proc/1` finds an empty file
+//! system.
 
 mod child;
 mod plan;

@@ -35,7 +35,7 @@ pub(super) fn file() -> io::Result<Option<OwnedFd>> {
     };
     let mut file = File::from(fd);
     file.write_all(&image)?;
-    // What its own user cannot read, the kernel shows and gives to nobody but root.
+    // What its own user cannot read, the kernel shows and gives to root alone.
     fchmod(&file, Mode::from_raw_mode(0o111))?;
     let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
     fcntl_add_seals(&file, seals)?;
@@ -49,7 +49,7 @@ const STACK: u32 = 0x6474_e551;
 const READ: u32 = 4;
 const WRITE: u32 = 2;
 const EXECUTE: u32 = 1;
-/// Pages are no larger on any processor of ours.
+/// Pages of x86-64 and arm64 are no larger.
 const ALIGNMENT: u64 = 0x1_0000;
 
 /// A static ELF executable of one segment, which holds its own headers, too.

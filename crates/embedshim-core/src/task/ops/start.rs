@@ -196,14 +196,14 @@ impl Engine {
             }
         }
         process.note_failed_start(failed);
-        if let Err(unsaved) = self.save(task).await {
-            warn!(
+        match self.save(task).await {
+            // Not before: until then they say whether it may have run.
+            Ok(_) => files.remove().await,
+            Err(unsaved) => warn!(
                 id = %task.id(), exec_id = %exec, error = %unsaved,
                 "cannot store that an exec could not be started"
-            );
+            ),
         }
-        // Not before: until then they say whether it may have run.
-        files.remove().await;
         // Not before it is durable that its request is refused (invariant 16).
         process.fail_start();
         // First: the init's exit may wait for this, and a logger may take its 12 s.
