@@ -8,8 +8,7 @@ const SOURCE: &str = "src/shapes.c";
 
 fn main() {
     println!("cargo::rerun-if-changed={SOURCE}");
-    println!("cargo::rerun-if-env-changed=CC");
-    let compiler = env::var("CC").unwrap_or_else(|_| "cc".into());
+    let compiler = compiler();
     let program = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("shapes");
     // Static: the processes of the suite start other programs by path in namespaces of their own.
     let output = Command::new(&compiler)
@@ -28,4 +27,15 @@ fn main() {
     for line in failure.lines().take(20) {
         println!("cargo::error={line}");
     }
+}
+
+/// The compiler for the target, by the variables that crates with C code share.
+fn compiler() -> String {
+    let target = env::var("TARGET").unwrap_or_default().replace('-', "_");
+    let names = [format!("CC_{target}"), "CC".to_owned()];
+    for name in &names {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    let mut set = names.iter().filter_map(|name| env::var(name).ok());
+    set.next().unwrap_or_else(|| "cc".to_owned())
 }

@@ -237,6 +237,15 @@ impl Container<'_> {
             found = pids.into_iter().filter(is_its).collect();
             Ok(found.is_empty())
         });
-        gone.with_context(|| format!("{exec}: {found:?}"))
+        let describe = |pid: &u32| {
+            let file = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}"));
+            let [command, stat, wchan] = ["cmdline", "stat", "wchan"].map(file);
+            let commands = command.map(|words| words.replace('\0', " "));
+            format!("{pid} {commands:?} {stat:?} {wchan:?}")
+        };
+        gone.with_context(|| {
+            let all: Vec<String> = found.iter().map(describe).collect();
+            format!("{exec}: {all:?}")
+        })
     }
 }

@@ -140,10 +140,18 @@ impl Bundles {
         Ok(mount("overlay", "overlay", &options))
     }
 
-    /// Removes the bundle of a container that is gone.
+    /// Removes the bundle of a container that is gone. The error names what is left in it.
     pub(crate) fn remove(&self, id: &str) -> anyhow::Result<()> {
         let path = self.path(id);
-        fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))
+        fs::remove_dir_all(&path).with_context(|| {
+            let left = Command::new("find")
+                .arg(&path)
+                .args(["-printf", "%P %Tc; "])
+                .output();
+            let left = left.map(|output| output.stdout).unwrap_or_default();
+            let left = String::from_utf8_lossy(&left);
+            format!("cannot remove {} ({left})", path.display())
+        })
     }
 }
 

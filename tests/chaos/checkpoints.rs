@@ -1,13 +1,14 @@
 //! A container whose state is written to files by CRIU, and which goes on from them. Where there is
 //! no CRIU, the refusal is runc-v2's.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use containerd_shim_protos::api;
 use nix::sys::signal::Signal;
 
-use crate::client::{Pending, accepted, refused};
+use crate::client::{Answer, Pending, accepted, refused};
 use crate::direct::{Container, handles_term};
 use crate::plan::End;
 use crate::program::KILLED;
@@ -38,7 +39,7 @@ impl Container<'_> {
         self.ledger().count(|counts| counts.checkpoints += 1);
         for number in 0_u32.. {
             let image = self.image(&format!("first-{number}"));
-            let ask = || self.client.checkpoint(&image, false);
+            let ask = || self.ask_for_checkpoint(&image, false);
             let saved = self.attempt("", &[FAILED], ask);
             if saved.context("Checkpoint")?.is_some() {
                 break;
@@ -47,7 +48,7 @@ impl Container<'_> {
         }
         self.runs_on()?;
         let image = self.image("last");
-        let ask = || self.client.checkpoint(&image, true);
+        let ask = || self.ask_for_checkpoint(&image, true);
         let is_saved = self
             .attempt("", &[FAILED], ask)
             .context("Checkpoint")?
@@ -70,6 +71,26 @@ impl Container<'_> {
             return Ok(None);
         }
         self.restore(&image).map(Some)
+    }
+
+    /// CRIU itself may fail on a machine as busy as this one, once: the container runs on then, and
+    /// what it says of it is in the ledger.
+    fn ask_for_checkpoint(&self, image: &Path, exit: bool) -> anyhow::Result<Answer<api::Empty>> {
+        let answer = self.client.checkpoint(image, exit)?;
+        let Err(told) = &answer else {
+            return Ok(answer);
+        };
+        let log = self.bundle.path.join("criu-work/dump.log");
+        let log = fs::read_to_string(log).unwrap_or_default();
+        let errors: Vec<&str> = log.lines().filter(|line| line.contains("rror")).collect();
+        let id = self.id;
+        self.ledger()
+            .note(&format!("{id} Checkpoint: {told}: {errors:?}"));
+        if !told.contains("criu failed") || errors.is_empty() {
+            return Ok(answer);
+        }
+        self.runs_on().context("after CRIU has failed")?;
+        self.client.checkpoint(image, exit)
     }
 
     fn restore(&mut self, image: &Path) -> anyhow::Result<Pending<api::WaitResponse>> {

@@ -339,7 +339,7 @@ impl Container<'_> {
                 Ok(false)
             }
         })?;
-        self.delete(due)?;
+        self.delete(due, is_known)?;
         // `--rm` may have done it; and containerd may have come between.
         let _ = self.ctr(["container", "rm", self.id])?;
         Ok(())
@@ -359,7 +359,9 @@ impl Container<'_> {
         Ok(())
     }
 
-    fn delete(&self, due: &[u32]) -> anyhow::Result<()> {
+    /// Deletes a stopped task. One of which it is unknown how far its start had come may be gone
+    /// when containerd asks for it: the launcher cleans up what containerd has given up.
+    fn delete(&self, due: &[u32], is_known: bool) -> anyhow::Result<()> {
         while let Some(task) = self.task()? {
             ensure!(task.status == "STOPPED", "{task:?}");
             let killed = self.runtimes_killed();
@@ -374,6 +376,7 @@ impl Container<'_> {
                     return Ok(());
                 }
                 Err(_) if self.ground.epoch() != epoch || self.runtimes_killed() != killed => {}
+                Err(error) if !is_known && error.to_string().contains("not found") => {}
                 Err(error) => return Err(error),
             }
         }

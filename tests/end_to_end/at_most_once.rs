@@ -192,11 +192,15 @@ fn a_runtime_that_is_frozen_goes_on_after_daemon_and_keeper(stage: &Stage) -> an
     let shim = Shim::connect(&sandbox)?;
     let directory = sandbox.directory();
     let (program, pid) = (directory.join("frozen-runc"), directory.join("wrapper"));
+    let go = directory.join("go");
+    // It does not stop itself: that could come after it was told to go on.
     let script = format!(
         "#!/bin/sh\n\
-         case \" $* \" in *\" exec \"*) echo $$ > {0}.draft; mv {0}.draft {0}; kill -STOP $$ ;; esac\n\
+         case \" $* \" in *\" exec \"*) echo $$ > {0}.draft; mv {0}.draft {0}\n\
+         while [ ! -e {1} ]; do sleep 0.05; done ;; esac\n\
          exec runc \"$@\"\n",
-        pid.display()
+        pid.display(),
+        go.display()
     );
     write_program(&program, &script)?;
     let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
@@ -214,6 +218,7 @@ fn a_runtime_that_is_frozen_goes_on_after_daemon_and_keeper(stage: &Stage) -> an
         sandbox.end_keeper()?;
         sandbox.successor_of(daemon)?;
         ensure!(!start.is_finished(), "it is answered already");
+        fs::write(&go, "")?;
         kill(runtime, Signal::SIGCONT).context("the runtime is gone")?;
         join(start)??;
         anyhow::Ok(())

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread::scope;
 
 use anyhow::{Context, ensure};
@@ -15,12 +16,7 @@ use testbed::sandbox::{Sandbox, until};
 use crate::half_done::fifo;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 12] = tests!(WithoutContainerd:
-    a_start_that_was_done_when_its_runtime_was_killed_is_done,
-    a_start_that_was_not_done_when_its_runtime_was_killed_can_be_asked_again,
-    a_start_is_known_though_its_runtime_was_killed_before_it_noted_that,
-    a_start_is_known_to_the_next_daemon_though_the_runtime_was_killed_with_the_last,
-    a_start_is_done_if_and_only_if_the_program_has_run,
+pub(crate) const TESTS: [Test; 7] = tests!(WithoutContainerd:
     a_pause_that_was_done_when_its_runtime_was_killed_is_done,
     a_pause_that_was_not_done_when_its_runtime_was_killed_is_refused,
     a_resume_that_was_done_when_its_runtime_was_killed_is_done,
@@ -95,12 +91,12 @@ pub(crate) struct Scene {
     pub(crate) sandbox: Sandbox,
     pub(crate) shim: Shim,
     pub(crate) runtime: CutShort,
-    before: Footprint,
+    pub(crate) before: Footprint,
     pub(crate) bundle: Bundle,
 }
 
 impl Scene {
-    fn set(stage: &Stage, call: &str, when: When) -> anyhow::Result<Self> {
+    pub(crate) fn set(stage: &Stage, call: &str, when: When) -> anyhow::Result<Self> {
         Self::set_with(stage, call, when, |_| String::new())
     }
 
@@ -135,13 +131,31 @@ impl Scene {
         })
     }
 
-    fn expect(&self, due: api::Status) -> anyhow::Result<()> {
+    pub(crate) fn expect(&self, due: api::Status) -> anyhow::Result<()> {
         let told = self.shim.state("c")?.status.enum_value_or_default();
         ensure!(told == due, "State tells {told:?} instead of {due:?}");
         Ok(())
     }
 
-    fn pause(&self) -> ttrpc::Result<()> {
+    /// What the runtime itself says of it.
+    pub(crate) fn runc_says(&self) -> anyhow::Result<String> {
+        let root = Path::new("/run/containerd/runc").join(self.sandbox.namespace());
+        let mut runc = Command::new("runc");
+        let output = runc.arg("--root").arg(root).args(["state", "c"]).output()?;
+        let state: serde_json::Value = serde_json::from_slice(&output.stdout)
+            .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+        Ok(state["status"].as_str().context("no status")?.to_owned())
+    }
+
+    /// It runs, and the runtime knows that: one that is created has no checkpoint.
+    pub(crate) fn runs_for_runc(&self) -> anyhow::Result<()> {
+        self.expect(api::Status::RUNNING)?;
+        let said = self.runc_says()?;
+        ensure!(said == "running", "runc calls it {said}");
+        Ok(())
+    }
+
+    pub(crate) fn pause(&self) -> ttrpc::Result<()> {
         let request = api::PauseRequest {
             id: "c".into(),
             ..api::PauseRequest::default()
@@ -150,7 +164,7 @@ impl Scene {
         shim.tasks.pause(shim.metadata(), &request).map(drop)
     }
 
-    fn resume(&self) -> ttrpc::Result<()> {
+    pub(crate) fn resume(&self) -> ttrpc::Result<()> {
         let request = api::ResumeRequest {
             id: "c".into(),
             ..api::ResumeRequest::default()
@@ -172,80 +186,6 @@ pub(crate) fn refusal<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> anyhow::R
         Ok(told) => anyhow::bail!("not refused: {told:?}"),
         Err(error) => Ok(error.to_string()),
     }
-}
-
-fn a_start_that_was_done_when_its_runtime_was_killed_is_done(stage: &Stage) -> anyhow::Result<()> {
-    let scene = Scene::set(stage, "start", When::After)?;
-    let pid = scene.create()?;
-    scene.runtime.arm()?;
-    ensure!(scene.shim.start("c")? == pid, "another pid");
-    scene.runtime.check_killed()?;
-    scene.expect(api::Status::RUNNING)?;
-    scene.end()
-}
-
-fn a_start_that_was_not_done_when_its_runtime_was_killed_can_be_asked_again(
-    stage: &Stage,
-) -> anyhow::Result<()> {
-    let scene = Scene::set(stage, "start", When::Before)?;
-    let pid = scene.create()?;
-    scene.runtime.arm()?;
-    let told = refusal(scene.shim.start("c"))?;
-    ensure!(told.contains("OCI runtime start failed"), "{told}");
-    scene.expect(api::Status::CREATED)?;
-    ensure!(scene.shim.start("c")? == pid, "another pid");
-    scene.end()
-}
-
-/// What `runc` leaves that is killed between the start of the init and the removal of its fifo: it
-/// takes such a container for one that is not started, for as long as it lives.
-fn with_fifo(sandbox: &Sandbox) -> String {
-    let root = Path::new("/run/containerd/runc").join(sandbox.namespace());
-    format!("mkfifo {}/c/exec.fifo", root.display())
-}
-
-fn a_start_is_known_though_its_runtime_was_killed_before_it_noted_that(
-    stage: &Stage,
-) -> anyhow::Result<()> {
-    let scene = Scene::set_with(stage, "start", When::After, with_fifo)?;
-    let pid = scene.create()?;
-    scene.runtime.arm()?;
-    ensure!(scene.shim.start("c")? == pid, "another pid");
-    scene.runtime.check_killed()?;
-    scene.expect(api::Status::RUNNING)?;
-    scene.pause()?;
-    scene.sandbox.kill_daemon()?;
-    scene.expect(api::Status::PAUSED)?;
-    scene.resume()?;
-    scene.sandbox.kill_daemon()?;
-    scene.expect(api::Status::RUNNING)?;
-    scene.end()
-}
-
-fn a_start_is_known_to_the_next_daemon_though_the_runtime_was_killed_with_the_last(
-    stage: &Stage,
-) -> anyhow::Result<()> {
-    let scene = Scene::set_with(stage, "start", When::After, |sandbox| {
-        let (fifo, directory) = (with_fifo(sandbox), sandbox.directory().display());
-        let wait = format!("while [ ! -e {directory}/go ]; do sleep 0.02; done");
-        format!("{fifo}; touch {directory}/called; {wait}")
-    })?;
-    let pid = scene.create()?;
-    scene.runtime.arm()?;
-    let directory = scene.sandbox.directory();
-    let started = scope(|scope| {
-        let request = scope.spawn(|| scene.shim.start("c"));
-        until("the runtime has started it", || {
-            Ok(directory.join("called").exists())
-        })?;
-        scene.sandbox.kill_daemon()?;
-        fs::write(directory.join("go"), "")?;
-        request.join().ok().context("a request panicked")
-    })??;
-    ensure!(started == pid, "another pid");
-    scene.runtime.check_killed()?;
-    scene.expect(api::Status::RUNNING)?;
-    scene.end()
 }
 
 fn a_pause_that_was_done_when_its_runtime_was_killed_is_done(stage: &Stage) -> anyhow::Result<()> {
@@ -372,53 +312,6 @@ fn a_client_of_a_create_that_is_undone_by_a_killed_daemon_reads_on(
     Ok(())
 }
 
-/// A runtime that has opened the fifo at which the init waits, and is killed before it reads:
-/// mostly the init ends then by itself, without having run the program.
-fn a_start_is_done_if_and_only_if_the_program_has_run(stage: &Stage) -> anyhow::Result<()> {
-    const ROUNDS: u32 = 10;
-    let scene = Scene::set_with(stage, "start", When::Before, |sandbox| {
-        let root = Path::new("/run/containerd/runc").join(sandbox.namespace());
-        format!("exec 3< {}/c/exec.fifo; exec 3<&-;", root.display())
-    })?;
-    let output = scene.sandbox.directory().join("out");
-    scene.bundle.edit(|spec| {
-        if let Some(words) = spec.pointer_mut("/process/args") {
-            *words = serde_json::json!(["sh", "-c", "echo it runs; exec sleep 1000"]);
-        }
-    })?;
-    let has_run = || Ok(fs::read_to_string(&output)?.contains("it runs"));
-    for round in 0..ROUNDS {
-        fs::write(&output, "")?;
-        scene
-            .shim
-            .create_with("c", scene.bundle.path(), |request| {
-                request.options = binary_name(&scene.runtime.program);
-                request.stdout = format!("file://{}", output.display());
-            })?;
-        scene.runtime.arm()?;
-        let started = scene.shim.start("c");
-        scene.runtime.check_killed()?;
-        if started.is_ok() {
-            until("its program runs", has_run)
-                .with_context(|| format!("round {round}: {:?}", scene.shim.state("c")))?;
-            scene.shim.kill("c", Signal::SIGKILL)?;
-            ensure!(scene.shim.wait("c")? == 137, "not 137");
-        } else {
-            // Whatever the runtime's own code ends with, it ends, or waits for its start.
-            let _ = scene.shim.kill("c", Signal::SIGKILL);
-            scene.shim.wait("c")?;
-        }
-        scene.shim.delete("c")?;
-        ensure!(
-            has_run()? == started.is_ok(),
-            "round {round}: {started:?}, and it has run: {}",
-            has_run()?
-        );
-        scene.before.wait_for_return(&scene.sandbox)?;
-    }
-    Ok(())
-}
-
 /// It would take a container that it cannot ask for for what the record says.
 fn a_daemon_whose_question_for_the_state_is_killed_asks_again(stage: &Stage) -> anyhow::Result<()> {
     let scene = Scene::set(stage, "state", When::Before)?;
@@ -429,7 +322,7 @@ fn a_daemon_whose_question_for_the_state_is_killed_asks_again(stage: &Stage) -> 
     scene.expect(api::Status::PAUSED)?;
     // Behind the daemon's back.
     let root = Path::new("/run/containerd/runc").join(scene.sandbox.namespace());
-    let resumed = std::process::Command::new("runc")
+    let resumed = Command::new("runc")
         .arg("--root")
         .arg(root)
         .args(["resume", "c"])

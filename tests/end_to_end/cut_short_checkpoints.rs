@@ -1,8 +1,6 @@
 //! Checkpoints that are killed while the container is frozen for them: it is thawed.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
@@ -74,15 +72,7 @@ fn a_container_that_a_checkpoint_of_a_killed_daemon_has_frozen_is_thawed(
     fs::remove_file(waits)?;
     scene.sandbox.successor_of(daemon)?;
     scene.runtime.check_killed()?;
-    let root = Path::new("/run/containerd/runc").join(scene.sandbox.namespace());
-    until("it is thawed", || {
-        let told = Command::new("runc")
-            .arg("--root")
-            .arg(&root)
-            .args(["state", "c"])
-            .output()?;
-        Ok(String::from_utf8_lossy(&told.stdout).contains("\"running\""))
-    })?;
+    until("it is thawed", || Ok(scene.runc_says()? == "running"))?;
     executes(&scene)?;
     scene.end()
 }

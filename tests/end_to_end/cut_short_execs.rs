@@ -7,15 +7,16 @@ use std::thread::scope;
 use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
 use embedshim_tests::{Reader, Shim, Stage, Test, write_program};
-use testbed::sandbox::until;
+use testbed::sandbox::{Sandbox, until};
 
 use crate::cut_short::{Scene, When, refusal};
 use crate::half_done::{fifo, join};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 3] = tests!(WithoutContainerd:
+pub(crate) const TESTS: [Test; 4] = tests!(WithoutContainerd:
     a_refused_exec_does_not_run_though_its_runtime_has_left_more_than_one_process,
     an_exec_whose_runtime_was_killed_does_not_hinder_the_next_of_its_name,
+    an_exec_whose_refusal_was_cut_short_runs_with_its_streams_or_not_at_all,
     an_exec_that_its_waiter_was_told_never_ran_is_not_started_by_the_next_daemon,
 );
 
@@ -29,17 +30,26 @@ fn a_refused_exec_does_not_run_though_its_runtime_has_left_more_than_one_process
     refused_exec(stage, true)
 }
 
+/// The runtime starts the exec, and no pid file tells of that.
+fn unreported(sandbox: &Sandbox) -> String {
+    format!(
+        "words=; for word in \"$@\"; do \
+         case $before in --pid-file) word={}/hidden;; esac; \
+         words=\"$words $word\"; before=$word; done; runc $words",
+        sandbox.directory().display()
+    )
+}
+
 fn refused_exec(stage: &Stage, shares_pids: bool) -> anyhow::Result<()> {
     let scene = Scene::set_with(stage, "exec", When::Before, |sandbox| {
         let directory = sandbox.directory().display();
         let namespace = sandbox.namespace();
         format!(
-            "words=; for word in \"$@\"; do \
-             case $before in --pid-file) word={directory}/hidden;; esac; \
-             words=\"$words $word\"; before=$word; done; runc $words; \
+            "{unreported}; \
              {directory}/copy/cut-short-runc 0.5 & \
              for each in /sys/fs/cgroup/*/{namespace}/c /sys/fs/cgroup/{namespace}/c; do \
-             [ -e $each ] && echo $! > $each/cgroup.procs; done"
+             [ -e $each ] && echo $! > $each/cgroup.procs; done",
+            unreported = unreported(sandbox)
         )
     })?;
     let copy = scene.sandbox.directory().join("copy");
@@ -64,22 +74,67 @@ fn refused_exec(stage: &Stage, shares_pids: bool) -> anyhow::Result<()> {
     let told = refusal(scene.shim.start_exec("c", "e"))?;
     ensure!(told.contains("OCI runtime exec failed"), "{told}");
     scene.runtime.check_killed()?;
-    let mut pids = Vec::new();
+    let mut left = Vec::new();
     until("nothing but the init is left", || {
-        let request = api::PidsRequest {
-            id: "c".into(),
-            ..api::PidsRequest::default()
-        };
-        let shim = &scene.shim;
-        let answer = shim.tasks.pids(shim.metadata(), &request)?;
-        pids = answer.processes.iter().map(|entry| entry.pid).collect();
-        Ok(pids == [pid])
+        left = pids(&scene.shim)?;
+        Ok(left == [pid])
     })
     .with_context(|| {
         let command = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/cmdline"));
-        let commands: Vec<_> = pids.iter().map(command).collect();
+        let commands: Vec<_> = left.iter().map(command).collect();
         format!("{told}\n{commands:?}\n{}", scene.sandbox.daemon_log())
     })?;
+    scene.end()
+}
+
+/// The processes of the container.
+fn pids(shim: &Shim) -> anyhow::Result<Vec<u32>> {
+    let request = api::PidsRequest {
+        id: "c".into(),
+        ..api::PidsRequest::default()
+    };
+    let answer = shim.tasks.pids(shim.metadata(), &request)?;
+    Ok(answer.processes.iter().map(|entry| entry.pid).collect())
+}
+
+/// The daemon that refuses it, since its runtime was killed, dies at each of its steps.
+fn an_exec_whose_refusal_was_cut_short_runs_with_its_streams_or_not_at_all(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    const STEPS: u32 = 24;
+    let scene = Scene::set_with(stage, "exec", When::Before, unreported)?;
+    let shim = &scene.shim;
+    let pid = scene.create()?;
+    shim.start("c")?;
+    let (failpoint, mut deaths) = (scene.sandbox.state_dir().join("failpoint"), 0);
+    for step in 1..=STEPS {
+        let exec = format!("e{step}");
+        let stdout = fifo(&scene.sandbox, &exec)?;
+        let mut output = Reader::of(stdout.clone());
+        let command = ["sh", "-c", "sleep 2; echo it runs; exit 7"];
+        shim.exec_with("c", &exec, &command, |request| {
+            request.stdout = stdout.to_string_lossy().into_owned();
+        })?;
+        // That it is armed.
+        fs::write(&failpoint, step.to_string())?;
+        scene.sandbox.kill_daemon()?;
+        scene.runtime.arm()?;
+        let daemon = scene.sandbox.daemon_pid();
+        let started = shim.start_exec("c", &exec);
+        scene.runtime.check_killed()?;
+        deaths += u32::from(scene.sandbox.daemon_pid() != daemon);
+        let context = || format!("step {step}: {started:?}\n{}", scene.sandbox.daemon_log());
+        if started.is_ok() {
+            ensure!(shim.wait_exec("c", &exec)? == 7, "not 7: {}", context());
+            let read = output.finish()?;
+            ensure!(read == "it runs\n", "{read:?}: {}", context());
+        } else {
+            until("nothing but the init is left", || Ok(pids(shim)? == [pid]))
+                .with_context(context)?;
+        }
+        shim.delete_exec("c", &exec)?;
+    }
+    ensure!(deaths > 0, "no daemon died: are there failpoints in it?");
     scene.end()
 }
 

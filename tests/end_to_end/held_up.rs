@@ -7,15 +7,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use embedshim_tests::{Bundle, Shim, Stage, Test};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::hung::Frozen;
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 2] = tests!(WithoutContainerd:
+pub(crate) const TESTS: [Test; 3] = tests!(WithoutContainerd:
     a_killed_daemon_that_is_held_up_by_a_frozen_file_system_is_replaced,
     a_held_up_daemons_directory_is_not_taken_from_its_child,
+    a_bundle_that_cannot_be_read_holds_up_no_take_over,
 );
 
 /// In seconds: the keeper has no other sign of the end of such a daemon.
@@ -142,4 +144,26 @@ fn a_held_up_daemons_directory_is_not_taken_from_its_child(stage: &Stage) -> any
     ensure!(is_alive(daemon), "the killed daemon was not held up");
     ensure!(stuck.shim.state("c")?.pid == stuck.pid, "another task");
     stuck.thaw(&[daemon])
+}
+
+/// What a successor has to know of a container's spec is recorded: its bundle may lie on what does
+/// not answer, as a fifo does not.
+fn a_bundle_that_cannot_be_read_holds_up_no_take_over(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    sandbox.start_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    let bundle = Bundle::new(&sandbox, "c", &["sleep", "1000"])?;
+    let pid = shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    let spec = bundle.path().join("config.json");
+    fs::rename(&spec, bundle.path().join("kept"))?;
+    mkfifo(&spec, Mode::S_IRWXU)?;
+    sandbox.kill_daemon()?;
+    ensure!(shim.state("c")?.pid == pid, "another task");
+    let log = sandbox.daemon_log();
+    ensure!(!log.contains("cannot read the bundle"), "{log}");
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(shim.wait("c")? == 137, "not 137");
+    shim.delete("c")?;
+    Ok(())
 }

@@ -15,9 +15,10 @@ use testbed::sandbox::{Finished, PATIENCE, Running, Sandbox, is_alive, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 2] = tests!(WithoutContainerd:
+pub(crate) const TESTS: [Test; 3] = tests!(WithoutContainerd:
     an_installation_is_replaced_under_a_container_and_removed_without_a_trace,
     a_damaged_archive_installs_nothing,
+    an_archive_for_another_processor_installs_nothing,
 );
 
 /// The unpacked archive, made of the programs under test.
@@ -50,14 +51,17 @@ fn unpacked(stage: &Stage, sandbox: &Sandbox) -> anyhow::Result<PathBuf> {
     ] {
         fs::copy(&source, tree.join(target)).with_context(|| source.display().to_string())?;
     }
-    let mut sums = Command::new("sh");
-    sums.args([
-        "-c",
-        "sha256sum $(find * -type f) > ../sums && mv ../sums SHA256SUMS",
-    ])
-    .current_dir(&tree);
-    ensure!(sums.status()?.success(), "{sums:?}");
+    write_checksums(&tree)?;
     Ok(tree)
+}
+
+fn write_checksums(tree: &Path) -> anyhow::Result<()> {
+    let mut sums = Command::new("sh");
+    let script = "rm -f SHA256SUMS && sha256sum $(find * -type f) > ../sums && \
+                  mv ../sums SHA256SUMS";
+    sums.args(["-c", script]).current_dir(tree);
+    ensure!(sums.status()?.success(), "{sums:?}");
+    Ok(())
 }
 
 fn script(sandbox: &Sandbox, tree: &Path, words: &[&str]) -> anyhow::Result<Finished> {
@@ -119,7 +123,7 @@ fn an_installation_is_replaced_under_a_container_and_removed_without_a_trace(
 
     let refused = script(&sandbox, &tree, &["--remove"])?;
     ensure!(
-        refused.code == Some(1) && refused.stderr.contains("1 containers"),
+        refused.code == Some(1) && refused.stderr.contains("1 containers or pods"),
         "{refused:?}"
     );
     ensure!(program.exists() && is_alive(pid), "it was removed");
@@ -147,6 +151,27 @@ fn a_damaged_archive_installs_nothing(stage: &Stage) -> anyhow::Result<()> {
     let refused = script(&sandbox, &tree, &[])?;
     ensure!(
         refused.code == Some(1) && refused.stderr.contains("checksums"),
+        "{refused:?}"
+    );
+    let left = files_below(&sandbox.directory().join("prefix"));
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// Its programs would take the place of those that run.
+fn an_archive_for_another_processor_installs_nothing(stage: &Stage) -> anyhow::Result<()> {
+    let sandbox = stage.bare_sandbox()?;
+    let tree = unpacked(stage, &sandbox)?;
+    let program = tree.join("bin/containerd-shim-embed-v1");
+    let mut bytes = fs::read(&program)?;
+    // The machine in the header of an ELF file.
+    let machine = bytes.get_mut(18..20).context("too short")?;
+    machine.copy_from_slice(&0xfefe_u16.to_le_bytes());
+    fs::write(&program, bytes)?;
+    write_checksums(&tree)?;
+    let refused = script(&sandbox, &tree, &[])?;
+    ensure!(
+        refused.code == Some(1) && refused.stderr.contains("does not run on this machine"),
         "{refused:?}"
     );
     let left = files_below(&sandbox.directory().join("prefix"));

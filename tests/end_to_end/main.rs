@@ -18,6 +18,8 @@ mod creations;
 mod cut_short;
 mod cut_short_checkpoints;
 mod cut_short_execs;
+mod cut_short_starts;
+mod deploys;
 mod docker;
 mod embedding;
 mod events;
@@ -60,6 +62,7 @@ mod succession;
 mod survival;
 mod terminals;
 mod tools;
+mod traces;
 mod two_containerds;
 mod user_namespaces;
 
@@ -146,9 +149,11 @@ fn without_docker() -> Vec<Test> {
         &at_most_once::TESTS,
         &guardians::TESTS,
         &creations::TESTS,
+        &deploys::TESTS,
         &cut_short::TESTS,
         &cut_short_checkpoints::TESTS,
         &cut_short_execs::TESTS,
+        &cut_short_starts::TESTS,
         &held_up::TESTS,
         &hung::TESTS,
         &inheritance::TESTS,
@@ -171,6 +176,8 @@ fn without_docker() -> Vec<Test> {
         &terminals::OURS,
         &tools::TESTS,
         &tools::OURS,
+        &traces::TESTS,
+        &traces::OURS,
         &two_containerds::TESTS,
         &user_namespaces::TESTS,
         &survival::TESTS,

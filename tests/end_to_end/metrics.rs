@@ -38,7 +38,7 @@ pub(crate) const WITH_PROMETHEUS: [Test; 3] = tests!(WithoutContainerd:
 const RULES: &str = "packaging/prometheus/embedshim.rules.yml";
 const DASHBOARD: &str = "packaging/grafana/embedshim.json";
 
-fn metrics(stage: &Stage, sandbox: &Sandbox) -> anyhow::Result<String> {
+pub(crate) fn metrics(stage: &Stage, sandbox: &Sandbox) -> anyhow::Result<String> {
     let mut command = Command::new(stage.binary("embedshimd"));
     command
         .args(["metrics", "--state-dir"])

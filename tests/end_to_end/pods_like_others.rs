@@ -5,7 +5,7 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Cri, Namespaces, Pod, Stage, Test};
+use embedshim_tests::{Cri, Namespaces, NriPlugin, Pod, Stage, Test, VARIABLE};
 use k8s_cri::v1::ContainerState;
 use testbed::releases;
 use testbed::sandbox::Sandbox;
@@ -14,7 +14,7 @@ use crate::kubernetes;
 use crate::pods::{HANDLER, OWN_NETWORK, seen, with_pods, with_prepared};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 8] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 9] = tests!(ContainerdTwo:
     a_pods_life_without_a_pause_container,
     a_probe_that_takes_too_long_is_ended_without_a_pause_container,
     a_pod_without_a_pause_container_has_a_network_and_its_usage_is_known,
@@ -23,6 +23,7 @@ pub(crate) const TESTS: [Test; 8] = tests!(ContainerdTwo:
     a_handler_goes_to_our_controller_and_back_under_its_pods,
     kubectl_exec_has_its_streams_without_a_pause_container,
     kubectl_attach_can_come_back_without_a_pause_container,
+    a_plugin_of_nri_hears_of_such_pods_and_adjusts_their_containers,
 );
 
 fn a_pods_life_without_a_pause_container(stage: &Stage) -> anyhow::Result<()> {
@@ -153,4 +154,33 @@ fn kubectl_attach_can_come_back_without_a_pause_container(stage: &Stage) -> anyh
     with_pods(stage)?.map_or(Ok(()), |(_sandbox, mut cri)| {
         kubernetes::attach_again(&mut cri, HANDLER)
     })
+}
+
+/// Beside a pod with a pause container, for which it hears the same.
+fn a_plugin_of_nri_hears_of_such_pods_and_adjusts_their_containers(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let with_nri = with_prepared(stage, |sandbox| {
+        sandbox.enable_nri();
+        Ok(())
+    })?;
+    let Some((sandbox, mut cri)) = with_nri else {
+        return Ok(());
+    };
+    let plugin = NriPlugin::connect(&sandbox.directory().join("nri.sock"))?;
+    for handler in ["path", HANDLER] {
+        let pod = cri.run_pod(handler, handler, OWN_NETWORK)?;
+        plugin.hears(&format!("run pod {handler}"))?;
+        let id = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
+        for event in ["create", "start"] {
+            plugin.hears(&format!("{event} c of {handler}"))?;
+        }
+        let variable = seen(&mut cri, &id, &format!("echo ${VARIABLE}"))?;
+        ensure!(variable == format!("{handler}\n"), "{variable:?}");
+        cri.remove_pod(&pod)?;
+        for event in ["stop c of", "stop pod", "remove pod"] {
+            plugin.hears(&format!("{event} {handler}"))?;
+        }
+    }
+    Ok(())
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use embedshim_tests::{Cri, Footprint, Namespaces, Pod, Stage, Test};
 use k8s_cri::v1::NamespaceMode;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::releases;
@@ -18,12 +19,13 @@ use crate::pods::{Frozen, HANDLER, OWN_NETWORK, end, seen, with_pods, with_prepa
 use crate::tests;
 use crate::user_namespaces::{MAPPED, life_with};
 
-pub(crate) const TESTS: [Test; 7] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 8] = tests!(ContainerdTwo:
     the_init_of_a_pod_has_no_rights_and_shows_nothing_of_the_host,
     the_init_of_a_pod_reaps_and_cannot_be_killed_from_inside,
     a_pod_with_an_init_outlives_the_daemon_and_containerd,
     a_pod_whose_init_is_killed_has_ended,
     a_pod_whose_processes_do_not_end_holds_up_no_daemon_and_is_finished_later,
+    a_pod_is_made_in_no_mount_of_cgroups_that_is_there_for_a_while,
     a_pod_with_users_of_its_own_lives_without_a_pause_container,
     a_pod_with_users_and_shared_processes_has_an_init_of_its_users,
 );
@@ -34,13 +36,13 @@ pub(crate) const SHARED_PROCESSES: Namespaces = Namespaces {
     ..OWN_NETWORK
 };
 
-fn record_of(sandbox: &Sandbox, pod: &Pod) -> PathBuf {
+pub(crate) fn record_of(sandbox: &Sandbox, pod: &Pod) -> PathBuf {
     let name = format!("sandboxes/k8s.io:{}.json", pod.id);
     sandbox.state_dir().join(name)
 }
 
 /// The node's number of a pod's init.
-fn init_of(sandbox: &Sandbox, pod: &Pod) -> anyhow::Result<i32> {
+pub(crate) fn init_of(sandbox: &Sandbox, pod: &Pod) -> anyhow::Result<i32> {
     let text = fs::read_to_string(record_of(sandbox, pod))?;
     let record: serde_json::Value = serde_json::from_str(&text)?;
     let pid = record.pointer("/init/identity/pid");
@@ -239,6 +241,56 @@ fn a_pod_whose_processes_do_not_end_holds_up_no_daemon_and_is_finished_later(
         before.wait_for_return(&sandbox)?;
     }
     cri.remove_pod(&first)
+}
+
+/// As CRIU mounts all hierarchies in the bundle of a container that it restores.
+fn a_pod_is_made_in_no_mount_of_cgroups_that_is_there_for_a_while(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let Some((sandbox, mut cri)) = with_pods(stage)? else {
+        return Ok(());
+    };
+    let again = CgroupsAgain::mount(sandbox.directory().join("cgroups"))?;
+    // Only now it looks where they are.
+    sandbox.kill_daemon()?;
+    let first = cri.run_pod("first", HANDLER, SHARED_PROCESSES)?;
+    let directory = again.unmount()?;
+    let before = Footprint::of(&sandbox);
+    let pod = cri.run_pod("pod", HANDLER, SHARED_PROCESSES)?;
+    let made = fs::read_dir(&directory)?.count();
+    ensure!(made == 0, "{made} were made where no cgroup is");
+    cri.remove_pod(&pod)?;
+    before.wait_for_return(&sandbox)?;
+    cri.remove_pod(&first)?;
+    Ok(fs::remove_dir(directory)?)
+}
+
+/// All hierarchies of the machine, mounted a second time.
+struct CgroupsAgain(PathBuf);
+
+impl CgroupsAgain {
+    fn mount(directory: PathBuf) -> anyhow::Result<Self> {
+        fs::create_dir(&directory)?;
+        let mounted = Self(directory);
+        let (from, none) = (Some("/sys/fs/cgroup"), None::<&str>);
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+        mount(from, &mounted.0, none, flags, none)?;
+        let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+        mount(none, &mounted.0, none, flags, none)?;
+        Ok(mounted)
+    }
+
+    fn unmount(self) -> anyhow::Result<PathBuf> {
+        umount2(&self.0, MntFlags::MNT_DETACH)?;
+        Ok(self.0.clone())
+    }
+}
+
+impl Drop for CgroupsAgain {
+    fn drop(&mut self) {
+        // Not there, usually.
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
 }
 
 /// With an OCI runtime that can map the owners of mounts.

@@ -11,6 +11,7 @@ use testbed::sandbox::{Sandbox, until};
 
 use crate::operators::{ask, json};
 use crate::pods::{HANDLER, OWN_NETWORK, with_pods};
+use crate::pods_processes::SHARED_PROCESSES;
 use crate::tests;
 
 pub(crate) const TESTS: [Test; 1] = tests!(ContainerdTwo:
@@ -25,6 +26,14 @@ fn line(stage: &Stage, sandbox: &Sandbox, id: &str) -> anyhow::Result<Option<Val
     Ok(all.iter().find(|one| one["id"] == id).cloned())
 }
 
+/// The init of a pod that shares its processes is named.
+fn shows_init(detail: &Value) -> anyhow::Result<()> {
+    let init = detail["init_pid"].as_i64().context("no init")?;
+    let name = fs::read_to_string(format!("/proc/{init}/comm"))?;
+    ensure!(name.trim() == "embedshim-pod", "{init} is {name}");
+    Ok(())
+}
+
 fn operators_see_each_pod_with_its_state_its_pins_and_its_containers(
     stage: &Stage,
 ) -> anyhow::Result<()> {
@@ -34,7 +43,7 @@ fn operators_see_each_pod_with_its_state_its_pins_and_its_containers(
     let pod = cri.run_pod_with("pod", HANDLER, OWN_NETWORK, |config| {
         config.labels = [("label".to_owned(), "hunter2".to_owned())].into();
     })?;
-    let other = cri.run_pod("other", HANDLER, OWN_NETWORK)?;
+    let other = cri.run_pod("other", HANDLER, SHARED_PROCESSES)?;
     let container = cri.run_container(&pod, "c", 0, &["sleep", "1000"])?;
     let seen = line(stage, &sandbox, &pod.id)?.context("not listed")?;
     ensure!(
@@ -73,15 +82,22 @@ fn operators_see_each_pod_with_its_state_its_pins_and_its_containers(
     ensure!(task["sandbox"] == pod.id.as_str(), "{task}");
     let text = ask(stage, &sandbox, &["inspect", &pod.id])?.stdout;
     ensure!(text.contains("pinned at"), "{text}");
+    ensure!(detail["init_pid"].is_null(), "{detail}");
+    shows_init(&json(stage, &sandbox, &["inspect", &other.id])?)?;
 
     // The successor tells the same, and a stopped pod is one.
     sandbox.kill_daemon()?;
     cri.stop_pod(&other)?;
     let status = json(stage, &sandbox, &["status"])?;
-    let expected = serde_json::json!({"created": 0, "ready": 1, "stopped": 1});
+    let expected = serde_json::json!({"created": 0, "ready": 1, "stopping": 0, "stopped": 1});
     ensure!(status["sandboxes"] == expected, "{status}");
     let metrics = ask(stage, &sandbox, &["metrics"])?.stdout;
-    for (state, number) in [("created", 0), ("ready", 1), ("stopped", 1)] {
+    for (state, number) in [
+        ("created", 0),
+        ("ready", 1),
+        ("stopping", 0),
+        ("stopped", 1),
+    ] {
         let sample = format!("embedshim_sandboxes{{state=\"{state}\"}} {number}\n");
         ensure!(metrics.contains(&sample), "{sample}: {metrics}");
     }

@@ -10,18 +10,20 @@ use anyhow::{Context, ensure};
 use embedshim_tests::{Cri, Footprint, Namespaces, Pod, Stage, Test};
 use k8s_cri::v1::ContainerState;
 use nix::mount::{MntFlags, umount2};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use testbed::sandbox::{Sandbox, is_alive, until};
 
 use crate::kubernetes::ended;
 use crate::pods::{Frozen, HANDLER, OWN_NETWORK, end, seen, with_pods};
-use crate::pods_processes::SHARED_PROCESSES;
+use crate::pods_processes::{SHARED_PROCESSES, init_of, record_of};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 8] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 9] = tests!(ContainerdTwo:
     pods_without_a_process_outlive_the_daemon_and_containerd,
     a_daemon_that_dies_at_any_step_of_a_pod_leaves_nothing_of_it,
     a_daemon_that_dies_at_any_step_of_a_pod_with_an_init_leaves_nothing_of_it,
+    an_init_that_was_killed_is_told_as_killed_by_a_successor_too,
     a_container_that_containerd_gives_up_with_its_connection_is_killed,
     a_frozen_container_that_containerd_gives_up_is_killed_all_the_same,
     containerd_that_gives_a_bundle_up_after_its_restart_asks_our_launcher,
@@ -189,6 +191,40 @@ fn deaths_at_any_step(stage: &Stage, namespaces: Namespaces) -> anyhow::Result<(
     until("the other pod is removed", || {
         Ok(cri.remove_pod(&first).is_ok())
     })
+}
+
+/// The daemon dies at each of the steps in which it releases what the pod has.
+fn an_init_that_was_killed_is_told_as_killed_by_a_successor_too(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let Some((sandbox, mut cri)) = with_pods(stage)? else {
+        return Ok(());
+    };
+    for step in 1.. {
+        let deaths = deaths(&sandbox);
+        let pod = cri.run_pod(&format!("pod-{step}"), HANDLER, SHARED_PROCESSES)?;
+        let init = Pid::from_raw(init_of(&sandbox, &pod)?);
+        arm(&sandbox, step)?;
+        kill(init, Signal::SIGKILL)?;
+        let code = || {
+            let text = fs::read_to_string(record_of(&sandbox, &pod))?;
+            let record: serde_json::Value = serde_json::from_str(&text)?;
+            let code = record.pointer("/ended/code").cloned();
+            Ok(code.filter(|_| record["phase"] == "stopped"))
+        };
+        until("the pod has ended", || {
+            Ok(code().is_ok_and(|code| code.is_some()))
+        })?;
+        let code: anyhow::Result<Option<serde_json::Value>> = code();
+        let code = code?.unwrap_or_default();
+        ensure!(code == 137, "step {step}: {code}: {}", last_death(&sandbox));
+        until("the pod is removed", || Ok(cri.remove_pod(&pod).is_ok()))?;
+        if self::deaths(&sandbox) == deaths {
+            ensure!(step > 3, "the daemon died at {step} steps only");
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn wait_until_ready(cri: &mut Cri, pod: &Pod) -> anyhow::Result<()> {

@@ -1,12 +1,16 @@
 //! One container's whole life without containerd, by each OCI runtime, on whichever cgroup version
-//! is here: small enough for a guest with an old kernel (`cargo xtask test-matrix`).
+//! is here, and a pod's with our init process: small enough for a guest with an old kernel
+//! (`cargo xtask test-matrix`).
 
-use anyhow::{bail, ensure};
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, bail, ensure};
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups::metrics::Metrics;
 use containerd_shim_protos::cgroups_v2::metrics as v2;
 use containerd_shim_protos::shim::oci::Options;
-use embedshim_tests::{Bundle, Footprint, Listener, Shim, Stage, Test};
+use embedshim_tests::{Bundle, Controller, Footprint, Listener, Shim, Stage, Test};
 use nix::sys::signal::Signal;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -16,7 +20,8 @@ use testbed::sandbox::{Sandbox, until};
 
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 1] = tests!(EmbedshimOnly: a_life_with_runc);
+pub(crate) const TESTS: [Test; 2] =
+    tests!(EmbedshimOnly: a_life_with_runc, a_life_in_a_pod_with_our_init);
 /// Debian's crun refuses a machine with both versions.
 pub(crate) const UNIFIED: [Test; 1] = tests!(UnifiedCgroups: a_life_with_crun);
 
@@ -111,6 +116,133 @@ fn life(stage: &Stage, runtime: &str) -> anyhow::Result<()> {
         "not 9"
     );
     before.wait_for_return(&sandbox)
+}
+
+/// The init process is machine code that embedshim has for each processor: it gives up everything,
+/// reaps what its container leaves, is there for the next daemon, and cannot be ended from inside.
+fn a_life_in_a_pod_with_our_init(stage: &Stage) -> anyhow::Result<()> {
+    let mut sandbox = stage.bare_sandbox()?;
+    let listener = Listener::listen(sandbox.directory())?;
+    let config = pods_config(sandbox.directory(), listener.path())?;
+    sandbox.set_environment("EMBEDSHIM_CONFIG", &config);
+    sandbox.start_daemon()?;
+    let socket = sandbox.state_dir().join("pods.sock");
+    let mut pods = Controller::connect_as(&socket, sandbox.namespace())?;
+    // Without a parent its cgroup is the machine's: no other test has one of that name.
+    let [first, pod] = ["first", "pod"].map(|id| format!("{}-{id}", sandbox.namespace()));
+    // What the first pod leaves for all others is not a leftover.
+    let init = begin_pod(&sandbox, &mut pods, &first)?;
+    end_pod(&mut pods, &first, init)?;
+    let before = Footprint::of(&sandbox);
+    let init = begin_pod(&sandbox, &mut pods, &pod)?;
+    until("the init has given up everything", || has_nothing(init))?;
+    // Its child is the init's when it has ended.
+    let script = "(sleep 0.1 &); exec sleep 1000";
+    let bundle = Bundle::new(&sandbox, "c", &["sh", "-c", script])?;
+    bundle.edit(|spec| join(&pod, spec))?;
+    fs::write(bundle.path().join("sandbox"), &pod)?;
+    let shim = Shim::connect(&sandbox)?;
+    shim.create("c", bundle.path())?;
+    shim.start("c")?;
+    ensure!(
+        exec(&shim, "c", "kill -KILL 1; kill -TERM 1; exit 5")? == 5,
+        "the exec's code"
+    );
+    let children = format!("/proc/{init}/task/{init}/children");
+    until("the orphan is reaped", || {
+        Ok(fs::read_to_string(&children)?.trim().is_empty())
+    })?;
+    sandbox.kill_daemon()?;
+    let shim = Shim::connect(&sandbox)?;
+    ensure!(testbed::sandbox::is_alive(init), "the init is dead");
+    shim.kill("c", Signal::SIGKILL)?;
+    ensure!(
+        shim.wait("c")? == 137 && shim.delete("c")? == 137,
+        "not 137"
+    );
+    let mut pods = Controller::connect_as(&socket, sandbox.namespace())?;
+    end_pod(&mut pods, &pod, init)?;
+    before.wait_for_return(&sandbox)
+}
+
+/// Writes a configuration with pods of our controller and returns its path.
+fn pods_config(directory: &Path, events: &Path) -> anyhow::Result<String> {
+    for part in ["cri/root", "cri/state"] {
+        fs::create_dir_all(directory.join(part))?;
+    }
+    let (shown, events) = (directory.display(), events.display());
+    let text = format!(
+        "[sandbox]\nenabled = true\ncri_root = \"{shown}/cri/root\"\n\
+         cri_state = \"{shown}/cri/state\"\ncontainerd = \"{shown}/c.sock\"\n\
+         events = \"{events}\"\n"
+    );
+    let path = format!("{shown}/embedshim.toml");
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+/// Creates and starts a pod whose containers share their processes; returns its init's pid.
+fn begin_pod(sandbox: &Sandbox, pods: &mut Controller, id: &str) -> anyhow::Result<i32> {
+    let refused = pods.create_plain(id, true);
+    ensure!(refused.is_none(), "Create: {refused:?}");
+    pods.start(id)?;
+    let name = format!("sandboxes/{}:{id}.json", sandbox.namespace());
+    let record = fs::read_to_string(sandbox.state_dir().join(name))?;
+    let record: Value = serde_json::from_str(&record)?;
+    let pid = record.pointer("/init/identity/pid").and_then(Value::as_i64);
+    Ok(i32::try_from(pid.context("no init")?)?)
+}
+
+/// Whether it has neither rights nor descriptors and its filter: the last of them comes some
+/// instructions after it has become the program.
+fn has_nothing(init: i32) -> anyhow::Result<bool> {
+    let status = fs::read_to_string(format!("/proc/{init}/status"))?;
+    let has = |line| status.lines().any(|found| found == line);
+    let descriptors = fs::read_dir(format!("/proc/{init}/fd"))?.count();
+    let lines = [
+        "Name:\tembedshim-pod",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+    ];
+    Ok(descriptors == 0 && lines.into_iter().all(has))
+}
+
+fn end_pod(pods: &mut Controller, id: &str, init: i32) -> anyhow::Result<()> {
+    for method in ["Stop", "Shutdown"] {
+        pods.ask(method, id)?;
+    }
+    ensure!(!testbed::sandbox::is_alive(init), "the init lives on");
+    Ok(())
+}
+
+/// Puts a container into a pod, as the CRI plugin does with one of a sandbox controller.
+fn join(pod: &str, spec: &mut Value) {
+    let namespaces = spec.pointer_mut("/linux/namespaces");
+    for namespace in namespaces
+        .and_then(Value::as_array_mut)
+        .into_iter()
+        .flatten()
+    {
+        let file = match namespace.get("type").and_then(Value::as_str) {
+            Some("network") => "net",
+            Some(shared @ ("ipc" | "uts" | "pid")) => shared,
+            _ => continue,
+        }
+        .to_owned();
+        if let Some(namespace) = namespace.as_object_mut() {
+            namespace.insert("path".into(), json!(format!("/proc/0/ns/{file}")));
+        }
+    }
+    if let Some(spec) = spec.as_object_mut() {
+        let annotations = json!({
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.sandbox-id": pod,
+        });
+        spec.insert("annotations".into(), annotations);
+        // The pod has a name.
+        spec.remove("hostname");
+    }
 }
 
 fn position(listener: &Listener, container: &str, topic: &str) -> Option<usize> {

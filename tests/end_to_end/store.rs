@@ -73,7 +73,9 @@ fn a_daemon_that_is_killed_while_it_accepts_loses_no_connection(
         })?;
         sandbox.successor_of(daemon)?;
         for (number, connection) in asked.into_iter().enumerate() {
-            answered(connection).with_context(|| format!("kill {round}, connection {number}"))?;
+            answered(connection)
+                .with_context(|| format!("kill {round}, connection {number}"))
+                .with_context(|| sandbox.daemon_log())?;
         }
     }
     Ok(())

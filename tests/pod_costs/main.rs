@@ -1,6 +1,8 @@
 //! `pod-costs`: what a pod costs in each way that a runtime handler can name it, for `cargo xtask
 //! bench --pods`. The ways take turns, so that a machine that is busy for a while is busy for all.
 
+mod kernel;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,6 +17,8 @@ use serde_json::{Value, json};
 use testbed::image;
 use testbed::releases::Release;
 use testbed::sandbox::{EMBEDSHIM, Sandbox};
+
+use kernel::KernelMemory;
 
 /// What pods cost
 #[derive(Debug, Parser)]
@@ -75,6 +79,8 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let image = tempfile::tempdir()?;
     let archive = image::build(image.path())?;
+    // Left after everything else has ended.
+    let kernel = KernelMemory::begin()?;
     let mut sandbox = Sandbox::new(&options.binaries, EMBEDSHIM)?;
     sandbox.use_programs(Release::Sid.programs()?);
     // Its own shim, which executes itself again.
@@ -94,13 +100,15 @@ fn main() -> anyhow::Result<()> {
         options.rounds
     );
     println!(
-        "{:28} {:>8} {:>8} {:>12} {:>9} {:>9}",
-        "", "run, ms", "stop, ms", "memory, kB", "processes", "together, s"
+        "{:28} {:>8} {:>8} {:>12} {:>10} {:>9} {:>9}",
+        "", "run, ms", "stop, ms", "memory, kB", "kernel, kB", "processes", "together, s"
     );
     let times = times(&mut cri, options.rounds)?;
     let mut found = BTreeMap::new();
     for (way, [run, stop]) in WAYS.iter().zip(&times) {
-        let (memory, processes) = memory(&mut cri, way, options.pods)?;
+        let usage = || Usage::now(&kernel, sandbox.namespace());
+        let each = memory(&mut cri, way, options.pods, usage)?;
+        let (memory, processes) = (each.kilobytes, each.processes);
         let together = match options.together {
             0 => None,
             count => Some(together(&sandbox, way, count)?),
@@ -108,11 +116,12 @@ fn main() -> anyhow::Result<()> {
         let (run, stop) = (median(run), median(stop));
         let shown = together.map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.1}"));
         println!(
-            "{:28} {run:8.1} {stop:8.1} {memory:12.1} {processes:9.1} {shown:>9}",
-            way.name
+            "{:28} {run:8.1} {stop:8.1} {memory:12.1} {:10.1} {processes:9.1} {shown:>9}",
+            way.name, each.kernel_kilobytes
         );
         let of_way = json!({
-            "run_ms": run, "stop_ms": stop, "memory_kb": memory, "processes": processes,
+            "run_ms": run, "stop_ms": stop, "memory_kb": memory,
+            "kernel_memory_kb": each.kernel_kilobytes, "processes": processes,
             "together_s": together,
         });
         found.insert(way.name, of_way);
@@ -146,23 +155,30 @@ fn times(cri: &mut Cri, rounds: usize) -> anyhow::Result<Vec<[Vec<f64>; 2]>> {
     Ok(all)
 }
 
-/// What an empty pod adds: proportional memory of all processes but containerd, and processes.
-fn memory(cri: &mut Cri, way: &Way, count: u32) -> anyhow::Result<(f64, f64)> {
-    let before = Usage::now()?;
+/// What an empty pod adds: proportional memory of all processes but containerd, memory of the
+/// kernel, and processes.
+fn memory(
+    cri: &mut Cri,
+    way: &Way,
+    count: u32,
+    usage: impl Fn() -> anyhow::Result<Usage>,
+) -> anyhow::Result<Usage> {
+    let before = usage()?;
     let pods: Vec<Pod> = (0..count)
         .map(|number| cri.run_pod(&format!("empty-{number}"), way.handler, way.namespaces))
         .collect::<anyhow::Result<_>>()?;
     std::thread::sleep(SETTLE);
-    let with = Usage::now()?;
+    let with = usage()?;
     for pod in &pods {
         cri.remove_pod(pod)?;
     }
     std::thread::sleep(SETTLE);
     let per_pod = |with: f64, before: f64| (with - before) / f64::from(count);
-    Ok((
-        per_pod(with.kilobytes, before.kilobytes),
-        per_pod(with.processes, before.processes),
-    ))
+    Ok(Usage {
+        kilobytes: per_pod(with.kilobytes, before.kilobytes),
+        kernel_kilobytes: per_pod(with.kernel_kilobytes, before.kernel_kilobytes),
+        processes: per_pod(with.processes, before.processes),
+    })
 }
 
 /// From the first request to the last container that runs, of pods that are started at once.
@@ -198,15 +214,17 @@ fn together(sandbox: &Sandbox, way: &Way, count: usize) -> anyhow::Result<f64> {
 /// What processes use.
 struct Usage {
     kilobytes: f64,
+    kernel_kilobytes: f64,
     processes: f64,
 }
 
 impl Usage {
-    /// Of all processes but containerd and this one.
-    fn now() -> anyhow::Result<Self> {
+    /// Of all processes but containerd and this one; what the kernel uses for all of them.
+    fn now(kernel: &KernelMemory, pods: &str) -> anyhow::Result<Self> {
         let own = std::process::id().to_string();
         let mut usage = Self {
             kilobytes: 0.0,
+            kernel_kilobytes: kernel.kilobytes(pods)?,
             processes: 0.0,
         };
         for entry in fs::read_dir("/proc")?.flatten() {

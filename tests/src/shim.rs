@@ -22,13 +22,13 @@ use ttrpc::context::{self, Context as Metadata};
 pub struct Shim {
     /// The Task service.
     pub tasks: TaskClient,
-    namespace: String,
+    metadata: HashMap<String, Vec<String>>,
 }
 
 impl std::fmt::Debug for Shim {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shim")
-            .field("namespace", &self.namespace)
+            .field("metadata", &self.metadata)
             .finish_non_exhaustive()
     }
 }
@@ -50,16 +50,23 @@ impl Shim {
         let client = ttrpc::Client::connect(address).with_context(|| address.to_owned())?;
         Ok(Self {
             tasks: TaskClient::new(client),
-            namespace: namespace.into(),
+            metadata: HashMap::from([(
+                "containerd-namespace-ttrpc".into(),
+                vec![namespace.into()],
+            )]),
         })
     }
 
-    /// What a call has beside its request: the namespace.
+    /// The same, whose calls have this beside their requests, too.
+    #[must_use]
+    pub fn with_metadata(mut self, key: &str, value: &str) -> Self {
+        self.metadata.insert(key.into(), vec![value.into()]);
+        self
+    }
+
+    /// What a call has beside its request: the namespace, and what was added.
     pub fn metadata(&self) -> Metadata {
-        context::with_metadata(HashMap::from([(
-            "containerd-namespace-ttrpc".into(),
-            vec![self.namespace.clone()],
-        )]))
+        context::with_metadata(self.metadata.clone())
     }
 
     /// Creates a task from a bundle.

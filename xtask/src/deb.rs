@@ -9,15 +9,16 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail, ensure};
 use nix::sys::stat::{Mode, umask};
-use testbed::machine;
-use testbed::products::{self, Profile, strip, workspace};
+use testbed::products::workspace;
+
+use crate::foreign;
+use crate::programs::{self, Programs};
 
 const NAME: &str = "embedshim";
-const BINARIES: [&str; 2] = ["embedshimd", "containerd-shim-embed-v1"];
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 /// Where each file is here, and in the package. containerd finds the launcher in /usr/bin by its
 /// `PATH`.
-const FILES: [(&str, &str); 12] = [
+const FILES: [(&str, &str); 13] = [
     ("packaging/embedshimd.service", "lib/systemd/system"),
     ("packaging/embedshimd.socket", "lib/systemd/system"),
     ("packaging/config.toml", "etc/embedshim"),
@@ -30,7 +31,11 @@ const FILES: [(&str, &str); 12] = [
         "usr/share/doc/embedshim/examples",
     ),
     (
-        "packaging/examples/runtimeclass.yaml",
+        "packaging/examples/containerd-v3.toml",
+        "usr/share/doc/embedshim/examples",
+    ),
+    (
+        "packaging/kubernetes/runtimeclass.yaml",
         "usr/share/doc/embedshim/examples",
     ),
     (
@@ -57,12 +62,11 @@ pub(crate) enum Packing {
 }
 
 /// Builds what is shipped, and says where it is.
-pub(crate) fn run() -> anyhow::Result<()> {
-    machine::prepare()?;
-    println!("Building embedshimd (release)");
-    let binaries = products::build(Profile::Release)?;
+pub(crate) fn run(options: programs::Options) -> anyhow::Result<()> {
+    let programs = Programs::build(options)?;
     let directory = workspace().join("target/deb");
-    let package = build(&binaries, &version()?, Packing::Small, &directory)?;
+    let package = build(&programs, &version()?, Packing::Small, &directory)?;
+    foreign::check(&package, &programs)?;
     let mut show = Command::new("dpkg-deb");
     show.arg("--info").arg(&package);
     ensure!(show.status()?.success(), "{show:?} failed");
@@ -80,9 +84,9 @@ pub(crate) fn version() -> anyhow::Result<String> {
     Ok(version.replace('-', "~"))
 }
 
-/// Packs these binaries into a directory and returns the package's path.
+/// Packs these programs into a directory and returns the package's path.
 pub(crate) fn build(
-    binaries: &Path,
+    built: &Programs,
     version: &str,
     packing: Packing,
     directory: &Path,
@@ -92,10 +96,10 @@ pub(crate) fn build(
     let root = directory.join("root");
     let _ = fs::remove_dir_all(&root);
     let mut programs = Vec::new();
-    for binary in BINARIES {
-        let program = root.join("usr/bin").join(binary);
+    for name in programs::NAMES {
+        let program = root.join("usr/bin").join(name);
         fs::create_dir_all(root.join("usr/bin"))?;
-        strip(&binaries.join(binary), &program)?;
+        built.strip(name, &program)?;
         programs.push(program);
     }
     for (file, target) in FILES {
@@ -104,18 +108,21 @@ pub(crate) fn build(
     // A file for each package, which has its name.
     let overrides = root.join("usr/share/lintian/overrides").join(NAME);
     install_as(OVERRIDES, &overrides, 0o644)?;
-    write_documents(binaries, &root.join("usr/share"))?;
+    write_documents(built, &root.join("usr/share"))?;
     for script in SCRIPTS {
         let file = format!("packaging/debian/{script}");
         install(&file, &root.join("DEBIAN"), 0o755)?;
     }
     write_changelog(&root, version)?;
-    let architecture = output(Command::new("dpkg").arg("--print-architecture"))?;
+    let architecture = built.debian_architecture()?;
     let control = fs::read_to_string(workspace().join("packaging/debian/control"))?
         .replace("@VERSION@", version)
         .replace("@ARCHITECTURE@", &architecture)
         .replace("@SIZE@", &size(&root)?)
-        .replace("@DEPENDS@", &dependencies(&programs)?);
+        .replace(
+            "@DEPENDS@",
+            &dependencies(&built.tool("objdump"), &programs)?,
+        );
     fs::write(root.join("DEBIAN/control"), control)?;
     // Checksums, for `dpkg --verify`.
     let script = "cd \"$1\" && find * -path DEBIAN -prune -o -type f -print0 | sort -z | xargs -0 md5sum > DEBIAN/md5sums";
@@ -152,11 +159,9 @@ fn install_as(file: &str, target: &Path, mode: u32) -> anyhow::Result<()> {
     )?)
 }
 
-/// Writes man pages, compressed as Debian wants them, and shell completions below a directory. The
-/// program itself has them.
-fn write_documents(binaries: &Path, share: &Path) -> anyhow::Result<()> {
-    let program = binaries.join("embedshimd");
-    output(Command::new(program).arg("documents").arg(share))?;
+/// Writes man pages, compressed as Debian wants them, and shell completions below a directory.
+fn write_documents(built: &Programs, share: &Path) -> anyhow::Result<()> {
+    built.write_documents(share)?;
     for page in fs::read_dir(share.join("man/man8"))? {
         output(Command::new("gzip").arg("-9n").arg(page?.path()))?;
     }
@@ -193,11 +198,11 @@ fn size(root: &Path) -> anyhow::Result<String> {
 
 /// The packages of the libraries that the programs are linked to, and how new the C library must
 /// be.
-fn dependencies(programs: &[PathBuf]) -> anyhow::Result<String> {
+fn dependencies(objdump: &str, programs: &[PathBuf]) -> anyhow::Result<String> {
     let mut packages = BTreeSet::new();
     let mut newest = (0, 0);
     for program in programs {
-        let text = output(Command::new("objdump").arg("-p").arg(program))?;
+        let text = output(Command::new(objdump).arg("-p").arg(program))?;
         for library in needed(&text) {
             packages.insert(package_of(library)?);
         }
@@ -235,7 +240,7 @@ fn newest_symbol(headers: &str) -> (u32, u32) {
     versions.max().unwrap_or_default()
 }
 
-fn output(command: &mut Command) -> anyhow::Result<String> {
+pub(crate) fn output(command: &mut Command) -> anyhow::Result<String> {
     let output = command
         .stdin(Stdio::null())
         .output()

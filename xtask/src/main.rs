@@ -4,9 +4,12 @@ mod api;
 mod deb;
 mod demo;
 mod dist;
+mod foreign;
 mod fuzz;
 mod matrix;
 mod package;
+mod programs;
+mod results;
 mod rpm;
 mod sbom;
 mod shipped;
@@ -46,12 +49,12 @@ enum Command {
     /// Boot a Debian guest with systemd and test units, package and survival there
     TestSystemd(systemd::Options),
     /// Build the Debian package
-    Deb,
+    Deb(programs::Options),
     /// Build the package for systems with RPM
-    Rpm,
+    Rpm(programs::Options),
     /// Build what a release has: the Debian package, an archive with install.sh, a bill of
     /// materials, checksums
-    Dist,
+    Dist(programs::Options),
     /// Package the library crates as for a registry; nothing is published
     Package(package::Options),
     /// Measure embedshim beside other shims and the bare runtime
@@ -75,9 +78,9 @@ fn main() -> ExitCode {
         Command::Chaos(options) => chaos::run(options),
         Command::TestMatrix(options) => matrix::run(options),
         Command::TestSystemd(options) => systemd::run(options),
-        Command::Deb => deb::run(),
-        Command::Rpm => rpm::run(),
-        Command::Dist => dist::run(),
+        Command::Deb(options) => deb::run(*options),
+        Command::Rpm(options) => rpm::run(*options),
+        Command::Dist(options) => dist::run(*options),
         Command::Package(options) => package::run(*options),
         Command::Bench(options) => bench::run(options),
         Command::Fuzz(options) => fuzz::run(options),

@@ -8,9 +8,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use testbed::machine;
-use testbed::products::{self, Profile, workspace};
+use testbed::products::workspace;
 
 use crate::deb::{self, Packing};
+use crate::programs::{self, Programs};
 
 const SPEC: &str = "packaging/rpm/embedshim.spec";
 const SCRIPTS: &str = "packaging/rpm";
@@ -37,25 +38,27 @@ const OWN: [&str; 3] = [
 ];
 
 /// Builds what is shipped, and says where it is.
-pub(crate) fn run() -> anyhow::Result<()> {
-    machine::prepare()?;
-    println!("Building embedshimd (release)");
-    let binaries = products::build(Profile::Release)?;
-    let package = build(&binaries, &workspace().join("target/rpm"))?;
+pub(crate) fn run(options: programs::Options) -> anyhow::Result<()> {
+    let programs = Programs::build(options)?;
+    let directory = match programs.toolchain() {
+        None => "target/rpm".to_owned(),
+        Some(toolchain) => format!("target/rpm-{}", toolchain.architecture().name()),
+    };
+    let package = build(&programs, &workspace().join(directory))?;
     println!("{}", output(rpm().args(["-qpi"]).arg(&package))?);
     println!("{}", package.display());
     Ok(())
 }
 
-/// Packs these binaries and returns the package's path, which is below the directory.
-pub(crate) fn build(binaries: &Path, directory: &Path) -> anyhow::Result<PathBuf> {
+/// Packs these programs and returns the package's path, which is below the directory.
+pub(crate) fn build(programs: &Programs, directory: &Path) -> anyhow::Result<PathBuf> {
     machine::prepare_for_package_checks()?;
     let _ = fs::remove_dir_all(directory);
     fs::create_dir_all(directory)?;
     let version = deb::version()?;
     // The tree of the Debian package, whose documents are made by then.
     let tree = directory.join("root");
-    fs::remove_file(deb::build(binaries, &version, Packing::Quick, directory)?)?;
+    fs::remove_file(deb::build(programs, &version, Packing::Quick, directory)?)?;
     for path in OF_DEBIAN.map(|path| tree.join(path)) {
         let removed = fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path));
         removed.with_context(|| path.display().to_string())?;
@@ -82,13 +85,15 @@ pub(crate) fn build(binaries: &Path, directory: &Path) -> anyhow::Result<PathBuf
         build.args(["--define", &format!("{name} {}", value.display())]);
     }
     // Programs of another system may build it: what it needs is found out by ldd's rules alone.
+    let architecture = programs.architecture();
+    if programs.toolchain().is_some() {
+        build.args(["--target", &format!("{architecture}-linux")]);
+    }
     output(build.arg("-bb").arg(&spec_file))?;
-    let packages = directory.join("packages").join(std::env::consts::ARCH);
+    let packages = directory.join("packages").join(architecture);
     let mut found = fs::read_dir(&packages).with_context(|| packages.display().to_string())?;
-    Ok(found
-        .next()
-        .context("rpmbuild has made no package")??
-        .path())
+    let package = found.next().context("rpmbuild has made no package")??;
+    Ok(package.path())
 }
 
 /// The lines of the spec's `%files`.
@@ -124,7 +129,7 @@ fn collect(tree: &Path, directory: &Path, files: &mut Vec<String>) -> anyhow::Re
 /// scripts say to systemd is looked at, which a stand-in of `systemctl` notes.
 pub(crate) fn check(binaries: &Path) -> anyhow::Result<()> {
     let directory = workspace().join("target/rpm-check");
-    let package = build(binaries, &directory)?;
+    let package = build(&Programs::of_this_machine(binaries), &directory)?;
     let root = directory.join("system");
     fs::create_dir_all(&root)?;
     let on_system = |arguments: &[&str]| {

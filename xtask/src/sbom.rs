@@ -14,11 +14,12 @@ const PRODUCT: &str = "embedshimd";
 /// A name and a version: what tells a crate from all others here.
 type Id = (String, String);
 
-/// The bill of what is built for this machine.
-pub(crate) fn bill() -> anyhow::Result<String> {
-    let linked = packages("normal")?;
-    let all = packages("normal,build")?;
-    let metadata = metadata()?;
+/// The bill of what is built for this architecture.
+pub(crate) fn bill(architecture: &str) -> anyhow::Result<String> {
+    let target = format!("{architecture}-unknown-linux-gnu");
+    let linked = packages("normal", &target)?;
+    let all = packages("normal,build", &target)?;
+    let metadata = metadata(&target)?;
     let checksums = checksums()?;
     let packages = by_id(&metadata)?;
     let mut components = Vec::new();
@@ -55,10 +56,10 @@ pub(crate) fn bill() -> anyhow::Result<String> {
 
 /// The packages that the product is made of along these kinds of dependencies, with its own
 /// features alone.
-fn packages(edges: &str) -> anyhow::Result<BTreeSet<Id>> {
+fn packages(edges: &str, target: &str) -> anyhow::Result<BTreeSet<Id>> {
     let mut tree = cargo();
     tree.args(["tree", "--locked", "--package", PRODUCT, "--edges", edges]);
-    tree.args(["--prefix", "none", "--format", "{p}"]);
+    tree.args(["--prefix", "none", "--format", "{p}", "--target", target]);
     let output = tree.output().context("cannot run cargo tree")?;
     ensure!(
         output.status.success(),
@@ -75,12 +76,11 @@ fn packages(edges: &str) -> anyhow::Result<BTreeSet<Id>> {
     Ok(ids.collect())
 }
 
-fn metadata() -> anyhow::Result<Value> {
+fn metadata(target: &str) -> anyhow::Result<Value> {
     let mut metadata = cargo();
     metadata.args(["metadata", "--locked", "--format-version=1"]);
     // What other targets need is perhaps not on this machine.
-    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    metadata.args(["--filter-platform", &target]);
+    metadata.args(["--filter-platform", target]);
     let output = metadata.output().context("cannot run cargo metadata")?;
     serde_json::from_slice(&output.stdout).context("cargo metadata")
 }
@@ -190,11 +190,13 @@ fn is_shipped(dependency: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use testbed::architecture::Architecture;
+
     use super::*;
 
     #[test]
     fn the_bill_names_each_crate_once_and_nothing_that_is_only_tested_with() {
-        let bill: Value = serde_json::from_str(&bill().unwrap()).unwrap();
+        let bill: Value = serde_json::from_str(&bill(std::env::consts::ARCH).unwrap()).unwrap();
         let components = list(&bill, "/components").unwrap();
         let scope_of = |name: &str| {
             let component = components
@@ -236,7 +238,9 @@ mod tests {
     }
 
     #[test]
-    fn the_same_sources_have_the_same_bill() {
-        assert_eq!(bill().unwrap(), bill().unwrap());
+    fn the_same_sources_have_the_same_bill_on_each_architecture() {
+        let [first, second] = Architecture::ALL.map(|it| bill(it.name()).unwrap());
+        assert_eq!(first, second);
+        assert_eq!(first, bill(Architecture::X86_64.name()).unwrap());
     }
 }

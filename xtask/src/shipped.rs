@@ -11,6 +11,7 @@ use testbed::machine;
 use testbed::products::workspace;
 
 use crate::deb::{self, Packing};
+use crate::programs::Programs;
 
 /// How a script begins.
 const SHEBANG: &[u8] = b"#!";
@@ -23,7 +24,8 @@ pub(crate) fn check(binaries: &Path) -> anyhow::Result<()> {
     machine::prepare_for_package_checks()?;
     check_scripts()?;
     let directory = workspace().join("target/lintian");
-    let package = deb::build(binaries, &deb::version()?, Packing::Quick, &directory)?;
+    let programs = Programs::of_this_machine(binaries);
+    let package = deb::build(&programs, &deb::version()?, Packing::Quick, &directory)?;
     let mut lintian = Command::new("lintian");
     lintian
         .args(["--allow-root", "--no-cfg", "--fail-on", "error,warning"])
@@ -75,6 +77,7 @@ mod tests {
         let scripts = scripts(&workspace().join("packaging")).unwrap();
         for name in [
             "install.sh",
+            "kubernetes/deploy.sh",
             "debian/postinst",
             "debian/prerm",
             "debian/postrm",

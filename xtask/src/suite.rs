@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use testbed::engines::Engine;
 use testbed::machine;
@@ -15,6 +15,7 @@ use testbed::products::{self, Profile};
 use testbed::releases::{self, Release};
 use testbed::sandbox::EMBEDSHIM;
 
+use crate::results::Results;
 use crate::{package, rpm, shipped};
 
 /// What `--clients` runs.
@@ -73,13 +74,6 @@ impl Containerd {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counts {
-    passed: u32,
-    failed: u32,
-    skipped: u32,
-}
-
 /// `cargo xtask setup`: what tests need, also what they can do without.
 pub(crate) fn set_up() -> anyhow::Result<()> {
     machine::prepare()?;
@@ -114,16 +108,16 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     if is_whole && !options.clients && !options.newer_runc {
         fetch_docker(Release::Installed);
         let mut cargo = command(&products::DEV_SELECTION);
-        let targets = count(cargo.args(["--all-targets", "--"]).args(&options.filter))?;
+        let mut results = run_tests(cargo.args(["--all-targets", "--"]).args(&options.filter))?;
         let mut cargo = command(&products::DEV_SELECTION);
         cargo.args(["--features", LIBBPF, "--test", "conformance", "--"]);
-        let loader = count(cargo.args(&options.filter))?;
+        results.append(run_tests(cargo.args(&options.filter))?);
         // Which "all targets" are not.
         let mut cargo = command(&["--workspace", "--doc"]);
-        let documentation = count(cargo.arg("--").args(&options.filter))?;
-        let outside = count(outside().arg("--").args(&options.filter))?;
-        let sum = targets.plus(loader).plus(documentation).plus(outside);
-        return verdict(sum.plus(own(&binaries, options.filter.as_deref())));
+        results.append(run_tests(cargo.arg("--").args(&options.filter))?);
+        results.append(run_tests(outside().arg("--").args(&options.filter))?);
+        check_own(&binaries, options.filter.as_deref(), &mut results);
+        return results.conclude();
     }
     let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);
     let default = if options.clients {
@@ -134,7 +128,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let clients = options.clients.then(|| CLIENTS.to_owned());
     let filter = options.filter.clone().or(clients);
     let mut table = Vec::new();
-    let mut sum = Counts::default();
+    let mut all = Results::default();
     for release in options.containerd.unwrap_or(default).releases() {
         let mut cargo = command(&products::DEV_SELECTION);
         cargo.args(["--test", "end_to_end"]);
@@ -158,9 +152,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         if options.clients {
             cargo.envs(IN_FULL);
         }
-        let counts = count(cargo.arg("--").args(&filter))?;
-        sum = sum.plus(counts);
-        table.push((version, counts));
+        let results = run_tests(cargo.arg("--").args(&filter))?;
+        table.push((version, results.counts));
+        all.append(results);
     }
     println!(
         "\n{:12} {:>7} {:>7} {:>7}   {runtime}",
@@ -172,7 +166,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             counts.passed, counts.failed, counts.skipped
         );
     }
-    verdict(sum)
+    all.conclude()
 }
 
 /// The programs as ever, but for runc.
@@ -196,7 +190,7 @@ fn outside() -> Command {
 }
 
 /// What is checked by this program itself: each counts as a test.
-fn own(binaries: &Path, filter: Option<&str>) -> Counts {
+fn check_own(binaries: &Path, filter: Option<&str>, results: &mut Results) {
     let packages = || package::run(package::Options::default());
     let shipped = || shipped::check(binaries);
     let rpm = || rpm::check(binaries);
@@ -211,110 +205,26 @@ fn own(binaries: &Path, filter: Option<&str>) -> Counts {
             &rpm,
         ),
     ];
-    let mut counts = Counts::default();
     for (name, check) in checks {
-        if filter.is_some_and(|filter| !name.contains(filter)) {
-            continue;
-        }
-        match check() {
-            Ok(()) => {
-                counts.passed += 1;
-                println!("test {name} ... ok");
-            }
-            Err(error) => {
-                counts.failed += 1;
-                println!("test {name} ... FAILED: {error:#}");
-            }
+        if filter.is_none_or(|filter| name.contains(filter)) {
+            results.add(name, check());
         }
     }
-    counts
 }
 
-/// Runs one `cargo test`, shows what it prints, and counts.
-fn count(cargo: &mut Command) -> anyhow::Result<Counts> {
+/// Runs one `cargo test`, shows what it prints, and reads that.
+fn run_tests(cargo: &mut Command) -> anyhow::Result<Results> {
     let mut child = cargo.spawn().context("cannot run cargo test")?;
     let stdout = child.stdout.take().context("no output of cargo test")?;
-    let mut counts = Counts::default();
+    let mut results = Results::default();
     for line in BufReader::new(stdout).lines() {
         let line = line?;
         println!("{line}");
-        counts.add(&line);
+        results.read(&line);
     }
-    if !child.wait()?.success() && counts.failed == 0 {
+    if !child.wait()?.success() && results.counts.failed == 0 {
         // A test program that did not compile or did not come to its end.
-        counts.failed = 1;
+        results.counts.failed = 1;
     }
-    Ok(counts)
-}
-
-fn verdict(counts: Counts) -> anyhow::Result<()> {
-    println!(
-        "\n{} passed, {} failed, {} skipped",
-        counts.passed, counts.failed, counts.skipped
-    );
-    if counts.failed > 0 {
-        bail!("tests failed");
-    }
-    if counts.passed == 0 {
-        bail!("no test was run");
-    }
-    if counts.skipped > 0 && std::env::var_os("CI").is_some() {
-        bail!("tests were skipped, which CI does not accept");
-    }
-    Ok(())
-}
-
-impl Counts {
-    /// Adds a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered
-    /// out`.
-    fn add(&mut self, line: &str) {
-        let Some((_, numbers)) = line
-            .strip_prefix("test result: ")
-            .and_then(|rest| rest.split_once(". "))
-        else {
-            return;
-        };
-        for part in numbers.split(';') {
-            let mut words = part.split_whitespace();
-            let number = words
-                .next()
-                .and_then(|number| number.parse().ok())
-                .unwrap_or(0);
-            match words.next() {
-                Some("passed") => self.passed += number,
-                Some("failed") => self.failed += number,
-                Some("ignored") => self.skipped += number,
-                _ => {}
-            }
-        }
-    }
-
-    fn plus(self, other: Self) -> Self {
-        Self {
-            passed: self.passed + other.passed,
-            failed: self.failed + other.failed,
-            skipped: self.skipped + other.skipped,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn results_are_counted() {
-        let mut counts = Counts::default();
-        counts.add("running 4 tests");
-        counts.add("test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.1s");
-        counts.add("test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s");
-        assert_eq!(
-            counts,
-            Counts {
-                passed: 4,
-                failed: 2,
-                skipped: 1
-            }
-        );
-    }
+    Ok(results)
 }

@@ -58,22 +58,25 @@ fn run(options: &Options) -> anyhow::Result<()> {
         print!("{}", compare::describe(&read(before)?, &read(after)?));
         return Ok(());
     }
-    let report = match options.from.split_first() {
+    let (report, is_whole) = match options.from.split_first() {
         Some((first, others)) => {
             let others = others.iter().map(|file| read(file));
-            others.fold(read(first), |all, other| Ok(all?.merge(other?)))?
+            let merged = others.fold(read(first), |all, other| Ok(all?.merge(other?)))?;
+            (merged, Ok(()))
         }
         None => measure(options)?,
     };
+    // Also if a part has failed: those before it took their time.
     if let Some(file) = &options.json {
         let text = serde_json::to_string_pretty(&report)?;
         fs::write(file, text + "\n").with_context(|| file.display().to_string())?;
     }
-    if options.page {
+    if options.page && is_whole.is_ok() {
         page::write(&report)?;
     }
     println!("\n{}\n", report.machine.sentence());
     print!("{}", table::overview(&report, &[]));
+    is_whole?;
     if options.counts_only {
         println!();
         return Limits::parse(CHECKED_IN)?.check(&report);
@@ -81,7 +84,8 @@ fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(options: &Options) -> anyhow::Result<Report> {
+/// Measures. Beside what was found is whether that is all, or why it is not.
+fn measure(options: &Options) -> anyhow::Result<(Report, anyhow::Result<()>)> {
     let binaries = std::env::var_os(BINARIES).map(PathBuf::from);
     let binaries = binaries.with_context(|| format!("{BINARIES} is not set"))?;
     leave_the_machine_alone()?;
@@ -94,26 +98,31 @@ fn measure(options: &Options) -> anyhow::Result<Report> {
         println!("nothing is counted: {error:#}");
         ensure!(!options.counts_only, "nothing can be counted");
     }
-    let (subjects, figures) = measure_on(options, &binaries, counter.ok())?;
+    let (subjects, figures, is_whole) = measure_on(options, &binaries, counter.ok())?;
     machine.load_after = load();
     machine.seconds = began.elapsed().as_secs();
-    Ok(Report {
+    let report = Report {
         format: FORMAT,
         machine,
         subjects,
         figures,
-    })
+    };
+    Ok((report, is_whole))
 }
 
 fn measure_on(
     options: &Options,
     binaries: &Path,
     counter: Option<Counter>,
-) -> anyhow::Result<(Vec<report::SubjectInfo>, Vec<report::Figure>)> {
+) -> anyhow::Result<(
+    Vec<report::SubjectInfo>,
+    Vec<report::Figure>,
+    anyhow::Result<()>,
+)> {
     let ground = Ground::new(binaries)?;
     let chosen = choose(options, &ground, binaries)?;
     let mut bench = Bench::new(options, &ground, binaries, &chosen, counter);
-    measure::run(&mut bench)?;
+    let is_whole = measure::run(&mut bench);
     let figures = bench.recorder.finish();
     for subject in &chosen.subjects {
         if let Subject::Bare(bare) = subject {
@@ -121,7 +130,7 @@ fn measure_on(
             let _ = fs::remove_dir(bare.root(&ground));
         }
     }
-    Ok((chosen.infos, figures))
+    Ok((chosen.infos, figures, is_whole))
 }
 
 /// The bench's mounts are not the machine's, and those of others do not come meanwhile. Many

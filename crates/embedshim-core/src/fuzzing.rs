@@ -21,7 +21,8 @@ pub fn streams(paths: &StdioPaths) -> bool {
 /// Reads an OCI spec and asks it everything we ask.
 pub fn spec(text: &[u8]) -> Option<(bool, bool)> {
     let spec: Spec = serde_json::from_slice(text).ok()?;
-    Some((spec.wants_systemd_cgroup(), spec.has_own_pid_namespace()))
+    let traits = spec.traits();
+    Some((traits.systemd_cgroup, traits.own_pid_namespace))
 }
 
 /// Reads a task's record, and writes it again if it is one.

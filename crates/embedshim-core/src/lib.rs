@@ -53,3 +53,5 @@ pub use exit_monitor::process;
 pub use child_context::{ChildContext, Inherited};
 pub use error::{Error, ErrorKind, chain};
 pub use observer::Observer;
+#[cfg(feature = "spans")]
+pub use runtime::caller::{CallObserver, EndedCall, observe_calls};

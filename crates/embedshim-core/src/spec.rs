@@ -2,9 +2,10 @@
 //! business.
 
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
@@ -19,6 +20,18 @@ const USUAL: usize = 16 * 1024;
 pub(crate) struct Spec {
     #[serde(deserialize_with = "nullable")]
     linux: Linux,
+}
+
+/// What of a spec is remembered with the task: its successor need not read the bundle.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Traits {
+    /// Whether the end of the init ends all processes by itself: only in a pid namespace of its
+    /// own.
+    ///
+    /// A container in a shared one has to be killed process by process (`ShouldKillAllOnExit`).
+    pub(crate) own_pid_namespace: bool,
+    /// Whether its cgroup is systemd's, by the form of its path, unless an option says it.
+    pub(crate) systemd_cgroup: bool,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -49,7 +62,8 @@ where
 }
 
 impl Spec {
-    /// Reads `config.json` of a bundle. Blocks on the file.
+    /// Reads `config.json` of a bundle. Blocks on the file system; a fifo in its place is an empty
+    /// document.
     pub(crate) fn read(bundle: &Path) -> Result<Self, Error> {
         use io::Read;
         let path = bundle.join("config.json");
@@ -62,17 +76,29 @@ impl Spec {
             }
         };
         let mut text = Vec::with_capacity(USUAL);
-        let file = std::fs::File::open(&path).map_err(failed("cannot open the OCI spec"))?;
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .map_err(failed("cannot open the OCI spec"))?;
         file.take(MAX_SPEC)
             .read_to_end(&mut text)
             .map_err(failed("cannot read the OCI spec"))?;
         serde_json::from_slice(&text).map_err(|e| failed("cannot parse the OCI spec")(e.into()))
     }
 
+    /// What of it is remembered.
+    pub(crate) fn traits(&self) -> Traits {
+        Traits {
+            own_pid_namespace: self.has_own_pid_namespace(),
+            systemd_cgroup: self.wants_systemd_cgroup(),
+        }
+    }
+
     /// runc's systemd form is `slice:prefix:name`; anything else is a plain path. Clients that
     /// can't send runc's options (CRI and nerdctl with a runtime type that is not runc's) still
     /// write this form (`docs/shim-contract.md`, "Options").
-    pub(crate) fn wants_systemd_cgroup(&self) -> bool {
+    fn wants_systemd_cgroup(&self) -> bool {
         let path = &self.linux.cgroups_path;
         !path.starts_with('/') && path.split(':').count() == 3
     }
@@ -84,11 +110,7 @@ impl Spec {
         path.is_absolute().then_some(path)
     }
 
-    /// Whether the end of the init ends all processes by itself: only in a pid namespace of its
-    /// own.
-    ///
-    /// A container in a shared one has to be killed process by process (`ShouldKillAllOnExit`).
-    pub(crate) fn has_own_pid_namespace(&self) -> bool {
+    fn has_own_pid_namespace(&self) -> bool {
         self.linux
             .namespaces
             .iter()

@@ -20,6 +20,7 @@ mod service_manager;
 mod signals;
 mod state_dir;
 mod sys;
+mod traces;
 mod upgrade;
 
 use std::process::ExitCode;

@@ -1,6 +1,7 @@
 //! The test image: static busybox, and a small static program, as an OCI archive made on
 //! the spot. No registry is ever asked.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ use crate::products::workspace;
 pub const NAME: &str = "docker.io/library/guest:latest";
 
 const BUSYBOX: &str = "/bin/busybox";
+/// This machine's C compiler.
+const CC: &str = "cc";
 const APPLETS: [&str; 24] = [
     "cat", "date", "dd", "echo", "env", "false", "grep", "head", "id", "kill", "ls", "mount", "ps",
     "pwd", "readlink", "seq", "sh", "sleep", "stty", "tail", "test", "true", "tty", "wc",
@@ -100,23 +103,23 @@ fn fill(rootfs: &Path) -> anyhow::Result<()> {
     for applet in APPLETS {
         symlink("busybox", bin.join(applet))?;
     }
-    compile("tests/guest/guest.c", &bin.join("guest"))
+    compile(CC, "tests/guest/guest.c", &bin.join("guest"))
 }
 
 /// Compiles the program whose processes end in every way there is, for the conformance suite.
-pub fn compile_shapes(program: &Path) -> anyhow::Result<()> {
-    compile("crates/exit-conformance/src/shapes.c", program)
+pub fn compile_shapes(compiler: &Path, program: &Path) -> anyhow::Result<()> {
+    compile(compiler, "crates/exit-conformance/src/shapes.c", program)
 }
 
 /// Compiles the OCI runtime whose containers are one small process each, for tests that need
 /// thousands.
 pub fn compile_echo_runtime(program: &Path) -> anyhow::Result<()> {
-    compile("tests/crowd/echo_runtime.c", program)
+    compile(CC, "tests/crowd/echo_runtime.c", program)
 }
 
 /// A static program, which runs in any image and guest.
-fn compile(source: &str, program: &Path) -> anyhow::Result<()> {
-    let mut compiler = Command::new("cc");
+fn compile(compiler: impl AsRef<OsStr>, source: &str, program: &Path) -> anyhow::Result<()> {
+    let mut compiler = Command::new(compiler);
     compiler
         .args(["-O1", "-Wall", "-Werror", "-static", "-pthread", "-o"])
         .arg(program)

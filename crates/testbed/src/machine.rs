@@ -9,6 +9,8 @@ use anyhow::{Context, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 
+use crate::architecture::Architecture;
+
 /// Where Debian puts the programs that make networks for pods.
 pub const CNI_PLUGINS: &str = "/usr/lib/cni";
 const BPFFS: &str = "/sys/fs/bpf";
@@ -96,17 +98,37 @@ const FOR_GUESTS: [Requirement; 3] = [
         purpose: "boots other kernels",
         is_there: || on_path("qemu-system-x86_64"),
     },
-    Requirement {
-        package: "cpio",
-        purpose: "packs what they boot into",
-        is_there: || on_path("cpio"),
-    },
-    Requirement {
-        package: "crun",
-        purpose: "the other OCI runtime, on pure cgroup v2",
-        is_there: || on_path("crun"),
-    },
+    CPIO,
+    CRUN,
 ];
+const CPIO: Requirement = Requirement {
+    package: "cpio",
+    purpose: "packs what they boot into",
+    is_there: || on_path("cpio"),
+};
+const CRUN: Requirement = Requirement {
+    package: "crun",
+    purpose: "the other OCI runtime, on pure cgroup v2",
+    is_there: || on_path("crun"),
+};
+
+/// What guests of arm64 need beyond that. Elsewhere than on arm64, crun is fetched with what else
+/// they run.
+const FOR_ARM64_GUESTS: [Requirement; 2] = [
+    Requirement {
+        package: "qemu-system-arm",
+        purpose: "boots kernels of arm64",
+        is_there: || on_path("qemu-system-aarch64"),
+    },
+    CPIO,
+];
+
+/// What links for arm64 on another machine, beyond clang.
+const FOR_ARM64_PROGRAMS: [Requirement; 1] = [Requirement {
+    package: "binutils-aarch64-linux-gnu",
+    purpose: "links, strips and reads programs of arm64",
+    is_there: || on_path("aarch64-linux-gnu-ld"),
+}];
 
 /// What guests with a whole Debian need beyond that.
 const FOR_DEBIAN_GUESTS: [Requirement; 1] = [Requirement {
@@ -143,15 +165,29 @@ pub fn prepare() -> anyhow::Result<()> {
     mount_bpffs()
 }
 
-/// The same, and what guests need.
-pub fn prepare_for_guests() -> anyhow::Result<()> {
+/// The same, and what guests of an architecture need.
+pub fn prepare_for_guests(architecture: Architecture) -> anyhow::Result<()> {
     prepare()?;
-    install(&FOR_GUESTS)
+    match architecture {
+        Architecture::X86_64 => install(&FOR_GUESTS),
+        Architecture::Aarch64 => {
+            install(&FOR_ARM64_GUESTS)?;
+            match Architecture::native() {
+                Some(Architecture::Aarch64) => install(&[CRUN]),
+                _ => Ok(()),
+            }
+        }
+    }
+}
+
+/// Installs what links programs of arm64.
+pub(crate) fn prepare_for_arm64_programs() -> anyhow::Result<()> {
+    install(&FOR_ARM64_PROGRAMS)
 }
 
 /// The same, and what guests with a whole Debian need.
 pub fn prepare_for_debian_guests() -> anyhow::Result<()> {
-    prepare_for_guests()?;
+    prepare_for_guests(Architecture::X86_64)?;
     install(&FOR_DEBIAN_GUESTS)
 }
 

@@ -2,6 +2,8 @@
 //! lists of its own, unpacked into the cache, and run with their own loader and libraries, by a
 //! script or as a copy that names them. Nothing of the system is changed.
 
+mod tree;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -9,6 +11,7 @@ use std::process::Command;
 
 use anyhow::Context;
 
+use crate::architecture::Architecture;
 use crate::machine::run;
 use crate::products::workspace;
 
@@ -131,24 +134,40 @@ fn prometheus_packages() -> Suite {
 /// Packages of another release, beside the system.
 #[derive(Debug)]
 pub struct Suite {
-    suite: &'static str,
+    release: &'static str,
     cache: PathBuf,
+    /// Whose packages these are, the first one's where none is named; of this machine's, if there
+    /// are none.
+    architectures: Vec<&'static str>,
 }
 
 impl Suite {
     /// The release, with a cache for `what` is wanted of it.
-    pub fn new(what: &str, suite: &'static str) -> Self {
+    pub fn new(what: &str, release: &'static str) -> Self {
         Self {
-            suite,
+            release,
             cache: workspace()
                 .join("target/debian")
-                .join(format!("{what}-{suite}")),
+                .join(format!("{what}-{release}")),
+            architectures: Vec::new(),
+        }
+    }
+
+    /// The same for these architectures, with a cache of its own: packages are of the first one,
+    /// unless `:` and another one follow their names.
+    pub fn of_architectures(what: &str, suite: &'static str, all: &[Architecture]) -> Self {
+        let names = all.iter().map(|architecture| architecture.debian());
+        let architectures: Vec<&str> = names.collect();
+        let what = format!("{what}-{}", architectures.join("-"));
+        Self {
+            architectures,
+            ..Self::new(&what, suite)
         }
     }
 
     /// The release's name.
     pub fn name(&self) -> &str {
-        self.suite
+        self.release
     }
 
     /// The cache.
@@ -202,7 +221,7 @@ impl Suite {
         for directory in ["state/lists/partial", "cache/archives/partial", "root"] {
             fs::create_dir_all(self.cache.join(directory))?;
         }
-        let sources = format!("deb [signed-by={KEYRING}] {MIRROR} {} main\n", self.suite);
+        let sources = format!("deb [signed-by={KEYRING}] {MIRROR} {} main\n", self.release);
         fs::write(self.cache.join("sources.list"), sources)?;
         self.apt(&["update"]).inspect_err(|_| {
             // The next one is to try again.
@@ -223,7 +242,13 @@ impl Suite {
             ("Acquire::Retries", "3".into()),
         ];
         let arguments = options.map(|(name, value)| format!("--option={name}={}", value.display()));
-        arguments.to_vec()
+        let mut arguments = arguments.to_vec();
+        if let Some(first) = self.architectures.first() {
+            let all = self.architectures.join(",");
+            arguments.push(format!("--option=APT::Architecture={first}"));
+            arguments.push(format!("--option=APT::Architectures={all}"));
+        }
+        arguments
     }
 
     /// Fetches these packages alone, verified by apt, for programs that run with this machine's own
@@ -238,13 +263,13 @@ impl Suite {
         println!(
             "Fetching {} of Debian {} into {}",
             packages.join(", "),
-            self.suite,
+            self.release,
             self.cache.display()
         );
         self.update()?;
         for package in packages {
             self.download_and_extract(package, &directory)
-                .with_context(|| format!("cannot fetch {package} of Debian {}", self.suite))?;
+                .with_context(|| format!("cannot fetch {package} of Debian {}", self.release))?;
         }
         fs::write(directory.join(COMPLETE), "")?;
         Ok(directory)
@@ -296,11 +321,11 @@ impl Suite {
             println!(
                 "Fetching {} of Debian {} into {}",
                 packages.join(", "),
-                self.suite,
+                self.release,
                 self.cache.display()
             );
             self.download(packages)
-                .with_context(|| format!("cannot fetch packages of Debian {}", self.suite))?;
+                .with_context(|| format!("cannot fetch packages of Debian {}", self.release))?;
             fs::create_dir_all(&programs)?;
             make(&programs)?;
             fs::write(programs.join(COMPLETE), "")?;

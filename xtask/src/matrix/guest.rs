@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use testbed::architecture::Architecture;
 
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -17,8 +18,36 @@ pub(crate) struct Console {
     pub(crate) end: anyhow::Result<()>,
 }
 
+/// A machine that QEMU emulates: what is different from one architecture to another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Machine {
+    emulator: &'static str,
+    arguments: &'static [&'static str],
+    console: &'static str,
+}
+
+impl Machine {
+    /// The one of this architecture.
+    pub(crate) fn of(architecture: Architecture) -> Self {
+        match architecture {
+            Architecture::X86_64 => Self {
+                emulator: "qemu-system-x86_64",
+                arguments: &["-cpu", "max"],
+                console: "ttyS0",
+            },
+            // Signed pointers by the processor's own algorithm take most of the time.
+            Architecture::Aarch64 => Self {
+                emulator: "qemu-system-aarch64",
+                arguments: &["-machine", "virt", "-cpu", "max,pauth-impdef=on"],
+                console: "ttyAMA0",
+            },
+        }
+    }
+}
+
 /// Boots with these arguments to the kernel, shows each line as it comes, and waits for the end.
 pub(crate) fn run(
+    machine: Machine,
     kernel: &Path,
     initramfs: &Path,
     arguments: &str,
@@ -26,27 +55,28 @@ pub(crate) fn run(
     show: fn(&str),
 ) -> Console {
     let mut text = String::new();
-    let end = boot(kernel, initramfs, arguments)
+    let end = boot(machine, kernel, initramfs, arguments)
         .and_then(|mut guest| watch(&mut guest, limit, show, &mut text));
     Console { text, end }
 }
 
-fn boot(kernel: &Path, initramfs: &Path, arguments: &str) -> anyhow::Result<Child> {
+fn boot(
+    machine: Machine,
+    kernel: &Path,
+    initramfs: &Path,
+    arguments: &str,
+) -> anyhow::Result<Child> {
+    let Machine {
+        emulator, console, ..
+    } = machine;
     // Emulated: /dev/kvm exists on machines where it does not work, and a hanging guest is worse
     // than a slow one. By one thread: with one for each processor the kernel dies when it patches
     // its code (a tracepoint's call) under another's feet.
-    let command_line = format!("console=ttyS0 quiet loglevel=1 panic=-1 rdinit=/init {arguments}");
-    Command::new("qemu-system-x86_64")
-        .args([
-            "-accel",
-            "tcg,thread=single",
-            "-cpu",
-            "max",
-            "-smp",
-            "2",
-            "-m",
-            "2048",
-        ])
+    let command_line =
+        format!("console={console} quiet loglevel=1 panic=-1 rdinit=/init {arguments}");
+    Command::new(emulator)
+        .args(["-accel", "tcg,thread=single", "-smp", "2", "-m", "2048"])
+        .args(machine.arguments)
         .args([
             "-display",
             "none",
@@ -66,7 +96,7 @@ fn boot(kernel: &Path, initramfs: &Path, arguments: &str) -> anyhow::Result<Chil
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .spawn()
-        .context("cannot run qemu-system-x86_64")
+        .with_context(|| format!("cannot run {emulator}"))
 }
 
 fn watch(

@@ -2,19 +2,21 @@
 //! crun and unshare, and an init that runs them and says on the console how it went. No disk, no
 //! network, no modules.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::suite::LIBBPF;
 use anyhow::{Context, ensure};
 use serde_json::Value;
+use testbed::cross::Toolchain;
 use testbed::image;
 use testbed::machine::find_on_path;
-use testbed::products::{DEV_SELECTION, cargo, strip, workspace};
+use testbed::products::{DEV_SELECTION, cargo, strip_by, workspace};
+
+use super::{conditions, libraries};
+use crate::suite::LIBBPF;
 
 /// The first program. It leaves the initial root, from which runc's `pivot_root(2)` is refused.
 const INIT: &str = "#!/bin/busybox sh
@@ -24,11 +26,13 @@ for entry in bin etc lib lib64 sbin tests usr; do /bin/busybox cp -a /$entry /ne
 /bin/busybox mkdir -p /new/proc /new/sys /new/dev /new/run /new/tmp
 exec /bin/busybox switch_root /new /sbin/begin
 ";
-/// The second one. What it prints is read by `report`.
+/// The second one, as far as it goes before the guest's condition is made, and after that. What it
+/// prints is read by `report`.
 const BEGIN: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/ RUST_BACKTRACE=0 EXIT_CONFORMANCE_SLOW=1
 export EXIT_CONFORMANCE_PROGRAM=/tests/shapes EMBEDSHIM_TEST_BINARIES=/tests
+export EMBEDSHIM_TEST_PATIENCE=180
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
@@ -38,10 +42,11 @@ ln -s /proc/self/fd /dev/fd
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 ifconfig lo up
 ulimit -n 65536
+";
+const GO_ON: &str = "
 filter=$(sed -n 's/.*embedshim.filter=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
 echo \"=== kernel $(uname -r)\"
 echo '=== begin probe'
@@ -61,9 +66,17 @@ echo '=== all done'
 poweroff -f
 ";
 
-/// Builds it and returns its path.
-pub(super) fn build(binaries: &Path) -> anyhow::Result<PathBuf> {
-    let directory = workspace().join("target/matrix");
+/// Programs of Debian beside busybox, and where its packages have them. busybox's unshare has no
+/// time namespaces.
+const OF_DEBIAN: [(&str, &str); 3] = [
+    ("runc", "usr/sbin/runc"),
+    ("crun", "usr/bin/crun"),
+    ("unshare", "usr/bin/unshare"),
+];
+
+/// Builds it and returns its path. With a toolchain it is one of that architecture.
+pub(super) fn build(binaries: &Path, toolchain: Option<&Toolchain>) -> anyhow::Result<PathBuf> {
+    let directory = directory(toolchain);
     let root = directory.join("root");
     let _ = fs::remove_dir_all(&root);
     for part in [
@@ -71,33 +84,57 @@ pub(super) fn build(binaries: &Path) -> anyhow::Result<PathBuf> {
     ] {
         fs::create_dir_all(root.join(part))?;
     }
-    fs::copy("/bin/busybox", root.join("bin/busybox")).context("busybox-static is needed")?;
+    let busybox = of_debian("busybox", "bin/busybox", toolchain)?;
+    fs::copy(busybox, root.join("bin/busybox")).context("busybox-static is needed")?;
     write_program(&root.join("init"), INIT)?;
-    write_program(&root.join("sbin/begin"), BEGIN)?;
-    let mut programs = test_programs()?;
+    write_program(
+        &root.join("sbin/begin"),
+        &[BEGIN, conditions::MAKE, GO_ON].concat(),
+    )?;
+    let mut programs = test_programs(toolchain)?;
     for binary in ["embedshimd", "containerd-shim-embed-v1"] {
         programs.push((binary.into(), binaries.join(binary)));
     }
-    let mut libraries = BTreeSet::new();
-    for (name, program) in &programs {
-        strip(program, &root.join("tests").join(name))?;
-        libraries.extend(libraries_of(program)?);
+    let mut linked = Vec::new();
+    let tool = toolchain.map_or_else(|| "strip".to_owned(), |other| other.tool("strip"));
+    for (name, program) in programs {
+        strip_by(&tool, &program, &root.join("tests").join(name))?;
+        linked.push(program);
     }
-    image::compile_shapes(&root.join("tests/shapes"))?;
-    // busybox's unshare has no time namespaces.
-    for name in ["runc", "crun", "unshare"] {
-        let program = find_on_path(name).with_context(|| format!("{name} is needed"))?;
-        let program = fs::canonicalize(program)?;
+    let compiler = toolchain.map_or(Path::new("cc"), Toolchain::c_compiler);
+    image::compile_shapes(compiler, &root.join("tests/shapes"))?;
+    for (name, path) in OF_DEBIAN {
+        let program = of_debian(name, path, toolchain)?;
         fs::copy(&program, root.join("usr/bin").join(name))?;
-        libraries.extend(libraries_of(&program)?);
+        linked.push(program);
     }
-    for library in libraries {
-        let target = root.join(library.strip_prefix("/").unwrap_or(&library));
+    for library in libraries::of(&linked, toolchain)? {
+        let path = &library.path;
+        let target = root.join(path.strip_prefix("/").unwrap_or(path));
         fs::create_dir_all(target.parent().unwrap_or(&root))?;
-        fs::copy(&library, target).with_context(|| library.display().to_string())?;
+        fs::copy(&library.file, target).with_context(|| library.file.display().to_string())?;
     }
     symlink("/proc/self/mounts", root.join("etc/mtab"))?;
     pack(&root, &directory.join("initramfs.cpio"))
+}
+
+/// Where it is made, and the consoles are written to.
+fn directory(toolchain: Option<&Toolchain>) -> PathBuf {
+    let target = workspace().join("target");
+    match toolchain {
+        None => target.join("matrix"),
+        Some(other) => target.join(format!("matrix-{}", other.architecture().name())),
+    }
+}
+
+/// A program of this machine, or of the other architecture's tree.
+fn of_debian(name: &str, path: &str, toolchain: Option<&Toolchain>) -> anyhow::Result<PathBuf> {
+    let program = match toolchain {
+        None if name == "busybox" => Path::new("/").join(path),
+        None => find_on_path(name).with_context(|| format!("{name} is needed"))?,
+        Some(other) => other.sysroot().join(path),
+    };
+    fs::canonicalize(&program).with_context(|| program.display().to_string())
 }
 
 fn write_program(path: &Path, text: &str) -> anyhow::Result<()> {
@@ -109,9 +146,16 @@ fn write_program(path: &Path, text: &str) -> anyhow::Result<()> {
 }
 
 /// The test programs, by the names of their suites.
-fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
-    let mut cargo = cargo();
-    cargo.args(["test", "--quiet", "--no-run"]);
+fn test_programs(toolchain: Option<&Toolchain>) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let mut cargo = match toolchain {
+        None => {
+            let mut cargo = cargo();
+            cargo.arg("test");
+            cargo
+        }
+        Some(other) => other.cargo("test"),
+    };
+    cargo.args(["--quiet", "--no-run"]);
     cargo.args(DEV_SELECTION).args(["--features", LIBBPF]);
     cargo.args([
         "--test",
@@ -141,17 +185,6 @@ fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
     ensure!(child.wait()?.success(), "the tests do not build");
     ensure!(programs.len() == 2, "two test programs, not {programs:?}");
     Ok(programs)
-}
-
-/// Everything that the loader would load, and the loader.
-fn libraries_of(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let output = Command::new("ldd")
-        .arg(program)
-        .output()
-        .context("cannot run ldd")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let paths = text.split_whitespace().filter(|word| word.starts_with('/'));
-    Ok(paths.map(PathBuf::from).collect())
 }
 
 /// One archive of a directory, as the kernel unpacks it.

@@ -30,6 +30,7 @@ struct Case {
 #[derive(Debug, Serialize)]
 pub(super) struct Outcome {
     kernel: String,
+    architecture: &'static str,
     seconds: u64,
     cases: Vec<Case>,
     /// Why the guest as a whole is no good.
@@ -39,7 +40,12 @@ pub(super) struct Outcome {
 }
 
 impl Outcome {
-    pub(super) fn of(kernel: &str, console: Console, duration: Duration) -> Self {
+    pub(super) fn of(
+        kernel: &str,
+        architecture: &'static str,
+        console: Console,
+        duration: Duration,
+    ) -> Self {
         let cases: Vec<Case> = console.text.lines().filter_map(case).collect();
         let failure = match console.end {
             Err(error) => Some(format!("{error:#}")),
@@ -48,6 +54,7 @@ impl Outcome {
         };
         Self {
             kernel: kernel.into(),
+            architecture,
             seconds: duration.as_secs(),
             cases,
             failure,
@@ -61,6 +68,11 @@ impl Outcome {
             && self.count(Verdict::Skipped) == 0
     }
 
+    /// What tells it from all others.
+    fn name(&self) -> String {
+        format!("{} {}", self.kernel, self.architecture)
+    }
+
     fn count(&self, verdict: Verdict) -> usize {
         self.cases
             .iter()
@@ -72,7 +84,7 @@ impl Outcome {
     pub(super) fn line(&self) -> String {
         let mut text = format!(
             "{}: {} passed, {} failed, {} skipped, {} s",
-            self.kernel,
+            self.name(),
             self.count(Verdict::Passed),
             self.count(Verdict::Failed),
             self.count(Verdict::Skipped),
@@ -146,13 +158,17 @@ pub(super) fn table(outcomes: &[Outcome]) -> String {
         .max()
         .unwrap_or(0)
         .max(6);
-    let mut text = format!("{:width$}", "kernel");
+    let mut text = format!("{:width$}  {:7}", "kernel", "arch");
     for group in &groups {
         let _ = write!(text, "  {group:>12}");
     }
     text.push('\n');
     for (row, outcome) in outcomes.iter().enumerate() {
-        let _ = write!(text, "{:width$}", outcome.kernel);
+        let _ = write!(
+            text,
+            "{:width$}  {:7}",
+            outcome.kernel, outcome.architecture
+        );
         for group in &groups {
             let cell = cells.get(&(row, group.clone()));
             let shown = cell.map_or("-".into(), |(passed, all)| format!("{passed}/{all}"));
@@ -183,7 +199,7 @@ pub(super) fn junit(outcomes: &[Outcome]) -> String {
         let _ = writeln!(
             text,
             "  <testsuite name=\"{}\" tests=\"{}\" failures=\"{}\" skipped=\"{}\" time=\"{}\">",
-            escape(&outcome.kernel),
+            escape(&outcome.name()),
             outcome.cases.len(),
             outcome.count(Verdict::Failed) + usize::from(outcome.failure.is_some()),
             outcome.count(Verdict::Skipped),
@@ -195,7 +211,7 @@ pub(super) fn junit(outcomes: &[Outcome]) -> String {
                 Verdict::Failed => "<failure/>",
                 Verdict::Skipped => "<skipped/>",
             };
-            let (kernel, name) = (escape(&outcome.kernel), escape(&case.name));
+            let (kernel, name) = (escape(&outcome.name()), escape(&case.name));
             let _ = writeln!(
                 text,
                 "    <testcase classname=\"{kernel}\" name=\"{name}\">{inner}</testcase>"
@@ -234,7 +250,7 @@ mod tests {
             text: text.into(),
             end,
         };
-        Outcome::of("6.12.1+deb13", console, Duration::from_secs(9))
+        Outcome::of("6.12.1+deb13", "aarch64", console, Duration::from_secs(9))
     }
 
     #[test]
@@ -255,14 +271,16 @@ mod tests {
         let all = [good, bad, dead];
         assert_eq!(
             table(&all),
-            "kernel               pidfd     bpf-alone\n\
-             6.12.1+deb13           1/1           1/1\n\
-             6.12.1+deb13           0/1             -  FAILED\n\
-             6.12.1+deb13             -             -  FAILED\n"
+            "kernel        arch            pidfd     bpf-alone\n\
+             6.12.1+deb13  aarch64           1/1           1/1\n\
+             6.12.1+deb13  aarch64           0/1             -  FAILED\n\
+             6.12.1+deb13  aarch64             -             -  FAILED\n"
         );
         let xml = junit(&all);
         assert!(
-            xml.contains("name=\"pidfd::a &lt;x&gt;\"><failure/>"),
+            xml.contains(
+                "classname=\"6.12.1+deb13 aarch64\" name=\"pidfd::a &lt;x&gt;\"><failure/>"
+            ),
             "{xml}"
         );
         assert!(

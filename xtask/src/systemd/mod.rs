@@ -10,11 +10,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
+use testbed::architecture::Architecture;
 use testbed::products::{self, Profile, workspace};
 use testbed::{image, machine};
 
 use crate::deb::{self, Packing};
+use crate::dist;
+use crate::matrix::guest::Machine;
 use crate::matrix::{guest, initramfs, kernels};
+use crate::programs::Programs;
 
 /// Options of `cargo xtask test-systemd`
 #[derive(Args, Clone, Debug)]
@@ -33,7 +37,7 @@ pub(crate) struct Options {
     /// so long that they run no other way
     filter: Option<String>,
     /// The longest that the guest may run, in seconds
-    #[arg(long, value_name = "S", default_value_t = 1500)]
+    #[arg(long, value_name = "S", default_value_t = 2100)]
     limit: u64,
 }
 
@@ -70,7 +74,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         std::env::consts::ARCH
     );
     machine::prepare_for_debian_guests()?;
-    let kernels = kernels::of(&[options.suite.kernel().to_owned()])?;
+    let kernel = options.suite.kernel().to_owned();
+    let kernels = kernels::of(&[kernel], Architecture::X86_64)?;
     let kernel = kernels.first().context("no kernel")?;
     println!("Building the package");
     let binaries = match &options.binaries {
@@ -98,7 +103,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         options.filter.as_deref().unwrap_or_default()
     );
     let limit = Duration::from_secs(options.limit);
-    let console = guest::run(&kernel.image, &whole, &arguments, limit, show);
+    let machine = Machine::of(Architecture::X86_64);
+    let console = guest::run(machine, &kernel.image, &whole, &arguments, limit, show);
     fs::write(directory.join("console.log"), &console.text)?;
     let counts = Counts::of(&console.text);
     println!(
@@ -117,8 +123,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     counts.verdict()
 }
 
-/// What only this run has: the package in two versions, the image, the checks, and the first
-/// program.
+/// What only this run has: the package in two versions, the archive, the image, the checks, and the
+/// first program.
 fn add_ours(directory: &Path, binaries: &Path) -> anyhow::Result<PathBuf> {
     let ours = directory.join("ours");
     let _ = fs::remove_dir_all(&ours);
@@ -136,10 +142,12 @@ fn add_ours(directory: &Path, binaries: &Path) -> anyhow::Result<PathBuf> {
     )?;
     image::compile_echo_runtime(&checks.join("echo_runtime"))?;
     let version = deb::version()?;
+    let programs = Programs::of_this_machine(binaries);
     for (name, version) in [("old", format!("{version}~before")), ("new", version)] {
-        let package = deb::build(binaries, &version, Packing::Quick, &directory.join("deb"))?;
+        let package = deb::build(&programs, &version, Packing::Quick, &directory.join("deb"))?;
         fs::rename(package, checks.join(format!("{name}.deb")))?;
     }
+    dist::make_tree(&programs, &checks.join("archive"))?;
     let scratch = tempfile::tempdir()?;
     fs::copy(image::build(scratch.path())?, checks.join("image.tar"))?;
     initramfs::pack(&ours, &directory.join("ours.cpio"))

@@ -7,6 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use nix::sys::resource::{Resource, getrlimit};
 use testbed::image;
 
 use super::Bench;
@@ -22,6 +23,10 @@ const REST: Duration = Duration::from_secs(5);
 /// What a container takes of the machine's memory, generously: a process, its kernel's share, our
 /// connection.
 const CONTAINER_KB: u64 = 600;
+/// The open files that a container takes of the daemon's, without streams, and those that it needs
+/// for everything else. It creates no container that a successor could not take over.
+const FILES_OF_A_CONTAINER: u64 = 2;
+const OTHER_FILES: u64 = 2000;
 
 pub(super) fn measure(bench: &mut Bench<'_>) -> anyhow::Result<()> {
     let ours = bench.chosen.find(OURS).context("ours is always there")?;
@@ -52,14 +57,16 @@ pub(super) fn measure(bench: &mut Bench<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How many containers this machine has the memory for.
+/// How many containers this machine has the memory and the open files for.
 fn that_fit() -> u64 {
+    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard);
+    let by_files = files.saturating_sub(OTHER_FILES) / FILES_OF_A_CONTAINER;
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let free = text
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"));
     let free = free.and_then(|free| free.split_whitespace().next()?.parse::<u64>().ok());
-    free.unwrap_or_default() / 2 / CONTAINER_KB
+    by_files.min(free.unwrap_or_default() / 2 / CONTAINER_KB)
 }
 
 fn small(bench: &mut Bench<'_>, shim: &Shim, runtime: &Path) -> anyhow::Result<ShimContainer> {

@@ -3,9 +3,12 @@
 //! predecessor has left running is [`InFlightCalls`](super::InFlightCalls)'s.
 
 use std::collections::BTreeMap;
+use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+#[cfg(feature = "spans")]
+use super::caller::Reported;
 use crate::id::TaskKey;
 use crate::observer::Observer;
 
@@ -56,7 +59,9 @@ impl Calls {
         CallInFlight {
             calls: self.clone(),
             number,
-            has_succeeded: false,
+            status: None,
+            #[cfg(feature = "spans")]
+            reported: None,
         }
     }
 
@@ -75,21 +80,35 @@ impl Calls {
 pub(crate) struct CallInFlight {
     calls: Calls,
     number: u64,
-    has_succeeded: bool,
+    status: Option<ExitStatus>,
+    #[cfg(feature = "spans")]
+    reported: Option<Reported>,
 }
 
 impl CallInFlight {
-    /// The runtime has ended with success.
-    pub(crate) fn succeeded(&mut self) {
-        self.has_succeeded = true;
+    /// The runtime has ended, with this status.
+    pub(crate) fn ended(&mut self, status: ExitStatus) -> ExitStatus {
+        *self.status.insert(status)
+    }
+
+    /// The caller of the operation hears of the end, too.
+    #[cfg(feature = "spans")]
+    pub(crate) fn report_to_caller(&mut self, program: &str) {
+        self.reported = Reported::begin(program);
     }
 }
 
 impl Drop for CallInFlight {
     fn drop(&mut self) {
         let call = self.calls.list().calls.remove(&self.number);
-        if let Some((call, observer)) = call.zip(self.calls.observer.as_ref()) {
-            observer.runtime_called(call.operation, call.since.elapsed(), self.has_succeeded);
+        let Some(call) = call else { return };
+        #[cfg(feature = "spans")]
+        if let Some(reported) = &self.reported {
+            reported.end(call.operation, self.status);
+        }
+        if let Some(observer) = &self.calls.observer {
+            let has_succeeded = self.status.is_some_and(|status| status.success());
+            observer.runtime_called(call.operation, call.since.elapsed(), has_succeeded);
         }
     }
 }

@@ -3,6 +3,7 @@
 //! containers.
 
 mod arguments;
+pub(crate) mod caller;
 mod calls;
 mod direct;
 mod failure;
@@ -42,7 +43,7 @@ use crate::id::TaskKey;
 use crate::process::{Process, ProcessIdentity};
 use crate::program::touch;
 use crate::reaper::Reaper;
-use crate::spec::Spec;
+use crate::spec::Traits;
 use crate::stdio::ChildStdio;
 use crate::sys;
 
@@ -113,7 +114,7 @@ impl Runtime {
     pub(crate) fn new(
         options: &RuntimeOptions,
         task: &TaskKey,
-        spec: &Spec,
+        traits: Traits,
         deadline: Duration,
         reaper: Reaper,
         calls: Calls,
@@ -124,7 +125,7 @@ impl Runtime {
             root: options.root_of(&task.namespace),
             systemd_cgroup: options
                 .systemd_cgroup
-                .unwrap_or_else(|| spec.wants_systemd_cgroup() && has_systemd()),
+                .unwrap_or_else(|| traits.systemd_cgroup && has_systemd()),
             no_pivot_root: options.no_pivot_root,
             no_new_keyring: options.no_new_keyring,
             context: options.context.clone(),
@@ -382,6 +383,8 @@ impl Runtime {
     ) -> Result<Vec<u8>, Failure> {
         let _guard = self.reaper.guard();
         let mut in_flight = self.calls.begin(&self.task, operation);
+        #[cfg(feature = "spans")]
+        in_flight.report_to_caller(&self.binary);
         let mut input = None;
         match streams {
             Input::Null => {
@@ -425,14 +428,13 @@ impl Runtime {
             group::kill(&child);
             return Err(Failure::Late);
         };
-        let status = status.map_err(Failure::NotRun)?;
+        let status = in_flight.ended(status.map_err(Failure::NotRun)?);
         failpoint::step("after the runtime has ended");
         if operation == CHECKPOINT && !status.success() {
             let left = self.deadline.saturating_sub(begun.elapsed());
             group::wait_for_end(leader, left).await;
         }
         if status.success() {
-            in_flight.succeeded();
             return Ok(stdout.take().await);
         }
         let stderr = match stderr {

@@ -16,7 +16,7 @@ use crate::sandbox::holder::{self, Base};
 use crate::sandbox::namespaces::{self, Making};
 use crate::sandbox::place;
 use crate::sandbox::record::{Init, Phase};
-use crate::sandbox::sandbox::Sandbox;
+use crate::sandbox::sandbox::{Sandbox, State};
 use crate::sandbox::store::Store;
 use crate::sandbox::sysctls;
 
@@ -155,7 +155,11 @@ impl Builder {
 
     /// Releases what keeps the kernel's resources.
     pub(super) fn release(&self, sandbox: &Sandbox, code: u32) -> Result<Ended, SandboxError> {
-        self.record(sandbox, Phase::Stopping)?;
+        let mut record = sandbox.record(&self.boot_id, Phase::Stopping);
+        record.ended = Some(Ended::now(code));
+        self.store.save(&record)?;
+        // If the rest fails, the end of the init is no kill from outside.
+        sandbox.set(State::Ending(code));
         holder::end(&sandbox.key, sandbox.init.get())?;
         sandbox.place.release()?;
         let ended = Ended::now(code);

@@ -24,6 +24,8 @@ pub struct SandboxOverview {
     pub namespaces: Vec<SandboxNamespace>,
     /// The files that its containers share, each with where it is in a container.
     pub mounts: Vec<(PathBuf, PathBuf)>,
+    /// The init process of a pod whose containers share their processes, if it has begun.
+    pub init_pid: Option<i32>,
     /// Its record; a sandbox that was not started has none.
     pub record: Option<PathBuf>,
 }
@@ -88,6 +90,7 @@ impl SandboxOverview {
             created_at: sandbox.snapshot().created_at,
             namespaces: namespaces(sandbox),
             mounts: sandbox.place.mounts(sandbox.isolation.ipc),
+            init_pid: sandbox.init.get().map(|init| init.identity.pid),
             record: (state != SandboxState::Created).then_some(record),
         })
     }

@@ -49,6 +49,7 @@ pub(super) struct SandboxRecord {
     pub(super) key: SandboxKey,
     pub(super) phase: Phase,
     pub(super) created_at: SystemTime,
+    /// While it is stopped, the end that it will have.
     #[serde(default)]
     pub(super) ended: Option<Ended>,
     pub(super) name: String,

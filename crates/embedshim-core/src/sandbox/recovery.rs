@@ -48,7 +48,7 @@ fn state_of(record: &SandboxRecord, place: &Place, boot_id: &str) -> State {
     match record.phase {
         Phase::Starting | Phase::Removing => State::Leaving,
         Phase::Stopped => State::Ended(record.ended.unwrap_or(Ended::now(0))),
-        Phase::Stopping => State::Ending(0),
+        Phase::Stopping => State::Ending(record.ended.map_or(0, |ended| ended.code)),
         Phase::Ready if record.boot_id != boot_id => lost("it is of an earlier boot"),
         Phase::Ready if !is_running(record) => {
             warn!(sandbox = %key, "the init process of a sandbox has ended, and so has the sandbox");

@@ -145,6 +145,7 @@ impl Sandbox {
             created_at: self.created_at,
             ended: match self.state() {
                 State::Ended(ended) => Some(ended),
+                State::Ending(code) => Some(Ended::now(code)),
                 _ => None,
             },
             name: self.name.clone(),

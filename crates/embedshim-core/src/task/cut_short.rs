@@ -1,10 +1,13 @@
 //! What a call of the OCI runtime has done that was killed, as by the OOM killer, or by us because
-//! it was too slow. Owns how that is found out (invariant 22); changes
-//! nothing.
+//! it was too slow. Owns how that is found out (invariant 22); changes nothing but the runtime's
+//! note of a start that it has done.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use tracing::warn;
 
 use crate::blocking::blocking;
 use crate::error::Error;
@@ -47,7 +50,10 @@ impl Known {
             // after it had taken effect.
             RuntimeStatus::Created => match look(task).await? {
                 Init::Waits => Phase::Created,
-                Init::Runs => Phase::Running,
+                Init::Runs => {
+                    note_start(task).await?;
+                    Phase::Running
+                }
                 Init::Ended => phase_of_ended(task).await?,
             },
             RuntimeStatus::Running => Phase::Running,
@@ -72,6 +78,19 @@ async fn look(task: &Task) -> Result<Init, Error> {
         return Ok(Init::Waits);
     };
     blocking(move || watch(init, &program)).await
+}
+
+/// Notes for the runtime that a container is started, as it does last: to runc and crun one whose
+/// fifo is there is created, and has no checkpoint, for as long as it lives.
+async fn note_start(task: &Task) -> Result<(), Error> {
+    let fifo = task.runtime.state_of(task.id()).join(START_FIFO);
+    let removed = blocking(move || std::fs::remove_file(fifo)).await?;
+    if let Err(error) = removed
+        && error.kind() != ErrorKind::NotFound
+    {
+        warn!(id = %task.id(), %error, "the OCI runtime cannot be told that it has started this");
+    }
+    Ok(())
 }
 
 /// Watches an init until it executes another program than this, waits for its start, which it does

@@ -226,6 +226,8 @@ impl Engine {
             drop(mutation);
             result
         };
+        #[cfg(feature = "spans")]
+        let work = crate::runtime::caller::inherit(work);
         match tokio::spawn(work).await {
             Ok(result) => result,
             Err(panic) => Err(Error::Internal(panic.to_string())),

@@ -245,7 +245,7 @@ impl Engine {
         {
             debug!(id = %task.id(), %error, "cannot thaw a container whose init has ended");
         }
-        if task.has_own_pid_namespace {
+        if task.traits.own_pid_namespace {
             return;
         }
         let Some(cgroup) = task.cgroup() else { return };

@@ -77,7 +77,8 @@ impl Engine {
     }
 
     /// Makes a process's streams, lets `call` run the runtime with them, and lets them flow if that
-    /// succeeds.
+    /// succeeds. If it fails they stay until that is decided: a successor may find that the process
+    /// was made, and take it over with them.
     pub(in crate::task) async fn with_streams(
         &self,
         task: &Task,
@@ -86,14 +87,10 @@ impl Engine {
         call: impl AsyncFnOnce(Input, Option<&Path>) -> Result<(), Error>,
     ) -> Result<Streams, Error> {
         let logger = self.start_logger(task, process, plan).await?;
-        let called = if plan.terminal() {
-            self.with_terminal(process, plan, logger, call).await
+        if plan.terminal() {
+            self.with_terminal(process, plan, logger, call).await?;
         } else {
-            with_pipes(task, process, plan, logger, call).await
-        };
-        if let Err(error) = called {
-            stdio::discard_pipes(&process.fds);
-            return Err(error);
+            with_pipes(task, process, plan, logger, call).await?;
         }
         Ok(Streams::start(
             &process.fds,

@@ -255,10 +255,15 @@ impl Node {
         }
     }
 
-    /// Waits for the end.
-    pub async fn wait(&self, key: &ProcessKey) -> Result<Exit, Error> {
-        let (_, process) = self.engine.registry.process(key)?;
-        process.ended().await
+    /// Waits for the end of the process that has this key now. What waits holds nothing else: there
+    /// is one for each container, for as long as that lives.
+    pub fn wait(
+        &self,
+        key: &ProcessKey,
+    ) -> impl Future<Output = Result<Exit, Error>> + Send + use<> {
+        let found = self.engine.registry.process(key);
+        let process = found.map(|(_, process)| process);
+        async move { process?.ended().await }
     }
 
     /// The process at this moment.

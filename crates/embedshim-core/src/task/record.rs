@@ -13,6 +13,7 @@ use crate::id::{ContainerId, ExecId, Namespace, SandboxId, TaskKey};
 use crate::process::ProcessIdentity;
 use crate::rootfs::Mount;
 use crate::runtime::RuntimeOptions;
+use crate::spec::Traits;
 use crate::stdio::{PipeInodes, StdioPaths};
 use crate::task::api::Exit;
 use crate::task::context::RequestId;
@@ -36,6 +37,9 @@ pub(crate) struct TaskRecord {
     pub(crate) sandbox: Option<SandboxId>,
     pub(crate) runtime: RuntimeOptions,
     pub(crate) rootfs: Vec<Mount>,
+    /// What its spec says; records of an older version lack it.
+    #[serde(default)]
+    pub(crate) traits: Option<Traits>,
     /// The image that `Start` restores.
     #[serde(default)]
     pub(crate) checkpoint: Option<PathBuf>,

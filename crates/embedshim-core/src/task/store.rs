@@ -139,6 +139,7 @@ mod tests {
             sandbox: None,
             runtime: RuntimeOptions::default(),
             rootfs: Vec::new(),
+            traits: None,
             checkpoint: None,
             complete: true,
             init: ProcessRecord {

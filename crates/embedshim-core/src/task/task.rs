@@ -18,6 +18,7 @@ use crate::fdstore::ProcessFds;
 use crate::id::{ExecId, SandboxId, TaskKey};
 use crate::rootfs::Mount;
 use crate::runtime::{Runtime, RuntimeOptions};
+use crate::spec::Traits;
 use crate::task::api::CreateTask;
 use crate::task::context::RequestId;
 use crate::task::exit_order::ExitOrder;
@@ -41,8 +42,8 @@ pub(crate) struct Task {
     pub(crate) runtime: Runtime,
     /// The image that `Start` restores: until then the container does not exist.
     pub(crate) checkpoint: Option<PathBuf>,
-    /// The kernel ends all its processes with the init; in a shared pid namespace we have to.
-    pub(crate) has_own_pid_namespace: bool,
+    /// What its spec says.
+    pub(crate) traits: Traits,
     pub(crate) init: Arc<TaskProcess>,
     options: RuntimeOptions,
     execs: Mutex<BTreeMap<ExecId, Arc<TaskProcess>>>,
@@ -69,7 +70,7 @@ impl Task {
         request: CreateTask,
         bundle: Bundle,
         runtime: Runtime,
-        has_own_pid_namespace: bool,
+        traits: Traits,
         made_by: Option<RequestId>,
         fds: ProcessFds,
     ) -> Self {
@@ -84,16 +85,7 @@ impl Task {
             ..
         } = request;
         let init = TaskProcess::new(None, stdio, None, made_by, fds);
-        let task = Self::with(
-            key,
-            bundle,
-            owner,
-            rootfs,
-            options,
-            runtime,
-            has_own_pid_namespace,
-            init,
-        );
+        let task = Self::with(key, bundle, owner, rootfs, options, runtime, traits, init);
         Self {
             sandbox,
             checkpoint,
@@ -112,7 +104,7 @@ impl Task {
         rootfs: Vec<Mount>,
         options: RuntimeOptions,
         runtime: Runtime,
-        has_own_pid_namespace: bool,
+        traits: Traits,
         init: TaskProcess,
     ) -> Self {
         Self {
@@ -124,7 +116,7 @@ impl Task {
             rootfs,
             runtime,
             checkpoint: None,
-            has_own_pid_namespace,
+            traits,
             init: Arc::new(init),
             options,
             execs: Mutex::default(),
@@ -143,7 +135,7 @@ impl Task {
     pub(crate) fn restored(
         record: TaskRecord,
         runtime: Runtime,
-        has_own_pid_namespace: bool,
+        traits: Traits,
         fds: impl Fn(u64) -> ProcessFds,
     ) -> Self {
         let key = record.key();
@@ -156,7 +148,7 @@ impl Task {
             record.rootfs,
             record.runtime,
             runtime,
-            has_own_pid_namespace,
+            traits,
             init,
         );
         if record.complete {
@@ -199,6 +191,7 @@ impl Task {
             runtime: self.options.clone(),
             checkpoint: self.checkpoint.clone(),
             rootfs: self.rootfs.clone(),
+            traits: Some(self.traits),
             complete: self.is_complete(),
             init: self.init.record(),
             execs: self

@@ -116,6 +116,9 @@ pub(crate) struct SandboxStates {
     /// Not started yet.
     pub(crate) created: u64,
     pub(crate) ready: u64,
+    /// A daemon has died in their stop, which this one finishes.
+    #[serde(default)]
+    pub(crate) stopping: u64,
     /// Stopped, or without their namespaces; not removed yet.
     pub(crate) stopped: u64,
 }
@@ -300,7 +303,7 @@ pub(crate) struct Sandbox {
     pub(crate) id: String,
     /// What tells its pod from all others.
     pub(crate) name: String,
-    /// `created`, `ready` or `stopped`.
+    /// `created`, `ready`, `stopping` or `stopped`.
     pub(crate) state: String,
     /// Since it was created.
     pub(crate) age_seconds: Option<f64>,
@@ -322,6 +325,9 @@ pub(crate) struct SandboxDetail {
     pub(crate) mounts: Vec<Mount>,
     /// The ids of the tasks that are in it.
     pub(crate) tasks: Vec<String>,
+    /// The pid of the init process of a pod whose containers share their processes.
+    #[serde(default)]
+    pub(crate) init_pid: Option<i32>,
     pub(crate) ended_seconds_ago: Option<f64>,
 }
 

@@ -51,10 +51,7 @@ impl Follower {
 
 fn lines(batch: &Batch) -> io::Result<Vec<u8>> {
     let lost = (batch.lost > 0).then_some(EventLine::Lost { lost: batch.lost });
-    let events = batch
-        .events
-        .iter()
-        .map(|event| EventLine::Event((**event).clone()));
+    let events = batch.events.iter().cloned().map(EventLine::Event);
     let mut text = Vec::new();
     for line in lost.into_iter().chain(events) {
         serde_json::to_writer(&mut text, &line)?;

@@ -13,7 +13,7 @@ const MAX_HEAD: usize = 8 * 1024;
 const MAX_HEADERS: usize = 64;
 
 /// A connection whose reads and writes can be bounded in time.
-pub(super) trait Stream: Read + Write + AsFd {
+pub(crate) trait Stream: Read + Write + AsFd {
     /// `None` is no bound.
     fn set_limits(&self, limit: Option<Duration>) -> io::Result<()>;
 }
@@ -141,7 +141,12 @@ pub(super) fn write_open_head(
     write_bytes(stream, head.as_bytes(), deadline)
 }
 
-fn write_bytes(stream: &mut impl Stream, mut bytes: &[u8], deadline: Instant) -> io::Result<()> {
+/// Writes all of it by the deadline.
+pub(crate) fn write_bytes(
+    stream: &mut impl Stream,
+    mut bytes: &[u8],
+    deadline: Instant,
+) -> io::Result<()> {
     while !bytes.is_empty() {
         stream.set_limits(Some(left(deadline)?))?;
         match stream.write(bytes) {
@@ -155,7 +160,7 @@ fn write_bytes(stream: &mut impl Stream, mut bytes: &[u8], deadline: Instant) ->
 }
 
 /// The time that is left, which is never zero: that would be no limit.
-fn left(deadline: Instant) -> io::Result<Duration> {
+pub(crate) fn left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());

@@ -21,7 +21,7 @@ pub(crate) mod client;
 pub(crate) mod documents;
 mod follow;
 mod health;
-mod http;
+pub(crate) mod http;
 mod routes;
 mod sandboxes;
 pub(crate) mod scrape;

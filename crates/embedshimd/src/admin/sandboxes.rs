@@ -23,7 +23,8 @@ impl View {
             *match sandbox.state {
                 SandboxState::Created => &mut states.created,
                 SandboxState::Ready => &mut states.ready,
-                SandboxState::Ending | SandboxState::Ended(_) => &mut states.stopped,
+                SandboxState::Ending => &mut states.stopping,
+                SandboxState::Ended(_) => &mut states.stopped,
             } += 1;
         }
         Some(states)
@@ -70,6 +71,7 @@ impl View {
             tasks: within(&sandbox, &tasks)
                 .map(|task| task.key.id.to_string())
                 .collect(),
+            init_pid: sandbox.init_pid,
             ended_seconds_ago: ended(&sandbox).and_then(|ended| seconds_since(ended.at)),
         })
     }

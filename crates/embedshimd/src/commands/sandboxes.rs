@@ -56,6 +56,9 @@ pub(super) fn render_one(detail: &SandboxDetail) -> String {
         tasks => tasks.join(", "),
     };
     lines.push(("containers".to_owned(), tasks));
+    if let Some(pid) = detail.init_pid {
+        lines.push(("init".to_owned(), pid.to_string()));
+    }
     // Writing to a string cannot fail.
     let mut write = |title: &str, lines: &[(String, String)]| {
         let _ = write!(text, "{title}");
@@ -155,6 +158,7 @@ mod tests {
                 source: "/run/embedshim/pods/k8s.io/web/hosts".into(),
             }],
             tasks: vec!["one".into(), "two".into()],
+            init_pid: Some(4711),
             ended_seconds_ago: Some(5.0),
         };
         insta::assert_snapshot!("inspect_sandbox", render_one(&detail));

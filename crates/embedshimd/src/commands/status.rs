@@ -136,6 +136,7 @@ fn sandbox_states(states: &SandboxStates) -> String {
     counted(&[
         (states.created, "created"),
         (states.ready, "ready"),
+        (states.stopping, "stopping"),
         (states.stopped, "stopped"),
     ])
 }
@@ -308,6 +309,7 @@ pub(crate) mod tests {
         status.sandboxes = Some(SandboxStates {
             created: 1,
             ready: 3,
+            stopping: 1,
             stopped: 0,
         });
         status.monitor = None;

@@ -2,6 +2,8 @@
 //! refused. The state directory is not in it: the launcher has to find the socket without a file.
 
 pub(crate) mod origins;
+#[cfg(feature = "otel")]
+mod telemetry;
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,11 +18,13 @@ use serde::{Deserialize, Serialize};
 use crate::cli::LOG_VARIABLE;
 use crate::outcome::{Code, Failure};
 use origins::{Origin, Setting};
+#[cfg(feature = "otel")]
+pub(crate) use telemetry::Telemetry;
 
 const DEFAULT_FILE: &str = "/etc/embedshim/config.toml";
 
 /// Everything that an operator can set.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Config {
     pub(crate) monitor: Monitor,
@@ -28,6 +32,8 @@ pub(crate) struct Config {
     pub(crate) log: Log,
     pub(crate) metrics: Metrics,
     pub(crate) sandbox: Sandbox,
+    #[cfg(feature = "otel")]
+    pub(crate) telemetry: Telemetry,
 }
 
 /// `[monitor]`: how exits of processes are observed.
@@ -237,8 +243,11 @@ impl Config {
 
     fn parse(text: &str) -> anyhow::Result<Self> {
         let config: Self = toml::from_str(text).map_err(|error| {
-            let meant = origins::suggestion(error.message());
-            let hint = meant.map(|meant| format!("did you mean `{meant}`?"));
+            let foreign = || (!cfg!(feature = "otel")).then(|| origins::needs_otel(text))?;
+            let hint = foreign().or_else(|| {
+                let meant = origins::suggestion(error.message())?;
+                Some(format!("did you mean `{meant}`?"))
+            });
             match hint {
                 Some(hint) => anyhow::anyhow!("{}\n{hint}", error.to_string().trim_end()),
                 None => error.into(),
@@ -253,6 +262,8 @@ impl Config {
             "runtime.deadline_seconds must be at least 1"
         );
         config.metrics.check()?;
+        #[cfg(feature = "otel")]
+        config.telemetry.check()?;
         let Sandbox {
             cri_root,
             cri_state,
@@ -304,13 +315,19 @@ pub(crate) fn effective(requested: Option<&Path>) -> Result<Vec<Setting>, Failur
         .map(|(path, text)| (path.as_path(), text.as_str()));
     let values = toml::Table::try_from(&config).map_err(anyhow::Error::from)?;
     let mut settings = origins::settings(&values, file);
-    if let Some(level) = std::env::var_os(LOG_VARIABLE)
-        && let Some(setting) = settings
-            .iter_mut()
-            .find(|setting| setting.key == "log.level")
-    {
-        setting.value = Some(format!("{:?}", level.to_string_lossy()));
-        setting.origin = Origin::Variable(LOG_VARIABLE);
+    let mut override_by = |variable, key| {
+        if let Some(value) = std::env::var_os(variable)
+            && let Some(setting) = settings.iter_mut().find(|setting| setting.key == key)
+        {
+            setting.value = Some(format!("{:?}", value.to_string_lossy()));
+            setting.origin = Origin::Variable(variable);
+        }
+    };
+    override_by(LOG_VARIABLE, "log.level");
+    // The one that counts is the last to be looked at.
+    #[cfg(feature = "otel")]
+    for variable in telemetry::VARIABLES.into_iter().rev() {
+        override_by(variable, "telemetry.endpoint");
     }
     Ok(settings)
 }
@@ -338,7 +355,7 @@ mod tests {
             })
             .flat_map(|line| [line, "\n"])
             .collect();
-        assert_eq!(uncommented.matches(" = ").count(), 17, "{uncommented}");
+        assert_eq!(uncommented.matches(" = ").count(), 19, "{uncommented}");
         assert_eq!(Config::parse(&uncommented).unwrap(), Config::default());
     }
 
@@ -348,6 +365,10 @@ mod tests {
         config.monitor.btf = Some("/btf".into());
         config.metrics.listen = "127.0.0.1:1".parse().ok();
         config.metrics.textfile = Some("/x.prom".into());
+        #[cfg(feature = "otel")]
+        {
+            config.telemetry.endpoint = Some("http://collector".into());
+        }
         let table = toml::Table::try_from(&config).unwrap();
         let mut keys: Vec<(&str, &str)> = Vec::new();
         for (section, values) in &table {

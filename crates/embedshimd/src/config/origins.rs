@@ -4,10 +4,11 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 /// All keys, each after its section.
-pub(crate) const KEYS: [(&str, &str); 17] = [
+pub(crate) const KEYS: &[(&str, &str)] = &[
     ("monitor", "backend"),
     ("monitor", "capacity"),
     ("monitor", "btf"),
@@ -25,7 +26,13 @@ pub(crate) const KEYS: [(&str, &str); 17] = [
     ("sandbox", "events"),
     ("sandbox", "unprivileged_ports"),
     ("sandbox", "unprivileged_ping"),
+    #[cfg(feature = "otel")]
+    ("telemetry", "endpoint"),
+    #[cfg(feature = "otel")]
+    ("telemetry", "root_ratio"),
 ];
+/// The section of traces.
+const TELEMETRY: &str = "telemetry";
 /// A key that is less alike than this was not meant.
 const ALIKE: f64 = 0.7;
 
@@ -94,6 +101,28 @@ fn find<'a>(table: &'a DeTable<'_>, key: &str) -> Option<(usize, &'a DeValue<'a>
     Some((name.span().start, value.get_ref()))
 }
 
+/// What is wrong with a file that has settings of traces, in a build without them.
+pub(crate) fn needs_otel(text: &str) -> Option<String> {
+    let table = DeTable::parse(text).ok()?;
+    let (_, section) = find(table.get_ref(), TELEMETRY)?;
+    let keys = match section {
+        DeValue::Table(section) => section.keys().map(Spanned::get_ref).collect(),
+        _ => Vec::new(),
+    };
+    let mut names: Vec<String> = keys
+        .iter()
+        .map(|key| format!("{TELEMETRY}.{key}"))
+        .collect();
+    names.sort_unstable();
+    if names.is_empty() {
+        names.push(TELEMETRY.to_owned());
+    }
+    Some(format!(
+        "{}: this embedshimd was built without the feature otel",
+        names.join(", ")
+    ))
+}
+
 /// What was perhaps meant, if this error is about a key or a section that there is not.
 pub(crate) fn suggestion(error: &str) -> Option<&'static str> {
     let (_, rest) = error.split_once("unknown field `")?;
@@ -114,11 +143,31 @@ mod tests {
         let values: toml::Table = text.parse().unwrap();
         let path = Path::new("/etc/embedshim/config.toml");
         let settings = settings(&values, Some((path, text)));
+        // Those of a feature are not in every build.
         let lines: Vec<String> = settings
             .iter()
+            .filter(|setting| !setting.key.starts_with(TELEMETRY))
             .map(|setting| format!("{} {:?} {}", setting.key, setting.value, setting.origin))
             .collect();
         insta::assert_snapshot!("origins", lines.join("\n"));
+    }
+
+    #[test]
+    fn settings_of_traces_are_refused_by_name_in_a_build_without_them() {
+        let text =
+            "[telemetry]\nroot_ratio = 1\nendpoint = \"http://c\"\n[log]\nlevel = \"info\"\n";
+        let refused = needs_otel(text).unwrap();
+        assert!(
+            refused.starts_with("telemetry.endpoint, telemetry.root_ratio: ")
+                && refused.ends_with("built without the feature otel"),
+            "{refused}"
+        );
+        assert!(
+            needs_otel("telemetry = 1")
+                .unwrap()
+                .starts_with("telemetry: ")
+        );
+        assert_eq!(needs_otel("[log]\nlevel = \"info\"\n"), None);
     }
 
     #[test]

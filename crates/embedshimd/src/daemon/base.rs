@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use nix::fcntl::Flock;
@@ -25,6 +25,10 @@ use crate::{limits, logging, signals, sys};
 const BLOCKING_THREADS: usize = 65_536;
 /// How long a blocking thread waits for work: an idle daemon has no thread but its own.
 const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// How long a child of a daemon that was killed may have the lock as well, and the time between two
+/// looks: without a keeper, which may be killed in the same moment, no other start would come.
+const OF_CHILDREN: Duration = Duration::from_millis(500);
+const PAUSE: Duration = Duration::from_millis(5);
 /// Below this hard limit of open files not even a node of the usual size can be full.
 const FEW_DESCRIPTORS: u64 = 4096;
 
@@ -79,9 +83,16 @@ fn lock_state_dir(state_dir: &Path) -> Result<(Flock<File>, Claim), Failure> {
         Failure::new(Code::AlreadyRunning, anyhow!(text))
     };
     let path = lock::daemon_path(state_dir);
-    let lock = match lock::take(state_dir, &path)? {
-        Some(lock) => lock,
-        None => lock::take_from_killed(state_dir, &path)?.ok_or_else(taken)?,
+    let give_up = Instant::now() + OF_CHILDREN;
+    let lock = loop {
+        if let Some(lock) = lock::take(state_dir, &path)? {
+            break lock;
+        }
+        if lock::is_owner_gone(&path)? && Instant::now() < give_up {
+            std::thread::sleep(PAUSE);
+            continue;
+        }
+        break lock::take_from_killed(state_dir, &path)?.ok_or_else(taken)?;
     };
     let claim = Claim::take(state_dir, Role::Daemon).ok_or_else(taken)?;
     Ok((lock, claim))

@@ -25,6 +25,7 @@ use crate::service_manager::ServiceManager;
 use crate::state_dir::durable::Durable;
 use crate::state_dir::lives::Lives;
 use crate::state_dir::lock;
+use crate::traces::Traced;
 
 /// How long the connections have to write their journals again.
 const JOURNALS_LIMIT: Duration = Duration::from_secs(5);
@@ -33,7 +34,7 @@ const JOURNALS_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct Parts<'a> {
     pub(super) state_dir: &'a Path,
     pub(super) socket: &'a Path,
-    pub(super) server: &'a Server<Observed<Services>>,
+    pub(super) server: &'a Server<Traced<Observed<Services>>>,
     pub(super) node: &'a Node,
     pub(super) outboxes: &'a Outboxes,
     pub(super) store: &'a dyn FdStore,
@@ -151,7 +152,7 @@ impl Durable for TaskRecords<'_> {
 /// The journals of connections, with the requests that are not answered yet.
 struct Journals<'a> {
     path: PathBuf,
-    server: &'a Server<Observed<Services>>,
+    server: &'a Server<Traced<Observed<Services>>>,
 }
 
 #[async_trait(?Send)]

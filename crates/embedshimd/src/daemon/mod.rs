@@ -35,6 +35,7 @@ use crate::service_manager::ServiceManager;
 use crate::service_manager::activation::Activation;
 use crate::signals::{Ending, Request, Requests};
 use crate::state_dir::lock;
+use crate::traces::{Traced, Traces};
 use crate::{backend, sys};
 use base::Base;
 use durables::Parts;
@@ -75,6 +76,7 @@ pub(crate) fn run(options: &Serve, activation: Activation) -> Result<Code, Failu
     let state_dir = &options.locations.state_dir;
     let oversight = Oversight::begin(state_dir, &config, kept, runtime.handle().clone());
     let ending = Ending::watch().context("cannot listen for signals")?;
+    let traces = Traces::start(&config);
     let served = runtime.block_on(serve(
         &config,
         options,
@@ -82,11 +84,14 @@ pub(crate) fn run(options: &Serve, activation: Activation) -> Result<Code, Failu
         keeper,
         manager.as_ref(),
         &oversight,
+        &traces,
     ));
     let (reason, was_asked) = last_words(&served);
     oversight.lives.end(&reason, was_asked);
     // Does not wait for threads that a file system holds up.
     runtime.shutdown_background();
+    // After it: what was in flight has its spans, too.
+    traces.end();
     let has_keeper_ended = keeper.is_some_and(Keeper::has_ended);
     if has_keeper_ended && ending.is_due() {
         return served.map(|_| Code::Ok);
@@ -124,6 +129,7 @@ async fn serve(
     keeper: Option<&Keeper>,
     manager: Option<&Arc<ServiceManager>>,
     oversight: &Oversight,
+    traces: &Traces,
 ) -> Result<End, Failure> {
     let mut requests = Requests::listen().context("cannot listen for signals")?;
     let watchdog = activation.watchdog;
@@ -140,7 +146,7 @@ async fn serve(
             options,
             activation,
             manager,
-            &oversight.history,
+            (&oversight.history, traces),
             &mut unknown_names,
         ) => started?,
     };
@@ -203,7 +209,7 @@ struct Started {
     listener: Listener,
     node: Node,
     outboxes: Arc<Outboxes>,
-    server: Server<Observed<Services>>,
+    server: Server<Traced<Observed<Services>>>,
     store: Arc<dyn FdStore>,
     backend: Backend,
     guarantees: Guarantees,
@@ -217,7 +223,7 @@ async fn start(
     options: &Serve,
     activation: Activation,
     manager: Option<&Arc<ServiceManager>>,
-    history: &Arc<History>,
+    (history, traces): (&Arc<History>, &Traces),
     unknown_names: &mut Vec<String>,
 ) -> Result<Started, Failure> {
     let state_dir = &options.locations.state_dir;
@@ -282,7 +288,7 @@ async fn start(
     if let Some(pods) = &pods {
         services = services.with_pods(pods.of_tasks());
     }
-    let services = Observed::new(services, Arc::clone(&metrics));
+    let services = traces.of(Observed::new(services, Arc::clone(&metrics)));
     let server =
         Server::durable(services, storage).context("cannot open the journals of connections")?;
     server.resume(inherited.take_connections());

@@ -2,6 +2,7 @@
 //! memory alone: a successor begins with nothing.
 
 mod hearing;
+mod lines;
 mod ring;
 
 pub(crate) use hearing::Remembered;

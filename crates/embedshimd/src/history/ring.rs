@@ -1,10 +1,10 @@
 //! [`History`]: the last events of a daemon, in order, for any number of readers. Owns the bound,
 //! and what a reader misses that is too slow; knows no word for an event but the first of a task.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::lines::Lines;
 use crate::admin::documents::{Event, History as Document, Recent, VERSION, seconds};
 
 /// How the words for events of sandboxes begin.
@@ -26,7 +26,7 @@ pub(crate) struct History {
 
 #[derive(Debug, Default)]
 struct Last {
-    events: VecDeque<Arc<Event>>,
+    events: Lines,
     /// The number of the next event.
     next: u64,
     /// Readers that wait for it.
@@ -38,7 +38,7 @@ struct Last {
 pub(crate) struct Batch {
     /// So many before these are forgotten.
     pub(crate) lost: u64,
-    pub(crate) events: Vec<Arc<Event>>,
+    pub(crate) events: Vec<Event>,
 }
 
 impl Last {
@@ -50,8 +50,8 @@ impl Last {
 
     /// When the oldest was, if any was forgotten before it.
     fn forgotten_before(&self) -> Option<f64> {
-        let oldest = self.events.front().filter(|_| self.oldest() > 0)?;
-        Some(oldest.at)
+        let oldest = (self.oldest() > 0).then(|| self.events.copy(0, 1))?;
+        oldest.events().first().map(|event| event.at)
     }
 }
 
@@ -65,15 +65,15 @@ impl History {
         })
     }
 
-    /// Remembers an event, whose number this gives. Waits for no reader but for a copy of pointers.
+    /// Remembers an event, whose number this gives. Waits for no reader but for a copy.
     pub(crate) fn add(&self, mut event: Event) {
         let mut last = self.last();
         event.number = last.next;
         last.next += 1;
         if last.events.len() >= CAPACITY {
-            last.events.pop_front();
+            last.events.pop();
         }
-        last.events.push_back(Arc::new(event));
+        last.events.push(&event);
         // Each notification would be a system call.
         if last.waiting > 0 {
             self.news.notify_all();
@@ -84,13 +84,13 @@ impl History {
     pub(crate) fn recent(&self) -> Recent {
         let last = self.last();
         let (since, next) = (self.since(&last), last.next);
-        let events: Vec<_> = last.events.iter().cloned().collect();
+        let events = last.events.copy(0, CAPACITY);
         drop(last);
         Recent {
             version: VERSION,
             since,
             next,
-            events: events.iter().map(|event| Event::clone(event)).collect(),
+            events: events.events(),
         }
     }
 
@@ -124,10 +124,13 @@ impl History {
         let lost = oldest.saturating_sub(*cursor);
         *cursor = (*cursor).max(oldest);
         let skipped = usize::try_from(*cursor - oldest).unwrap_or(usize::MAX);
-        let events = guard.events.iter().skip(skipped).take(BATCH);
-        let events: Vec<_> = events.cloned().collect();
-        *cursor += u64::try_from(events.len()).unwrap_or(0);
-        Batch { lost, events }
+        let events = guard.events.copy(skipped, BATCH);
+        drop(guard);
+        *cursor += u64::try_from(events.count).unwrap_or(0);
+        Batch {
+            lost,
+            events: events.events(),
+        }
     }
 
     /// Since when all is remembered, in seconds since the epoch.

@@ -8,6 +8,8 @@ use std::io::{self, Write, stderr};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{dup2_stderr, dup2_stdout};
@@ -17,8 +19,10 @@ use crate::state_dir::file_id::FileId;
 
 /// The name that the launcher gives to the file.
 const NAME: &str = "embedshimd.log";
-/// The most bytes of a file, and one line.
+/// The most bytes of a file, and what is written between two looks.
 const MAX: u64 = 4 * 1024 * 1024;
+/// The least time between two looks at the file: a container's life has five lines.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Where log lines go.
 #[derive(Debug)]
@@ -26,6 +30,7 @@ pub(super) struct LogFile {
     /// `None`: stderr is something else, such as journald or a terminal.
     path: Option<PathBuf>,
     max: u64,
+    looked: Mutex<Option<Instant>>,
 }
 
 impl LogFile {
@@ -36,13 +41,26 @@ impl LogFile {
         Self {
             path: is_log_file.then_some(path),
             max: MAX,
+            looked: Mutex::default(),
         }
+    }
+
+    /// Whether it is time for another look.
+    fn is_due(&self) -> bool {
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = looked.is_none_or(|last| last.elapsed() >= PAUSE);
+        if is_due {
+            *looked = Some(Instant::now());
+        }
+        is_due
     }
 
     /// Rotates the file if it is full, and turns stderr to the file at the path. It is called
     /// before each line. A failure leaves stderr as it is.
     fn rotate(&self) {
-        let Some(path) = &self.path else { return };
+        let Some(path) = self.path.as_ref().filter(|_| self.is_due()) else {
+            return;
+        };
         let Some((id, length)) = stderr_file() else {
             return;
         };

@@ -181,6 +181,7 @@ fn sandboxes_by_state(states: SandboxStates) -> Family<StateLabels, Gauge> {
     family_of([
         ("created", states.created),
         ("ready", states.ready),
+        ("stopping", states.stopping),
         ("stopped", states.stopped),
     ])
 }

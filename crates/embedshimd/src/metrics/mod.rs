@@ -21,6 +21,8 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 pub(crate) use observed::Observed;
+#[cfg(feature = "otel")]
+pub(crate) use observed::known_method;
 pub(crate) use textfile::textfile;
 
 use crate::admin::documents::Status;

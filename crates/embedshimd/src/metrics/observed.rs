@@ -34,6 +34,11 @@ const METHODS: [&str; 18] = [
 /// It lasts as long as its process does.
 const WAIT: &str = "Wait";
 
+/// A method by the name that a client has sent, if there is one of this name.
+pub(crate) fn known_method(name: &str) -> Option<&'static str> {
+    METHODS.into_iter().find(|method| *method == name)
+}
+
 /// A handler that is observed.
 #[derive(Debug)]
 pub(crate) struct Observed<H> {
@@ -69,8 +74,7 @@ impl Drop for InFlight<'_> {
 #[async_trait]
 impl<H: Handler> Handler for Observed<H> {
     async fn call(&self, call: Call) -> Result<Vec<u8>, Status> {
-        let known = METHODS.iter().find(|method| **method == call.method);
-        let method = known.copied().unwrap_or("other");
+        let method = known_method(&call.method).unwrap_or("other");
         let labels = MethodLabels { method };
         if call.is_replay {
             self.metrics.replayed.inc();

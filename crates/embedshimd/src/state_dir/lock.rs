@@ -56,6 +56,15 @@ pub(crate) fn take(state_dir: &Path, path: &Path) -> anyhow::Result<Option<Flock
     Ok(Some(lock))
 }
 
+/// Whether the process that took this lock is gone, so that what holds it is a child of that one,
+/// which ends with it or becomes another program in a moment.
+pub(crate) fn is_owner_gone(path: &Path) -> anyhow::Result<bool> {
+    let owner = read_owner(path)?;
+    let is_gone =
+        |pid| Process::open(pid).map_or(true, |process| process.has_ended().unwrap_or(true));
+    Ok(owner.is_some_and(|owner| is_gone(owner.pid)))
+}
+
 /// Takes the daemon's lock from a process that was killed and is held up in its end: by a lock file
 /// in the place of the one that it has. `None` if another process has that lock as well, a child of
 /// it that is not another program yet (invariant 18).

@@ -21,6 +21,9 @@ use tokio::net::UnixStream;
 
 use crate::frame::{HEADER, Header};
 
+/// The kernel lets no socket have less room than 4,608 bytes (`SOCK_MIN_SNDBUF`): half of that
+/// takes a shorter answer.
+const SHORT: usize = 1024;
 /// A longer answer is not sent as a whole: the kernel makes one buffer of so many bytes.
 const WHOLE: usize = 16 * 1024;
 /// How many bytes are sent at a time: a socket that can be written to has room for as many, on
@@ -30,9 +33,10 @@ const CHUNK: usize = 16 * 1024;
 /// Whether the socket takes so many bytes all at once or none of them.
 pub(super) fn is_sent_whole(stream: &UnixStream, length: usize) -> bool {
     // A buffer is at most half of what the socket may have.
-    length <= WHOLE
-        && getsockopt(stream, sockopt::SndBuf)
-            .is_ok_and(|size| length.saturating_add(64) <= size / 2)
+    length <= SHORT
+        || length <= WHOLE
+            && getsockopt(stream, sockopt::SndBuf)
+                .is_ok_and(|size| length.saturating_add(64) <= size / 2)
 }
 
 /// The descriptor store, for the answers of one connection.

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use embedshim_core::task::{BundleId, RequestId};
 use protobuf::Message;
-use tokio::sync::mpsc;
 use tokio::task::{Id, JoinError, JoinSet};
 use tracing::error;
 use ttrpc::{Code, Request, Status};
 
-use super::handler::{Call, Handler, Outcome, Outcomes, Session};
+use super::handler::{Call, Handler, Session};
+use super::outcomes::ToNote;
 use crate::frame::Header;
 use crate::status;
 
@@ -33,7 +33,8 @@ pub(super) struct Calls {
     pub(super) session: Arc<Session>,
     /// Whether the connection's namespace is in its journal, and which bundle is.
     pub(super) noted: (bool, Option<BundleId>),
-    outcomes: mpsc::Sender<Outcome>,
+    /// The answers that are to be noted before they are given.
+    pub(super) outcomes: ToNote,
 }
 
 /// A request frame, and what is known of it beside.
@@ -47,21 +48,16 @@ pub(super) struct Begin<'a> {
 }
 
 impl Calls {
-    /// No calls yet; and where the outcomes arrive that are to be noted.
-    pub(super) fn new(
-        connection: Option<u64>,
-        session: Session,
-    ) -> (Self, mpsc::Receiver<Outcome>) {
-        let (outcomes, receiver) = mpsc::channel(1);
-        let calls = Self {
+    /// No calls yet.
+    pub(super) fn new(connection: Option<u64>, session: Session) -> Self {
+        Self {
             connection,
             tasks: JoinSet::new(),
             streams: HashMap::new(),
             session: Arc::new(session),
             noted: (false, None),
-            outcomes,
-        };
-        (calls, receiver)
+            outcomes: ToNote::default(),
+        }
     }
 
     /// Starts the call that a request frame asks for.
@@ -121,10 +117,7 @@ impl Calls {
             metadata,
             request: request_id,
             is_replay,
-            outcomes: self.connection.map(|_| Outcomes {
-                stream,
-                sender: self.outcomes.clone(),
-            }),
+            outcomes: self.connection.map(|_| self.outcomes.from(stream)),
             session: Arc::clone(&self.session),
         }
     }

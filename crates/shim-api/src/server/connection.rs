@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use embedshim_core::failpoint;
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tracing::{debug, warn};
 use ttrpc::{Code, Status};
 
 use super::answer::{self, AnswerStore, StoredAnswer};
 use super::calls::{Answer, Begin, Calls};
 use super::frame_reader::{self, Frame, FrameReader};
-use super::handler::{Handler, Outcome, Session};
+use super::handler::{Handler, Session};
 use super::journal::{Identity, Journal, Recovered, UnknownRequests};
 use super::state::ServerState;
 use crate::frame::{self, Header, Kind, MAX_PAYLOAD};
@@ -38,10 +38,9 @@ pub(super) struct Connection {
     journal: Journal,
     reader: FrameReader,
     calls: Calls,
-    outcomes: mpsc::Receiver<Outcome>,
     last_stream: u32,
     /// What another daemon has not answered, or not as a whole: it comes before anything new.
-    pending: Recovered,
+    pending: Option<Box<Recovered>>,
     /// Requests before the next one are lost, and are answered when its stream shows theirs.
     unknown: Option<UnknownRequests>,
     /// Stores long answers while they are sent, if the connection outlives this process.
@@ -59,15 +58,14 @@ impl Connection {
         session: Session,
     ) -> Self {
         let number = answers.as_ref().map(|answers| answers.connection);
-        let (calls, outcomes) = Calls::new(number, session);
+        let calls = Calls::new(number, session);
         Self {
             stream,
             journal,
             reader: FrameReader::default(),
             calls,
-            outcomes,
             last_stream: 0,
-            pending: Recovered::default(),
+            pending: None,
             unknown: None,
             answers,
             answer: None,
@@ -106,7 +104,7 @@ impl Connection {
             is_namespace_lost: pending.is_namespace_lost,
             ..Session::default()
         };
-        let (calls, outcomes) = Calls::new(Some(answers.connection), session);
+        let calls = Calls::new(Some(answers.connection), session);
         if let Some(namespace) = pending.identity.namespace.clone() {
             calls.session.namespace.get_or_init(|| namespace);
         }
@@ -120,9 +118,8 @@ impl Connection {
             journal,
             reader,
             calls,
-            outcomes,
             last_stream,
-            pending,
+            pending: Some(Box::new(pending)),
             unknown,
             answers: Some(answers),
             answer,
@@ -132,12 +129,12 @@ impl Connection {
     /// Serves until the client closes the connection, which then leaves no journal. `journal_after`
     /// is the loss of the journals after which this one was created again.
     pub(super) async fn run<H: Handler>(
-        mut self,
-        handler: Arc<H>,
-        mut state: watch::Receiver<ServerState>,
+        &mut self,
+        handler: &Arc<H>,
+        state: &mut watch::Receiver<ServerState>,
         journal_after: Option<&AtomicU32>,
     ) -> io::Result<()> {
-        let result = self.converse(&handler, &mut state, journal_after).await;
+        let result = self.converse(handler, state, journal_after).await;
         if !state.borrow().is_stopping {
             self.remove_answer();
             self.journal.remove();
@@ -152,7 +149,9 @@ impl Connection {
         journal_after: Option<&AtomicU32>,
     ) -> io::Result<()> {
         let mut losses = state.borrow().journal_losses;
-        self.replay(handler).await?;
+        if let Some(pending) = self.pending.take() {
+            Box::pin(self.replay(*pending, handler)).await?;
+        }
         loop {
             let now = *state.borrow_and_update();
             if now.journal_losses > losses {
@@ -169,10 +168,12 @@ impl Connection {
                         self.answer(stream, answer).await?;
                     }
                 }
-                Some(outcome) = self.outcomes.recv() => {
-                    self.journal.outcome(outcome.stream, &outcome.answer);
-                    // The call that waited for it may have been dropped.
-                    let _ = outcome.noted.send(());
+                outcomes = self.calls.outcomes.next() => {
+                    for outcome in outcomes {
+                        self.journal.outcome(outcome.stream, &outcome.answer);
+                        // The call that waited for it may have been dropped.
+                        let _ = outcome.noted.send(());
+                    }
                 }
                 // A daemon that stops leaves what it has not read to its successor.
                 frame = self.reader.next(&self.stream, &mut self.journal), if !now.is_stopping => {
@@ -190,8 +191,11 @@ impl Connection {
     }
 
     /// Answers what another daemon has read and not answered.
-    async fn replay<H: Handler>(&mut self, handler: &Arc<H>) -> io::Result<()> {
-        let mut pending = std::mem::take(&mut self.pending);
+    async fn replay<H: Handler>(
+        &mut self,
+        mut pending: Recovered,
+        handler: &Arc<H>,
+    ) -> io::Result<()> {
         // The answer, or the end of one, that was being sent.
         if let Some(answer) = &mut self.answer {
             // Its request is answered by this, whatever else is noted of it.

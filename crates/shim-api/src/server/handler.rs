@@ -1,5 +1,5 @@
-//! [`Handler`]: what answers calls. Owns what a call is: the request, the connection that it came
-//! on, and the way of its answer into the connection's journal.
+//! [`Handler`]: what answers calls. Owns what a call is: the request, and the connection that it
+//! came on.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use async_trait::async_trait;
 use embedshim_core::id::{ContainerId, Namespace};
 use embedshim_core::task::{BundleId, RequestId};
-use tokio::sync::{mpsc, oneshot};
 use ttrpc::Status;
+
+use super::outcomes::Outcomes;
 
 /// What answers calls.
 ///
@@ -72,36 +73,4 @@ pub struct Creation {
     pub id: ContainerId,
     /// The directory that is its bundle.
     pub bundle: BundleId,
-}
-
-/// Notes an answer in the connection's journal before it is given: that of a deletion, which
-/// removes what the answer is made from.
-#[derive(Clone, Debug)]
-pub struct Outcomes {
-    pub(super) stream: u32,
-    pub(super) sender: mpsc::Sender<Outcome>,
-}
-
-/// An answer that is to be noted.
-#[derive(Debug)]
-pub(super) struct Outcome {
-    pub(super) stream: u32,
-    pub(super) answer: Vec<u8>,
-    /// Completed when it is noted.
-    pub(super) noted: oneshot::Sender<()>,
-}
-
-impl Outcomes {
-    /// Returns when the answer is noted, or when its connection has ended.
-    pub async fn note(&self, answer: Vec<u8>) {
-        let (noted, is_noted) = oneshot::channel();
-        let outcome = Outcome {
-            stream: self.stream,
-            answer,
-            noted,
-        };
-        if self.sender.send(outcome).await.is_ok() {
-            let _ = is_noted.await;
-        }
-    }
 }

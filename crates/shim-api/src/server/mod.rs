@@ -12,6 +12,7 @@ mod connection;
 mod frame_reader;
 mod handler;
 mod journal;
+mod outcomes;
 mod peek_off;
 mod state;
 mod stored;
@@ -33,8 +34,9 @@ use tracing::{debug, info, warn};
 
 use answer::StoredAnswer;
 use connection::{Connection, Inherited};
-pub use handler::{Call, Creation, Handler, Outcomes, Session};
+pub use handler::{Call, Creation, Handler, Session};
 use journal::Journal;
+pub use outcomes::Outcomes;
 use state::ServerState;
 pub use stored::ConnectionStorage;
 use stored::StoredConnections;
@@ -251,8 +253,8 @@ impl<H: Handler> Server<H> {
         Ok(())
     }
 
-    fn spawn(&self, connection: Connection, number: Option<u64>) {
-        let (handler, state) = (Arc::clone(&self.handler), self.state.subscribe());
+    fn spawn(&self, mut connection: Connection, number: Option<u64>) {
+        let (handler, mut state) = (Arc::clone(&self.handler), self.state.subscribe());
         let stored = self.stored.as_ref().zip(number);
         let served = stored.map(|(stored, number)| {
             let losses = state.borrow().journal_losses;
@@ -261,7 +263,11 @@ impl<H: Handler> Server<H> {
         let open = Arc::clone(&self.open);
         tokio::spawn(async move {
             let journal_after = served.as_ref().map(|served| served.journal_after.as_ref());
-            if let Err(error) = connection.run(handler, state, journal_after).await {
+            // By reference: a future has room for each variable that it moves, and there are as
+            // many of these as containers.
+            let ended = connection.run(&handler, &mut state, journal_after).await;
+            drop(connection);
+            if let Err(error) = ended {
                 debug!(connection = number, %error, "connection: ended");
             }
             if let Some(served) = served {
@@ -324,8 +330,8 @@ fn check_peer(stream: &UnixStream) -> io::Result<()> {
 
 #[cfg(fuzzing)]
 pub(crate) async fn converse<H: Handler>(stream: UnixStream, handler: Arc<H>) -> io::Result<()> {
-    let (_running, state) = watch::channel(ServerState::default());
+    let (_running, mut state) = watch::channel(ServerState::default());
     Connection::new(stream, None, Journal::none(), Session::default())
-        .run(handler, state, None)
+        .run(&handler, &mut state, None)
         .await
 }

@@ -11,7 +11,7 @@ use crate::server::{Call, Creation};
 use crate::status;
 
 /// How the namespace travels: in no request, but in the metadata.
-const NAMESPACE: &str = "containerd-namespace-ttrpc";
+pub(super) const NAMESPACE: &str = "containerd-namespace-ttrpc";
 
 /// The answer to a call, or to a part of one.
 pub(super) type Answer<T> = Result<T, Status>;

@@ -8,6 +8,7 @@ pub(crate) mod launcher;
 mod metrics;
 pub(crate) mod options;
 mod pods;
+mod subject;
 mod task;
 pub(crate) mod timestamp;
 
@@ -18,11 +19,15 @@ use ttrpc::{Code, Status};
 use crate::server::{Call, Handler};
 use launcher::LauncherService;
 pub use pods::Pods;
+pub use subject::Subject;
 use task::TaskService;
 
 /// The Task service has two names and the same messages: containerd 1.x calls the first, and 2.x
 /// the one of the bootstrap's protocol version (`core/runtime/v2/bridge.go`).
 const TASK: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+
+/// The one call that lasts as long as a process.
+const WAIT: &str = "Wait";
 
 /// The services of a daemon.
 #[derive(Debug)]
@@ -50,6 +55,18 @@ impl Services {
 #[async_trait]
 impl Handler for Services {
     async fn call(&self, call: Call) -> Result<Vec<u8>, Status> {
+        if TASK.contains(&call.service.as_str()) && call.method == WAIT {
+            let ended = self.task.wait(&call)?;
+            drop(call);
+            return ended.await;
+        }
+        // A Wait lasts as long as its process: what the others need meanwhile is no part of it.
+        Box::pin(self.answer(call)).await
+    }
+}
+
+impl Services {
+    async fn answer(&self, call: Call) -> Result<Vec<u8>, Status> {
         match call.service.as_str() {
             service if TASK.contains(&service) => self.task.call(&call).await,
             launcher::NAME => self.launcher.call(&call).await,

@@ -39,14 +39,34 @@ impl TaskService {
         Self { pods, ..self }
     }
 
+    /// Begins a `Wait`, which has not to do with its request any more.
+    pub(crate) fn wait(
+        &self,
+        call: &Call,
+    ) -> Answer<impl Future<Output = Answer<Vec<u8>>> + Send + use<>> {
+        let context = CallContext::new(call, &self.node)?;
+        let request: api::WaitRequest = decode(call)?;
+        let process = context.process(&request.id, &request.exec_id)?;
+        let ended = self.node.wait(&process);
+        Ok(async {
+            let exit = ended.await.map_err(status::from)?;
+            encode(&api::WaitResponse {
+                exit_status: exit.code,
+                exited_at: timestamp::of(exit.at),
+                ..api::WaitResponse::default()
+            })
+        })
+    }
+
+    /// Answers any other call.
     pub(crate) async fn call(&self, call: &Call) -> Answer<Vec<u8>> {
-        let node = self.node.with_context(request_context(call));
-        let context = || CallContext::new(call, &node);
+        let node = &self.node.with_context(request_context(call));
+        let context = || CallContext::new(call, node);
         match call.method.as_str() {
             "State" => encode(&state(&context()?, decode(call)?)?),
             "Create" => {
                 let pods = self.pods.as_ref();
-                encode(&create(call, &node, pods, decode(call)?).await?)
+                encode(&create(call, node, pods, decode(call)?).await?)
             }
             "Start" => encode(&start(&context()?, decode(call)?).await?),
             "Delete" => encode(&delete(&context()?, decode(call)?).await?),
@@ -59,7 +79,6 @@ impl TaskService {
             "ResizePty" => resize_pty(&context()?, &decode(call)?).map(empty),
             "CloseIO" => close_io(&context()?, decode(call)?).await.map(empty),
             "Update" => update(&context()?, decode(call)?).await.map(empty),
-            "Wait" => encode(&wait(&context()?, decode(call)?).await?),
             "Stats" => encode(&stats(&context()?, decode(call)?).await?),
             "Connect" => encode(&connect(&context()?, &decode(call)?)?),
             // One daemon serves all containers: it does not end because one of them did.
@@ -231,19 +250,6 @@ async fn update(context: &CallContext<'_>, request: api::UpdateTaskRequest) -> A
         .update(&context.task(&request.id)?, resources)
         .await
         .map_err(status::from)
-}
-
-async fn wait(context: &CallContext<'_>, request: api::WaitRequest) -> Answer<api::WaitResponse> {
-    let exit = context
-        .node
-        .wait(&context.process(&request.id, &request.exec_id)?)
-        .await
-        .map_err(status::from)?;
-    Ok(api::WaitResponse {
-        exit_status: exit.code,
-        exited_at: timestamp::of(exit.at),
-        ..api::WaitResponse::default()
-    })
 }
 
 async fn stats(

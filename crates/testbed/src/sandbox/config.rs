@@ -10,24 +10,44 @@ use crate::image;
 use crate::machine::CNI_PLUGINS;
 
 /// Plugins that need what is not there, or write where they must not.
-const NEVER: &str = r#""io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+const NEVER: &str = r#""io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs""#;
 /// Of the range for documentation: no machine has it.
 const SUBNET: &str = "192.0.2.0/24";
+/// Unless it is asked for.
+const NRI: &str = r#""io.containerd.nri.v1.nri", "#;
 const CRI: &str = r#""io.containerd.grpc.v1.cri", "#;
 
 impl Sandbox {
     pub(super) fn write_config(&self, with_cri: bool) -> anyhow::Result<()> {
         let directory = self.directory.display();
-        let without = if with_cri { "" } else { CRI };
+        let cri = if with_cri { "" } else { CRI };
+        let nri = if self.has_nri { "" } else { NRI };
         let mut config = format!(
             "version = 2\nroot = \"{directory}/root\"\nstate = \"{directory}/state\"\n\
-             disabled_plugins = [{without}{NEVER}]\n[grpc]\naddress = \"{directory}/c.sock\"\n"
+             disabled_plugins = [{cri}{nri}{NEVER}]\n[grpc]\naddress = \"{directory}/c.sock\"\n"
         );
         if with_cri {
             config.push_str(&self.cri());
         }
+        config.push_str(&self.plugins());
         Ok(fs::write(self.directory.join("containerd.toml"), config)?)
+    }
+
+    /// The Node Resource Interface.
+    fn plugins(&self) -> String {
+        if !self.has_nri {
+            return String::new();
+        }
+        let directory = self.directory.display();
+        format!(
+            r#"[plugins."io.containerd.nri.v1.nri"]
+  disable = false
+  socket_path = "{directory}/nri.sock"
+  plugin_path = "{directory}/nri"
+  plugin_config_path = "{directory}/nri"
+"#
+        )
     }
 
     /// The CRI with three handlers: `embed` by our own runtime type, `path` by runc-v2's with the
@@ -113,6 +133,11 @@ impl Sandbox {
         self.set_environment("EMBEDSHIM_CONFIG", &config.to_string_lossy());
         self.has_sandboxer = true;
         self.enable_cri()
+    }
+
+    /// Lets plugins of the Node Resource Interface connect to the next containerd, at `nri.sock`.
+    pub fn enable_nri(&mut self) {
+        self.has_nri = true;
     }
 
     /// Configures the CRI for the next start of containerd.

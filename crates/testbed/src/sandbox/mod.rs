@@ -41,6 +41,7 @@ pub struct Sandbox {
     shims: Option<PathBuf>,
     oci_runtime: Option<PathBuf>,
     has_sandboxer: bool,
+    has_nri: bool,
     containerd: Option<Running>,
     environment: Vec<(String, String)>,
 }
@@ -78,6 +79,7 @@ impl Sandbox {
             shims: None,
             oci_runtime: None,
             has_sandboxer: false,
+            has_nri: false,
             containerd: None,
             environment: Vec::new(),
         };

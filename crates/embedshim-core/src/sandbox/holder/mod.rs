@@ -10,7 +10,7 @@ mod sys;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,13 +58,13 @@ impl Base {
     /// Makes it; `stage` is any directory. `Unsupported` on a processor that there is no program
     /// for. Blocks.
     pub(super) fn make(stage: &Path) -> io::Result<Self> {
-        let program = program::file()?;
+        let program = program::file()?.ok_or_else(|| {
+            let why = "shared processes need x86-64 or arm64: elsewhere there is no program";
+            io::Error::new(io::ErrorKind::Unsupported, why)
+        })?;
         Ok(Self {
-            program: program.ok_or_else(|| {
-                let why = "shared processes need x86-64 or arm64: elsewhere there is no program";
-                io::Error::new(io::ErrorKind::Unsupported, why)
-            })?,
-            mounts: empty_mounts(stage)?,
+            mounts: empty_mounts(stage, program.as_fd())?,
+            program,
         })
     }
 
@@ -78,9 +78,10 @@ impl Base {
     }
 }
 
-/// A mount namespace with nothing but an empty file system that is read-only.
-fn empty_mounts(stage: &Path) -> io::Result<OwnedFd> {
-    let stage = stage.to_owned();
+/// A mount namespace with nothing but an empty file system that is read-only; empty but for a name
+/// of the program, where it needs one.
+fn empty_mounts(stage: &Path, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let (stage, program) = (stage.to_owned(), program.as_raw_fd());
     // A thread of its own: it has lost the host's file system afterwards.
     let thread = std::thread::Builder::new().name("sandbox".into());
     let thread = thread.spawn(move || {
@@ -90,8 +91,19 @@ fn empty_mounts(stage: &Path) -> io::Result<OwnedFd> {
         let none = None::<&str>;
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(none, "/", none, private, none)?;
-        let options = Some("mode=555,size=4k,nr_inodes=2");
-        mount(Some("tmpfs"), &stage, Some("tmpfs"), EMPTY, options)?;
+        let needs_name = has_tomoyo(&stage);
+        let (options, first) = if needs_name {
+            ("mode=555,size=4k,nr_inodes=6", EMPTY - MsFlags::MS_RDONLY)
+        } else {
+            ("mode=555,size=4k,nr_inodes=2", EMPTY)
+        };
+        mount(Some("tmpfs"), &stage, Some("tmpfs"), first, Some(options))?;
+        if needs_name {
+            let names = stage.join("dev/fd");
+            fs::create_dir_all(&names)?;
+            File::create(names.join(program.to_string()))?;
+            mount(none, &stage, none, EMPTY | MsFlags::MS_REMOUNT, none)?;
+        }
         chdir(&stage)?;
         pivot_root(".", ".")?;
         umount2(".", MntFlags::MNT_DETACH)?;
@@ -99,6 +111,19 @@ fn empty_mounts(stage: &Path) -> io::Result<OwnedFd> {
     })?;
     let joined = thread.join();
     joined.unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+}
+
+/// Whether TOMOYO is active, as in Debian 11: it resolves the name `/dev/fd/N` that the kernel
+/// gives to a program without one, and refuses its execution if that leads nowhere. Mounts and
+/// unmounts; for a mount namespace of its own.
+fn has_tomoyo(stage: &Path) -> bool {
+    let (none, flags) = (None::<&str>, MsFlags::empty());
+    if mount(none, stage, Some("securityfs"), flags, none).is_err() {
+        return false;
+    }
+    let is_there = stage.join("tomoyo").exists();
+    let _ = umount2(stage, MntFlags::MNT_DETACH);
+    is_there
 }
 
 /// Makes a process of the node's the pod's: its cgroup and its score for the OOM killer. Neither is

@@ -37,10 +37,11 @@ impl Engine {
         }
         let plan = Plan::parse(&request.stdio)?;
         let (bundle, spec) = read_bundle(&request).await?;
+        let traits = spec.traits();
         let runtime = Runtime::new(
             &request.runtime,
             &request.key,
-            &spec,
+            traits,
             self.config.runtime_deadline,
             self.reaper.clone(),
             self.calls.clone(),
@@ -49,7 +50,7 @@ impl Engine {
             request,
             bundle,
             runtime,
-            spec.has_own_pid_namespace(),
+            traits,
             context.request,
             self.new_fds(),
         ));

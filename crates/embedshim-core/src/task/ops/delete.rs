@@ -158,7 +158,7 @@ async fn end_created(task: &Arc<Task>) -> Result<(), Error> {
 /// be thawed first.
 async fn delete_container(task: &Task, force: bool) -> Result<(), Error> {
     let log = task.log();
-    let is_over = !force && task.has_own_pid_namespace && task.init.now().exit().is_some();
+    let is_over = !force && task.traits.own_pid_namespace && task.init.now().exit().is_some();
     let deleted = match task.init.identity().filter(|_| is_over) {
         Some(init) => task.runtime.delete_ended(task.id(), init, &log).await,
         None => task.runtime.delete(task.id(), force, &log).await,

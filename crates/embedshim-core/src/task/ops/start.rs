@@ -9,6 +9,7 @@ use tracing::{debug, info, warn};
 
 use crate::error::Error;
 use crate::event::EventKind;
+use crate::failpoint;
 use crate::id::{ExecId, ProcessKey};
 use crate::runtime::Exec;
 use crate::stdio::Plan;
@@ -186,6 +187,7 @@ impl Engine {
         files: &ExecFiles,
         failed: FailedStart,
     ) {
+        failpoint::step("before an exec whose start is refused is ended");
         if process.identity().is_none() {
             kill_unwatched(task, process, files).await;
         }
@@ -235,6 +237,8 @@ async fn kill_unwatched(task: &Arc<Task>, process: &Arc<TaskProcess>, files: &Ex
         Err(_) => None,
     };
     if let Some(started) = started {
+        let pid = started.identity().pid;
+        debug!(id = %task.id(), pid, "ending an exec whose start is refused");
         let _ = started.signal(libc::SIGKILL);
     }
 }

@@ -106,20 +106,19 @@ impl Engine {
     ) -> Result<Option<Arc<Task>>, Error> {
         let LoadedTask {
             record,
-            spec,
+            traits,
             is_bundle_gone,
         } = loaded;
         let runtime = Runtime::new(
             &record.runtime,
             &record.key(),
-            &spec,
+            traits,
             self.config.runtime_deadline,
             self.reaper.clone(),
             self.calls.clone(),
         );
-        let own_pid_namespace = spec.has_own_pid_namespace();
         let fds = |number| self.fds_of(number);
-        let task = Arc::new(Task::restored(record, runtime, own_pid_namespace, fds));
+        let task = Arc::new(Task::restored(record, runtime, traits, fds));
         if task.is_complete() && calls.is_empty() && is_bundle_gone {
             warn!(
                 id = %task.id(),

@@ -181,12 +181,21 @@ impl Engine {
                 if let Some(event) = event {
                     self.emit(task, event);
                 }
-                if let Err(error) = self.save(task).await {
-                    warn!(id = %task.id(), %error, "cannot store a container's state");
-                }
+                self.save_or_warn(task).await;
+            } else if known == Some(Phase::Created) && init.early_exit().is_some() {
+                // It has ended by the runtime's own code: the request that comes again is not told
+                // that it was started.
+                init.unmark_start();
+                self.save_or_warn(task).await;
             }
         }
         self.release_exit(task, init);
+    }
+
+    async fn save_or_warn(&self, task: &Arc<Task>) {
+        if let Err(error) = self.save(task).await {
+            warn!(id = %task.id(), %error, "cannot store a container's state");
+        }
     }
 
     /// Watches execs whose pid the runtime has written, while its calls go on: a hook or a wrapper

@@ -318,8 +318,8 @@ impl Journal {
     }
 
     /// Removes the file: the connection is over.
-    pub(super) fn remove(self) {
-        if let Some(log) = self.log {
+    pub(super) fn remove(&mut self) {
+        if let Some(log) = self.log.take() {
             let _ = log.remove();
         }
     }
