@@ -237,13 +237,11 @@ top_value() {
     ' "$2" | tr -d ' \t'
 }
 
-# A directory of which containerd 2 reads every file.
+# A directory of which containerd 2 reads every file. Without a configuration it reads none, not even
+# the one that it names as its default.
 imported_directory() {
-    if [ -e "$CONFIG" ]; then
-        top_value imports "$CONFIG"
-    else
-        "$CONTAINERD" config default 2> /dev/null | top_value imports -
-    fi | tr ',' '\n' | tr -d "\"'[]" | sed -n 's#^\(/[A-Za-z0-9/._-]*\)/\*\.toml$#\1#p' | head -n 1
+    [ -e "$CONFIG" ] || return 0
+    top_value imports "$CONFIG" | tr ',' '\n' | tr -d "\"'[]" | sed -n 's#^\(/[A-Za-z0-9/._-]*\)/\*\.toml$#\1#p' | head -n 1
 }
 
 # The section of our handler has our launcher.
@@ -280,8 +278,12 @@ options_of_runc() {
     ' "$1"
 }
 
+# The socket of the API; its table is a plugin's from version 4 of the configuration (containerd 2.3) on.
 address_of() {
-    awk '/^[ \t]*\[/ { inside = $1 == "[grpc]" } inside && $1 == "address" { gsub(/["\047]/, "", $3); print $3 }' "$1"
+    awk '
+        /^[ \t]*\[/ { inside = $1 == "[grpc]" || /io[.]containerd[.]server[.]v1[.]grpc["\047]\][ \t]*$/ }
+        inside && $1 == "address" { gsub(/["\047]/, "", $3); print $3 }
+    ' "$1"
 }
 
 # The default handler, as a table: with any handler in the file, containerd 1 has no default one.

@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Footprint, Stage, Test};
+use embedshim_tests::{Footprint, Stage, Test, on_a_terminal};
 use testbed::sandbox::{PATIENCE, Running, Sandbox};
 
 use crate::tests;
@@ -24,26 +24,6 @@ pub(crate) const TESTS: [Test; 11] = tests!(AnyRuntime:
 
 fn finish(command: &mut Command) -> anyhow::Result<testbed::sandbox::Finished> {
     Running::capture(command)?.finish(PATIENCE)
-}
-
-/// Runs `ctr` on a terminal, which `script` makes.
-fn on_a_terminal(command: &Command) -> Command {
-    let words: Vec<String> = std::iter::once(command.get_program())
-        .chain(command.get_args())
-        .map(|word| format!("'{}'", word.to_string_lossy()))
-        .collect();
-    let mut script = Command::new("script");
-    script
-        .args([
-            "--quiet",
-            "--return",
-            "--flush",
-            "--command",
-            &words.join(" "),
-            "/dev/null",
-        ])
-        .stdin(Stdio::null());
-    script
 }
 
 fn output_and_error_output_arrive_apart(stage: &Stage) -> anyhow::Result<()> {

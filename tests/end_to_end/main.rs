@@ -87,7 +87,8 @@ macro_rules! tests {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = arguments.test_threads.or_else(usual_threads);
     if let Err(error) = clean_up_on_signals() {
         eprintln!("cannot take signals: {error}");
         return ExitCode::FAILURE;
@@ -122,6 +123,12 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&arguments, trials);
     clean_up_all();
     conclusion.exit_code()
+}
+
+/// Two tests a processor: they wait for most of their time.
+fn usual_threads() -> Option<usize> {
+    let processors = std::thread::available_parallelism().ok()?;
+    Some(processors.get().saturating_mul(2))
 }
 
 /// Why tests with Prometheus cannot run. In CI they run and fail.

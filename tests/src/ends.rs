@@ -119,7 +119,9 @@ pub fn on_a_terminal(command: &Command) -> Command {
         .map(quote)
         .collect();
     let mut script = Command::new("script");
+    let variables = command.get_envs();
     script
+        .envs(variables.filter_map(|(name, value)| Some((name, value?))))
         .args(["--quiet", "--return", "--flush", "--command"])
         .arg(words.join(" "))
         .arg("/dev/null")

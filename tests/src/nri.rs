@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use prost::Message;
 use protobuf::Message as _;
 use shim_api::frame::{self, HEADER, Header, Kind};
@@ -31,6 +31,13 @@ const EVENTS: [(i32, &str); 6] = [
     (4, "create"),
     (6, "start"),
     (10, "stop"),
+];
+/// The calls for some of them.
+const CALLS: [(&str, i32); 4] = [
+    ("RunPodSandbox", 1),
+    ("StopPodSandbox", 2),
+    ("RemovePodSandbox", 3),
+    ("StartContainer", 6),
 ];
 const CREATE: i32 = 4;
 const STOP: i32 = 10;
@@ -214,7 +221,14 @@ impl Serving {
                 self.hear(change.event, change.pod.as_ref(), change.container.as_ref());
                 Vec::new()
             }
-            other => bail!("containerd calls {other}"),
+            // From 2.3 on, what was a change of state is a call of its own, with the same fields.
+            method => {
+                let event = CALLS.iter().find(|(name, _)| *name == method);
+                let (_, event) = event.with_context(|| format!("containerd calls {method}"))?;
+                let request = OfContainer::decode(call.payload.as_slice())?;
+                self.hear(*event, request.pod.as_ref(), request.container.as_ref());
+                Vec::new()
+            }
         };
         send(
             &self.stream,

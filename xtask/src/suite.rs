@@ -4,7 +4,7 @@
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::Context;
@@ -39,6 +39,10 @@ pub(crate) struct Options {
     /// Run the end-to-end suite only, with this containerd; those of other releases are fetched
     #[arg(long, value_enum)]
     containerd: Option<Containerd>,
+    /// Run the end-to-end suite only, with the containerd, ctr and shim for runc that are in this
+    /// directory: any other release, or one of your own
+    #[arg(long, value_name = "DIRECTORY", conflicts_with_all = ["containerd", "clients"])]
+    containerd_in: Option<PathBuf>,
     /// Run the end-to-end suite only, with runc of Debian's development release (1.3 or later)
     #[arg(long)]
     newer_runc: bool,
@@ -104,8 +108,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             .stdout(Stdio::piped());
         cargo
     };
-    let is_whole = options.runtime.is_none() && options.containerd.is_none();
-    if is_whole && !options.clients && !options.newer_runc {
+    if options.is_whole() {
         fetch_docker(Release::Installed);
         let mut cargo = command(&products::DEV_SELECTION);
         let mut results = run_tests(cargo.args(["--all-targets", "--"]).args(&options.filter))?;
@@ -120,40 +123,24 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         return results.conclude();
     }
     let runtime = options.runtime.as_deref().unwrap_or(EMBEDSHIM);
-    let default = if options.clients {
-        Containerd::All
-    } else {
-        Containerd::Installed
-    };
     let clients = options.clients.then(|| CLIENTS.to_owned());
     let filter = options.filter.clone().or(clients);
     let mut table = Vec::new();
     let mut all = Results::default();
-    for release in options.containerd.unwrap_or(default).releases() {
+    for subject in options.subjects()? {
         let mut cargo = command(&products::DEV_SELECTION);
         cargo.args(["--test", "end_to_end"]);
         cargo.env("EMBEDSHIM_TEST_RUNTIME", runtime);
         if options.newer_runc {
             cargo.env("PATH", with_newer_runc()?);
         }
-        if let Some(programs) = release.programs()? {
-            cargo.env("EMBEDSHIM_TEST_PROGRAMS", programs);
-        }
-        let version = release.version()?;
-        cargo.env("EMBEDSHIM_TEST_CONTAINERD", &version);
-        println!("\ncontainerd {version}, {runtime}");
-        // Never that of another release instead.
-        let docker = fetch_docker(*release);
-        if let Some(engine) = &docker {
-            println!("Docker {}", engine.version()?);
-        }
-        let root = docker.as_ref().map(Engine::root);
-        cargo.env("EMBEDSHIM_TEST_DOCKER", root.unwrap_or(Path::new("")));
         if options.clients {
             cargo.envs(IN_FULL);
         }
+        println!("\ncontainerd {}, {runtime}", subject.version);
+        subject.give(&mut cargo)?;
         let results = run_tests(cargo.arg("--").args(&filter))?;
-        table.push((version, results.counts));
+        table.push((subject.version, results.counts));
         all.append(results);
     }
     println!(
@@ -167,6 +154,77 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         );
     }
     all.conclude()
+}
+
+impl Options {
+    /// Whether it is about everything, not about the end-to-end suite in other circumstances.
+    fn is_whole(&self) -> bool {
+        let is_usual = self.containerd.is_none() && self.containerd_in.is_none();
+        is_usual && self.runtime.is_none() && !self.clients && !self.newer_runc
+    }
+
+    /// What the end-to-end suite runs with.
+    fn subjects(&self) -> anyhow::Result<Vec<Subject>> {
+        if let Some(directory) = &self.containerd_in {
+            return Ok(vec![Subject::own(directory)?]);
+        }
+        let default = if self.clients {
+            Containerd::All
+        } else {
+            Containerd::Installed
+        };
+        let chosen = self.containerd.unwrap_or(default);
+        let releases = chosen.releases().iter().copied();
+        releases.map(Subject::of).collect()
+    }
+}
+
+/// A containerd to run the end-to-end suite with.
+struct Subject {
+    version: String,
+    /// Where its programs are, unless they are installed.
+    programs: Option<PathBuf>,
+    /// Whose Docker goes with it.
+    release: Option<Release>,
+}
+
+impl Subject {
+    /// That of a release of Debian.
+    fn of(release: Release) -> anyhow::Result<Self> {
+        Ok(Self {
+            version: release.version()?,
+            programs: release.programs()?,
+            release: Some(release),
+        })
+    }
+
+    /// One that the caller has.
+    fn own(directory: &Path) -> anyhow::Result<Self> {
+        let directory = directory
+            .canonicalize()
+            .with_context(|| format!("no containerd in {}", directory.display()))?;
+        Ok(Self {
+            version: releases::version_of(&directory.join("containerd"))?,
+            programs: Some(directory),
+            release: None,
+        })
+    }
+
+    /// Tells the suite of it.
+    fn give(&self, suite: &mut Command) -> anyhow::Result<()> {
+        suite.env("EMBEDSHIM_TEST_CONTAINERD", &self.version);
+        if let Some(programs) = &self.programs {
+            suite.env("EMBEDSHIM_TEST_PROGRAMS", programs);
+        }
+        // Never that of another release instead.
+        let docker = self.release.and_then(fetch_docker);
+        if let Some(engine) = &docker {
+            println!("Docker {}", engine.version()?);
+        }
+        let root = docker.as_ref().map(Engine::root);
+        suite.env("EMBEDSHIM_TEST_DOCKER", root.unwrap_or(Path::new("")));
+        Ok(())
+    }
 }
 
 /// The programs as ever, but for runc.

@@ -59,3 +59,52 @@ pub(crate) fn when_readable(descriptor: BorrowedFd<'_>) -> io::Result<AsyncFd<Bo
     unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }
         .map_err(io::Error::from)
 }
+
+/// How the kernel schedules a thread: the first version of its `struct sched_attr`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Scheduling {
+    size: u32,
+    pub(crate) policy: u32,
+    pub(crate) flags: u64,
+    pub(crate) nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// The size of [`Scheduling`], `SCHED_ATTR_SIZE_VER0`.
+const SCHEDULING_SIZE: u32 = 48;
+
+impl Scheduling {
+    /// That of the calling thread.
+    pub(crate) fn of_this_thread() -> io::Result<Self> {
+        let mut found = Self::default();
+        // SAFETY: the kernel writes at most the size that is named, which is that of the type.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_sched_getattr,
+                0,
+                &raw mut found,
+                SCHEDULING_SIZE,
+                0,
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(found)
+    }
+
+    /// Gives it to the calling thread.
+    pub(crate) fn give_to_this_thread(mut self) -> io::Result<()> {
+        self.size = SCHEDULING_SIZE;
+        // SAFETY: the kernel reads and writes at most the size that the first field names.
+        let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw mut self, 0) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}

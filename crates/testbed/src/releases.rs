@@ -81,24 +81,26 @@ impl Release {
     /// Its version, such as 1.7.24.
     pub fn version(self) -> anyhow::Result<String> {
         let program = self.programs()?.map_or_else(
-            || "containerd".into(),
+            || PathBuf::from("containerd"),
             |directory| directory.join("containerd"),
         );
-        let output = Command::new(program)
-            .arg("--version")
-            .output()
-            .context("cannot run containerd")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let version = text
-            .split_whitespace()
-            .nth(2)
-            .with_context(|| format!("containerd --version: {text}"))?;
-        Ok(version
-            .split(['~', '+'])
-            .next()
-            .unwrap_or(version)
-            .to_owned())
+        version_of(&program)
     }
+}
+
+/// The version that a containerd says it is, without what a distribution has added.
+pub fn version_of(program: &Path) -> anyhow::Result<String> {
+    let output = Command::new(program)
+        .arg("--version")
+        .output()
+        .with_context(|| format!("cannot run {}", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text
+        .split_whitespace()
+        .nth(2)
+        .with_context(|| format!("{} --version: {text}", program.display()))?;
+    let own = version.split(['~', '+']).next().unwrap_or(version);
+    Ok(own.trim_start_matches('v').to_owned())
 }
 
 /// The directory with a CRIU that knows today's kernels; Debian 12's does not know 6.18.

@@ -9,6 +9,7 @@ mod oversight;
 mod pods;
 mod threads;
 mod upkeep;
+mod urgency;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -42,6 +43,7 @@ use durables::Parts;
 use guardian::{Guardian, Keeper};
 use oversight::{Kept, Oversight};
 use pods::PodService;
+use urgency::Urgency;
 
 /// How long a daemon that is asked to leave continues what is in flight.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
@@ -77,6 +79,7 @@ pub(crate) fn run(options: &Serve, activation: Activation) -> Result<Code, Failu
     let oversight = Oversight::begin(state_dir, &config, kept, runtime.handle().clone());
     let ending = Ending::watch().context("cannot listen for signals")?;
     let traces = Traces::start(&config);
+    let urgency = Urgency::begin();
     let served = runtime.block_on(serve(
         &config,
         options,
@@ -86,6 +89,7 @@ pub(crate) fn run(options: &Serve, activation: Activation) -> Result<Code, Failu
         &oversight,
         &traces,
     ));
+    drop(urgency);
     let (reason, was_asked) = last_words(&served);
     oversight.lives.end(&reason, was_asked);
     // Does not wait for threads that a file system holds up.

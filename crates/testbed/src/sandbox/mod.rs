@@ -226,6 +226,8 @@ impl Sandbox {
             .arg(self.directory.join("c.sock"))
             .args(["--namespace", &self.namespace])
             .args(arguments);
+        // From 2.2 on it would say of cgroup v1 what is not of the container.
+        ctr.env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1");
         ctr.stdin(Stdio::null());
         ctr
     }
