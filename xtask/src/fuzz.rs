@@ -124,7 +124,7 @@ fn install() -> anyhow::Result<PathBuf> {
     if !program.is_file() {
         println!("Installing cargo-fuzz into {}", root.display());
         let status = cargo()
-            .args(["install", "--quiet", "--locked", "--root"])
+            .args(["install", "--quiet", "--locked", "--debug", "--root"])
             .arg(&root)
             .args(["--version", VERSION, "cargo-fuzz"])
             .status()?;
