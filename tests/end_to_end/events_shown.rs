@@ -1,23 +1,26 @@
-//! What an operator sees of events: `events --follow` tells each once and in order and ends with
-//! the daemon, `events` and `inspect` tell what the daemon remembers.
+//! What an operator sees of events: `events --follow` tells each once and in order, of one daemon
+//! after the other, `events` and `inspect` tell what the daemon remembers.
 
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use containerd_shim_protos::api;
 use embedshim_tests::{Bundle, Shim, Stage, Test};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
-use testbed::sandbox::{PATIENCE, Running, Sandbox, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, stop, until};
 
 use crate::operators::{ask, json, started};
 use crate::tests;
 
-pub(crate) const OURS: [Test; 4] = tests!(WithoutContainerd:
-    a_follower_is_told_each_event_in_order_and_ends_with_the_daemon,
+pub(crate) const OURS: [Test; 5] = tests!(WithoutContainerd:
+    a_follower_is_told_each_event_in_order_and_ends_with_the_last_daemon,
+    a_follower_goes_on_with_the_next_daemon_and_is_told_each_exit_once,
     a_successor_remembers_its_own_events_and_says_since_when,
     a_follower_whose_reader_has_gone_ends_without_a_word,
     followers_keep_no_client_from_being_answered,
@@ -59,7 +62,7 @@ fn life(sandbox: &Sandbox, shim: &Shim) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn a_follower_is_told_each_event_in_order_and_ends_with_the_daemon(
+fn a_follower_is_told_each_event_in_order_and_ends_with_the_last_daemon(
     stage: &Stage,
 ) -> anyhow::Result<()> {
     const LIFE: [&str; 9] = [
@@ -74,23 +77,8 @@ fn a_follower_is_told_each_event_in_order_and_ends_with_the_daemon(
         "delete",
     ];
     let (sandbox, shim) = started(stage)?;
-    let told = sandbox.directory().join("told");
-    let mut command = Command::new(stage.binary("embedshimd"));
     // Those that happen before it follows are told, too.
-    command
-        .args([
-            "events",
-            "--follow",
-            "--last",
-            "1000",
-            "--json",
-            "--state-dir",
-        ])
-        .arg(sandbox.state_dir())
-        .stdin(Stdio::null())
-        .stdout(fs::File::create(&told)?)
-        .stderr(Stdio::piped());
-    let mut following = Running::spawn(&mut command)?;
+    let (mut following, told) = follow(stage, &sandbox, &["--last", "1000"])?;
     life(&sandbox, &shim)?;
     shim.delete("c")?;
     let seen = || events(&fs::read_to_string(&told)?);
@@ -122,6 +110,64 @@ fn a_follower_is_told_each_event_in_order_and_ends_with_the_daemon(
     ensure!(
         ended.code == Some(9) && ended.stderr.contains("has ended"),
         "{ended:?}"
+    );
+    Ok(())
+}
+
+/// `events --follow --json`, and the file with what it says.
+fn follow(
+    stage: &Stage,
+    sandbox: &Sandbox,
+    options: &[&str],
+) -> anyhow::Result<(Running, PathBuf)> {
+    let told = sandbox.directory().join("told");
+    let mut command = Command::new(stage.binary("embedshimd"));
+    command
+        .args(["events", "--follow", "--json", "--state-dir"])
+        .arg(sandbox.state_dir())
+        .args(options)
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(&told)?)
+        .stderr(Stdio::piped());
+    Ok((Running::spawn(&mut command)?, told))
+}
+
+fn a_follower_goes_on_with_the_next_daemon_and_is_told_each_exit_once(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let (sandbox, shim) = started(stage)?;
+    let (_following, told) = follow(stage, &sandbox, &["--last", "1000"])?;
+    let seen = || events(&fs::read_to_string(&told)?);
+    life(&sandbox, &shim)?;
+    let count = |wanted: &str| {
+        let seen = seen()?;
+        Ok::<_, anyhow::Error>(kinds(&seen).iter().filter(|kind| **kind == wanted).count())
+    };
+    until("both exits are told of", || Ok(count("exit")? == 2))?;
+    // Its init ends while no daemon is there: nothing but the next one can tell.
+    let bundle = Bundle::new(&sandbox, "d", &["sleep", "1000"])?;
+    let pid = shim.create("d", bundle.path())?;
+    shim.start("d")?;
+    until("the second start is told of", || Ok(count("start")? == 2))?;
+    let keeper = Pid::from_raw(sandbox.keeper_pid().context("no keeper")?);
+    let daemon = Pid::from_raw(sandbox.daemon_pid().context("no daemon")?);
+    stop(keeper)?;
+    kill(daemon, Signal::SIGKILL)?;
+    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+    kill(keeper, Signal::SIGCONT)?;
+    until("the third exit is told of", || Ok(count("exit")? == 3))?;
+    shim.delete("c")?;
+    until("a deletion is told of", || Ok(count("delete")? == 1))?;
+    let seen = seen()?;
+    let replaced = seen
+        .iter()
+        .position(|line| line["daemon_since"].is_number());
+    let replaced = replaced.context("not said that another daemon serves")?;
+    let after = seen.get(replaced + 1..).context("nothing after it")?;
+    ensure!(kinds(after) == ["exit", "delete"], "{seen:?}");
+    ensure!(
+        after[0]["id"] == "d" && after[0]["exit_code"] == 137 && after[0]["pid"] == pid,
+        "{seen:?}"
     );
     Ok(())
 }

@@ -87,10 +87,11 @@ create, start, exit, oom, delete, paused, resumed, exec-added, exec-started, san
 sandbox-stopped, sandbox-removed; with the namespace, the id, the process and its exit code. A daemon \
 that takes over tells again of the exits of tasks that are not deleted, with the times of the exits.
 
-With `--follow` it shows each event when it happens, until it is interrupted or the daemon ends, which \
-is exit code 9: another daemon begins with none. A reader that is too slow misses the oldest events and \
-is told how many; it holds up nothing. With `--json` each line is an object, {\"lost\":NUMBER} where \
-events are missing.";
+With `--follow` it shows each event when it happens, until it is interrupted. When the daemon ends it \
+says so and goes on with the next one; no exit is missing or shown twice. If none serves within ten \
+seconds that is exit code 9. A reader that is too slow misses the oldest events and is told how many; \
+it holds up nothing. With `--json` each line is an object, {\"lost\":NUMBER} where events are missing, \
+{\"daemon_since\":SECONDS} where another daemon goes on.";
 
 const METRICS: &str = "\
 Prints the metrics as Prometheus reads them: tasks, exits by evidence, durations of requests and of \

@@ -285,6 +285,9 @@ pub(crate) enum EventLine {
     Event(Event),
     /// The reader was too slow: so many events are missing here.
     Lost { lost: u64 },
+    /// Said by the command itself: another daemon tells of events from this time on, in seconds
+    /// since the epoch.
+    Replaced { daemon_since: f64 },
 }
 
 /// `/v1/sandboxes`.

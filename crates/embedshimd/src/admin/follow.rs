@@ -115,6 +115,7 @@ mod tests {
                     due += lost;
                     missed += lost;
                 }
+                EventLine::Replaced { .. } => panic!("a daemon does not say this"),
             }
         }
         assert!(

@@ -1,10 +1,14 @@
 //! `embedshimd events`: what happens to tasks and sandboxes, and the last of what has. Owns the
 //! lines; the daemon remembers.
 
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use super::table::Table;
 use super::words::{clock, dash, visible};
 use super::{document, failure};
-use crate::admin::client::{AskError, Lines};
+use crate::admin::client::{AskError, Lines, ask};
 use crate::admin::documents::{Event, EventLine, History, Recent};
 use crate::cli;
 use crate::outcome::{Code, Failure, print_while_read};
@@ -18,10 +22,16 @@ const TITLES: [&str; 7] = [
     "PID",
     "EXIT CODE",
 ];
+const FOLLOW: &str = "/v1/events/follow";
+/// How long no daemon may serve until it is said that the followed one has ended.
+const REPLACEMENT: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(50);
+/// The exits of one task that are remembered, to show none twice.
+const EXITS: usize = 64;
 /// How wide the columns are at least when what comes is not known yet.
 const WIDTHS: [usize; 7] = [24, 15, 10, 24, 10, 8, 0];
 
-/// Shows what the daemon remembers, or each event until the daemon ends.
+/// Shows what the daemon remembers, or each event, of one daemon after the other.
 pub(crate) fn run(options: &cli::Events) -> Result<Code, Failure> {
     if options.follow {
         return follow(options);
@@ -45,34 +55,112 @@ pub(crate) fn run(options: &cli::Events) -> Result<Code, Failure> {
     Ok(Code::Ok)
 }
 
-/// Until this process is interrupted, its reader has closed its end, or the daemon ends.
+/// Until this process is interrupted, its reader has closed its end, or no daemon is left.
 fn follow(options: &cli::Events) -> Result<Code, Failure> {
     let state_dir = &options.daemon.state_dir;
     let path = match options.last {
-        None => "/v1/events/follow".to_owned(),
+        None => FOLLOW.to_owned(),
         Some(last) => {
             let recent: Recent = document(state_dir, "/v1/events")?;
             let first = recent.events.len().saturating_sub(last);
             let first = recent.events.get(first);
-            let number = first.map_or(recent.next, |event| event.number);
-            format!("/v1/events/follow/{number}")
+            from(first.map_or(recent.next, |event| event.number))
         }
     };
     let mut lines = Lines::open(state_dir, &path).map_err(failure)?;
     if !options.daemon.json && !print_while_read(&row(&TITLES.map(str::to_owned)))? {
         return Ok(Code::Ok);
     }
+    let mut told = Told::default();
     loop {
-        let line = lines.next().map_err(failure)?;
-        let line = serde_json::from_str(&line).map_err(AskError::NotUnderstood);
-        let line: EventLine = line.map_err(failure)?;
+        let line = match lines.next() {
+            Ok(line) => serde_json::from_str(&line)
+                .map_err(AskError::NotUnderstood)
+                .map_err(failure)?,
+            Err(ended) => {
+                let next = wait_for_successor(state_dir)
+                    .ok_or(ended)
+                    .map_err(failure)?;
+                lines = next.lines;
+                EventLine::Replaced {
+                    daemon_since: next.since,
+                }
+            }
+        };
+        if matches!(&line, EventLine::Event(event) if !told.is_new(event)) {
+            continue;
+        }
         let text = match &line {
             line if options.daemon.json => json(line)?,
             EventLine::Event(event) => row(&cells(event)),
             EventLine::Lost { lost } => format!("({lost} events are missing: they came too fast)"),
+            EventLine::Replaced { daemon_since } => format!(
+                "(another daemon serves; what happened before {} may be missing, but no exit)",
+                clock(*daemon_since)
+            ),
         };
         if !print_while_read(&text)? {
             return Ok(Code::Ok);
+        }
+    }
+}
+
+fn from(number: u64) -> String {
+    format!("{FOLLOW}/{number}")
+}
+
+/// What the daemon after the one that has ended tells, from its first event on.
+struct Successor {
+    since: f64,
+    lines: Lines,
+}
+
+/// The keeper or systemd starts it.
+fn wait_for_successor(state_dir: &Path) -> Option<Successor> {
+    let give_up = Instant::now() + REPLACEMENT;
+    loop {
+        // No event comes between the two: this begins at the first.
+        let found = ask(state_dir, "/v1/events").and_then(|recent: Recent| {
+            let since = recent.since;
+            Lines::open(state_dir, &from(0)).map(|lines| Successor { since, lines })
+        });
+        match found {
+            Ok(successor) => return Some(successor),
+            Err(_) if Instant::now() >= give_up => return None,
+            Err(_) => std::thread::sleep(PAUSE),
+        }
+    }
+}
+
+/// The exits that were shown of tasks that are not deleted: each daemon that takes these over tells
+/// them again.
+#[derive(Debug, Default)]
+struct Told(HashMap<(String, String), Vec<Event>>);
+
+impl Told {
+    /// Whether this was not shown before.
+    fn is_new(&mut self, event: &Event) -> bool {
+        let task = (event.namespace.clone(), event.id.clone());
+        match event.kind.as_str() {
+            "exit" => {
+                let exits = self.0.entry(task).or_default();
+                let is_same = |told: &Event| {
+                    (&told.exec, told.pid, told.at.to_bits())
+                        == (&event.exec, event.pid, event.at.to_bits())
+                };
+                let is_new = !exits.iter().any(is_same);
+                // A container may have any number of execs in its life.
+                if is_new {
+                    exits.truncate(EXITS - 1);
+                    exits.insert(0, event.clone());
+                }
+                is_new
+            }
+            "delete" => {
+                self.0.remove(&task);
+                true
+            }
+            _ => true,
         }
     }
 }
@@ -140,6 +228,20 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn an_exit_is_shown_once_whatever_daemon_tells_of_it() {
+        let mut told = Told::default();
+        let exit = event("exit");
+        let exec = Event {
+            exec: Some("e".into()),
+            ..exit.clone()
+        };
+        assert!(told.is_new(&exit) && told.is_new(&exec));
+        assert!(!told.is_new(&exit) && !told.is_new(&exec));
+        // Of another container by the same name.
+        assert!(told.is_new(&event("delete")) && told.is_new(&exit));
+    }
+
+    #[test]
     fn an_event_is_a_line_for_people_and_for_programs() {
         let exit = Event {
             exec: Some("shell".into()),
@@ -156,6 +258,10 @@ pub(super) mod tests {
             lines.push(json(&EventLine::Event(event)).unwrap());
         }
         lines.push(json(&EventLine::Lost { lost: 3 }).unwrap());
+        let replaced = EventLine::Replaced {
+            daemon_since: 1_764_425_000.5,
+        };
+        lines.push(json(&replaced).unwrap());
         insta::assert_snapshot!("events", lines.join("\n"));
         for line in lines.iter().filter(|line| line.starts_with('{')) {
             serde_json::from_str::<EventLine>(line).unwrap();

@@ -19,7 +19,7 @@ pub(super) struct Urgency(Option<Scheduling>);
 
 impl Urgency {
     /// Has the calling thread scheduled soon, if the daemon was started as processes usually are,
-    /// and may (CAP_SYS_NICE). An operator's `Nice=` or `CPUSchedulingPolicy=` stays as it is.
+    /// and may (`CAP_SYS_NICE`). An operator's `Nice=` or `CPUSchedulingPolicy=` stays as it is.
     pub(super) fn begin() -> Self {
         let usual = Scheduling::of_this_thread().and_then(|found| {
             let is_usual = found.policy == libc::SCHED_OTHER.cast_unsigned() && found.nice == 0;
