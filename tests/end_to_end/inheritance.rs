@@ -79,8 +79,8 @@ fn a_container_does_not_ignore_signal_32(stage: &Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Its nice value is that of the daemon's first thread alone: neither its other threads have it, nor
-/// what they start.
+/// Its nice value is that of the daemon's first thread alone: neither its other threads have it,
+/// nor what they start.
 fn the_thread_that_answers_is_scheduled_sooner_and_passes_it_on_to_none(
     stage: &Stage,
 ) -> anyhow::Result<()> {

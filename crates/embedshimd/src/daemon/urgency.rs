@@ -7,8 +7,8 @@ use tracing::debug;
 
 use crate::sys::Scheduling;
 
-/// Three times the weight of a thread with the usual nice value. Beside 32 lives at once, the median
-/// of State was 5.5 ms with 0, 2.1 with -3, 0.45 with -5 and 0.69 with -10; shorter turns
+/// Three times the weight of a thread with the usual nice value. Beside 32 lives at once, the
+/// median of State was 5.5 ms with 0, 2.1 with -3, 0.45 with -5 and 0.69 with -10; shorter turns
 /// (`sched_runtime`) brought nothing.
 const NICE: i32 = -5;
 /// New threads and children begin as usual ones (`SCHED_FLAG_RESET_ON_FORK`).
