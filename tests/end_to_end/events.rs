@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use shim_api::bundle::BundleNote;
-use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, until};
+use testbed::sandbox::{PATIENCE, Running, Sandbox, is_alive, stop, until};
 
 use crate::tests;
 
@@ -19,8 +19,9 @@ pub(crate) const TESTS: [Test; 4] = tests!(AnyRuntime:
     pausing_is_told,
     running_out_of_memory_is_reported_before_the_exit,
 );
-pub(crate) const OURS: [Test; 1] = tests!(EmbedshimOnly:
+pub(crate) const OURS: [Test; 2] = tests!(EmbedshimOnly:
     events_outlive_a_daemon_that_could_not_tell_them,
+    an_oom_kill_without_a_daemon_is_told_by_the_next_while_the_container_lives,
 );
 
 /// `ctr events`, reading along.
@@ -174,6 +175,31 @@ fn running_out_of_memory_is_reported_before_the_exit(stage: &Stage) -> anyhow::R
         place("oom").is_some() && place("oom") < place("exit"),
         "{topics:?}"
     );
+    Ok(())
+}
+
+fn an_oom_kill_without_a_daemon_is_told_by_the_next_while_the_container_lives(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    const SCRIPT: &str = "until test -e /go; do sleep 0.05; done; guest allocate 256; \
+        echo $? >/code; sleep 1000";
+    let sandbox = stage.sandbox()?;
+    let listener = Listener::listen(&sandbox)?;
+    let limit = (32 << 20).to_string();
+    let pid = sandbox.detached(&["--memory-limit", &limit], "c", &["sh", "-c", SCRIPT])?;
+    let keeper = Pid::from_raw(sandbox.keeper_pid().context("no keeper")?);
+    let daemon = Pid::from_raw(sandbox.daemon_pid().context("no daemon")?);
+    stop(keeper)?;
+    kill(daemon, Signal::SIGKILL)?;
+    let root = PathBuf::from(format!("/proc/{pid}/root"));
+    File::create(root.join("go"))?;
+    until("the kernel kills", || {
+        Ok(fs::read_to_string(root.join("code")).is_ok_and(|code| code == "137\n"))
+    })?;
+    kill(keeper, Signal::SIGCONT)?;
+    let topics = listener.topics_until("oom")?;
+    ensure!(topics == ["create", "start", "oom"], "{topics:?}");
+    ensure!(sandbox.task("c")?.status == "RUNNING", "it lives no more");
     Ok(())
 }
 

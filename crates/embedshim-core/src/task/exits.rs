@@ -268,7 +268,7 @@ impl Engine {
 
     /// One last look: the OOM event precedes the exit it caused, even if its notification was not
     /// read yet (containerd 62845f4a9).
-    async fn flush_oom(&self, task: &Arc<Task>) {
+    pub(in crate::task) async fn flush_oom(&self, task: &Arc<Task>) {
         let Some(cgroup) = task.cgroup() else { return };
         match timeout(LAST_READ, quickly(move || cgroup.oom_kills())).await {
             Ok(Ok(Some(kills))) if task.count_oom_kills(kills) => self.emit(task, EventKind::Oom),

@@ -66,21 +66,16 @@ impl Engine {
         let (store, descriptors) = (self.store.clone(), Arc::clone(&self.config.descriptors));
         // All of it in one go: a change of threads for each of 500 tasks would take longer than the
         // work.
-        let (loaded, mut calls) = blocking(move || {
+        let loading = blocking(move || {
             let load = |record| {
                 descriptors.start_goes_on();
                 LoadedTask::of(record)
             };
             let loaded: Vec<LoadedTask> = store.load()?.into_iter().map(load).collect();
-            // No call is in flight where there is no record.
-            let calls = if loaded.is_empty() {
-                InFlightCalls::default()
-            } else {
-                InFlightCalls::find()
-            };
-            Ok::<_, Error>((loaded, calls))
-        })
-        .await??;
+            Ok::<_, Error>(loaded)
+        });
+        let (loaded, calls) = tokio::join!(loading, blocking(InFlightCalls::find));
+        let (loaded, mut calls) = (loaded??, calls?);
         let mut found = Found::default();
         for loaded in loaded {
             self.config.descriptors.start_goes_on();
@@ -205,13 +200,14 @@ impl Engine {
         for unfinished in unfinished {
             unfinished.finish(self);
         }
+        let mut living = Vec::new();
         for (recorded, adopted) in alive.drain(..).zip(adopted) {
             let (task, process) = (&recorded.task, &recorded.process);
             self.registry.track(recorded.identity, task, process);
             if let Adopted::Armed(alive) = &adopted {
                 process.set_process(Arc::clone(alive));
                 if process.exec.is_none() {
-                    self.watch_for_oom(task);
+                    living.push(Arc::clone(task));
                 }
             }
             reconnect(&self.idle, task, process);
@@ -219,7 +215,30 @@ impl Engine {
                 self.report_exit(task, process, record);
             }
         }
+        self.watch_adopted_for_oom(living);
         Ok(())
+    }
+
+    /// Beside serving: it opens three files for each task. An OOM kill that none has watched for is
+    /// told of afterwards, or before the exit it caused.
+    fn watch_adopted_for_oom(self: &Arc<Self>, living: Vec<Arc<Task>>) {
+        let engine = Arc::clone(self);
+        let watching = blocking(move || {
+            for task in &living {
+                engine.watch_for_oom(task);
+                // With its end its watch would have ended.
+                if task.init.now().exit().is_some() {
+                    engine.oom.unwatch(task.serial);
+                }
+            }
+            living
+        });
+        let engine = Arc::clone(self);
+        tokio::spawn(async move {
+            for task in watching.await.unwrap_or_default() {
+                engine.flush_oom(&task).await;
+            }
+        });
     }
 
     /// How a process of an earlier boot ended is unknown.
