@@ -295,7 +295,7 @@ async fn start(
     let services = traces.of(Observed::new(services, Arc::clone(&metrics)));
     let server =
         Server::durable(services, storage).context("cannot open the journals of connections")?;
-    server.resume(inherited.take_connections());
+    server.resume(inherited.take_connections()).await;
     if let Some(pods) = &pods {
         pods.clean_up(&node);
     }

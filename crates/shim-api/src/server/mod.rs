@@ -29,6 +29,7 @@ use embedshim_core::fdstore::{self, Listener, Waiting};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
@@ -41,6 +42,8 @@ use state::ServerState;
 pub use stored::ConnectionStorage;
 use stored::StoredConnections;
 
+/// How many connections are read again before those that were get to answer.
+const RESUMED_AT_ONCE: usize = 8;
 /// After a failed accept: descriptors or memory are short, and the next attempt would fail at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How often [`Server::recreate_journals`] looks whether all connections have their journals again.
@@ -83,8 +86,10 @@ impl<H: Handler> Server<H> {
     }
 
     /// Goes on with the connections that another daemon has left: for each its number, its socket,
-    /// and the answer that was being sent. Answers what is not answered. Needs a tokio runtime.
-    pub fn resume(&self, connections: Vec<(u64, OwnedFd, Option<OwnedFd>)>) {
+    /// and the answer that was being sent. Answers what is not answered, on the first of them before
+    /// the last is read. Needs a tokio runtime. Connections that were not reached when this is
+    /// cancelled stay stored.
+    pub async fn resume(&self, connections: Vec<(u64, OwnedFd, Option<OwnedFd>)>) {
         let Some(stored) = &self.stored else { return };
         let numbers = connections.iter().map(|(number, ..)| *number).collect();
         stored.journals.remove_all_but(&numbers);
@@ -94,8 +99,13 @@ impl<H: Handler> Server<H> {
         if queued.is_some_and(|(number, _)| numbers.contains(&number)) {
             stored.intake.drop_first();
         }
-        for (number, descriptor, answer) in connections {
-            stored.numbers.skip(number);
+        for (number, ..) in &connections {
+            stored.numbers.skip(*number);
+        }
+        for (position, (number, descriptor, answer)) in connections.into_iter().enumerate() {
+            if position % RESUMED_AT_ONCE == 0 {
+                yield_now().await;
+            }
             let (journal, recovered) = stored.journals.resume(number);
             let inherited = Inherited {
                 answers: stored.answers(number),

@@ -123,7 +123,7 @@ fn generation<T>(
             journals: directory.join("connections"),
         };
         let server = Server::durable(Mortal, storage).unwrap();
-        server.resume(store.connections());
+        server.resume(store.connections()).await;
         if let Some(pair) = new {
             let stored = server.stored.as_ref().unwrap();
             let number = stored.numbers.draw();
