@@ -7,19 +7,21 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use embedshim_tests::{Cri, Footprint, Namespaces, Pod, Stage, Test};
+use embedshim_tests::{Controller, Cri, Footprint, Namespaces, Pod, Stage, Test};
 use k8s_cri::v1::ContainerState;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::sandbox::{Sandbox, is_alive, until};
+use tonic::Code;
 
 use crate::kubernetes::ended;
 use crate::pods::{Frozen, HANDLER, OWN_NETWORK, end, seen, with_pods};
 use crate::pods_processes::{SHARED_PROCESSES, init_of, record_of};
 use crate::tests;
 
-pub(crate) const TESTS: [Test; 9] = tests!(ContainerdTwo:
+pub(crate) const TESTS: [Test; 10] = tests!(ContainerdTwo:
+    a_pod_that_containerd_has_forgotten_makes_way_for_one_of_its_name,
     pods_without_a_process_outlive_the_daemon_and_containerd,
     a_daemon_that_dies_at_any_step_of_a_pod_leaves_nothing_of_it,
     a_daemon_that_dies_at_any_step_of_a_pod_with_an_init_leaves_nothing_of_it,
@@ -30,6 +32,41 @@ pub(crate) const TESTS: [Test; 9] = tests!(ContainerdTwo:
     a_pod_whose_namespaces_are_lost_has_ended_and_can_be_removed,
     the_record_and_the_socket_of_pods_are_made_again,
 );
+
+/// As before 2.3 after a plugin of NRI has refused it: containerd tells the controller nothing.
+fn a_pod_that_containerd_has_forgotten_makes_way_for_one_of_its_name(
+    stage: &Stage,
+) -> anyhow::Result<()> {
+    let Some((sandbox, _cri)) = with_pods(stage)? else {
+        return Ok(());
+    };
+    let socket = sandbox.state_dir().join("pods.sock");
+    let mut controller = Controller::connect(&socket)?;
+    let created = controller.create_named("forgotten", "pod", false);
+    ensure!(created.is_none(), "{created:?}");
+    controller.start("forgotten")?;
+    // One whose end a client waits for is not forgotten.
+    let mut waiting = Controller::connect(&socket)?;
+    waiting.begin_waits("forgotten", 1)?;
+    // It comes after the wait.
+    waiting.ask("Status", "forgotten")?;
+    let refused = controller.create_named("next", "pod", false);
+    ensure!(refused == Some(Code::AlreadyExists), "{refused:?}");
+    drop(waiting);
+    until("it makes way", || {
+        Ok(controller.create_named("next", "pod", false).is_none())
+    })?;
+    controller.start("next")?;
+    let records = sandbox.state_dir().join("sandboxes");
+    ensure!(
+        !records.join("k8s.io:forgotten.json").exists()
+            && records.join("k8s.io:next.json").exists(),
+        "the wrong one is left"
+    );
+    controller.ask("Stop", "next")?;
+    controller.ask("Shutdown", "next")?;
+    Ok(())
+}
 
 /// A clean-up of `/run` removes them.
 fn the_record_and_the_socket_of_pods_are_made_again(stage: &Stage) -> anyhow::Result<()> {

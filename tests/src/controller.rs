@@ -103,7 +103,12 @@ impl Controller {
 
     /// Creates a sandbox with the node's network, whose containers share their processes or not.
     pub fn create_plain(&mut self, id: &str, shares_processes: bool) -> Option<Code> {
-        let metadata = [field(1, id.as_bytes()), field(2, id.as_bytes())].concat();
+        self.create_named(id, id, shares_processes)
+    }
+
+    /// The same for a pod of this name.
+    pub fn create_named(&mut self, id: &str, name: &str, shares_processes: bool) -> Option<Code> {
+        let metadata = [field(1, name.as_bytes()), field(2, name.as_bytes())].concat();
         // The node's network; a pid namespace for each container.
         let mut namespaces = vec![1 << 3, 2];
         if !shares_processes {

@@ -1,7 +1,7 @@
 //! [`Controller`]: what each call of containerd's sandbox controller means. Owns the answers that
 //! only containerd needs: where the Task service is, which platform this is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -12,8 +12,10 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 use serde_json::json;
+use tracing::warn;
 
 use crate::grpc::{Call, Code, Handler, Status};
+use crate::known::known_to_containerd;
 use crate::messages::controller as api;
 use crate::request;
 
@@ -29,6 +31,8 @@ pub struct Controller {
     sandboxes: Sandboxes,
     /// Where the Task service of all containers is.
     address: String,
+    /// Whose store has the sandboxes that are not given up.
+    containerd: Option<PathBuf>,
 }
 
 type Answer<T> = Result<T, Status>;
@@ -39,18 +43,62 @@ impl Controller {
         Self {
             sandboxes,
             address: format!("ttrpc+unix://{}", socket.display()),
+            containerd: None,
         }
     }
 
-    fn create(&self, call: &Call) -> Answer<api::CreateResponse> {
+    /// The same, for the containerd at this socket: a sandbox that it has given up without a word
+    /// makes way for one of the same name.
+    #[must_use]
+    pub fn of_containerd(mut self, socket: &Path) -> Self {
+        self.containerd = Some(socket.to_owned());
+        self
+    }
+
+    async fn create(&self, call: &Call) -> Answer<api::CreateResponse> {
         let request: api::CreateRequest = parse(call)?;
         let sandbox_id = request.sandbox_id.clone();
         let request = request::decode(key(call, &sandbox_id)?, request)?;
-        self.sandboxes.create(request).map_err(status)?;
+        let mut created = self.sandboxes.create(request.clone());
+        if let Err(SandboxError::NameTaken { other, .. }) = &created
+            && self.removes_if_given_up(other).await
+        {
+            created = self.sandboxes.create(request);
+        }
+        created.map_err(status)?;
         Ok(api::CreateResponse {
             sandbox_id,
             ..api::CreateResponse::default()
         })
+    }
+
+    /// Removes a sandbox that containerd does not know any more: before 2.3 it forgets one whose
+    /// pod a plugin of NRI has refused, and tells nothing. Each is in its store before it is known
+    /// here.
+    async fn removes_if_given_up(&self, key: &SandboxKey) -> bool {
+        let Some(containerd) = &self.containerd else {
+            return false;
+        };
+        let is_unattended = || self.sandboxes.unattended().contains(key);
+        if !is_unattended() {
+            return false;
+        }
+        match known_to_containerd(containerd, &key.namespace).await {
+            // Again: containerd may wait for its end by now.
+            Ok(known) if known.contains(key.id.as_str()) || !is_unattended() => return false,
+            Ok(_) => {}
+            Err(error) => {
+                let containerd = containerd.display();
+                warn!(%error, %containerd, "cannot ask containerd which sandboxes it knows");
+                return false;
+            }
+        }
+        warn!(sandbox = %key, "containerd has given a sandbox up: removing it for one of its name");
+        let removed = self.sandboxes.remove(key).await;
+        if let Err(error) = &removed {
+            warn!(sandbox = %key, %error, "cannot remove a sandbox");
+        }
+        removed.is_ok()
     }
 
     async fn start(&self, call: &Call) -> Answer<api::StartResponse> {
@@ -126,7 +174,7 @@ impl Controller {
 impl Handler for Controller {
     async fn call(&self, call: Call) -> Result<Vec<u8>, Status> {
         match call.path.strip_prefix(SERVICE) {
-            Some("Create") => encode(self.create(&call)),
+            Some("Create") => encode(self.create(&call).await),
             Some("Start") => encode(self.start(&call).await),
             Some("Status") => encode(self.status(&call)),
             Some("Wait") => encode(self.wait(&call).await),

@@ -72,7 +72,8 @@ impl PodService {
         let program = std::env::current_exe().context("cannot find this program's directory")?;
         // As long as that of tasks, so a socket can have it.
         let socket = tasks.with_file_name("pods.sock");
-        let server = Server::new(Controller::new(sandboxes.clone(), tasks));
+        let controller = Controller::new(sandboxes.clone(), tasks);
+        let server = Server::new(controller.of_containerd(&config.containerd));
         // The sandboxes are there before the first call: one that is not known has ended, to
         // containerd.
         server.listen(listener::open(

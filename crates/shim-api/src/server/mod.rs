@@ -86,9 +86,9 @@ impl<H: Handler> Server<H> {
     }
 
     /// Goes on with the connections that another daemon has left: for each its number, its socket,
-    /// and the answer that was being sent. Answers what is not answered, on the first of them before
-    /// the last is read. Needs a tokio runtime. Connections that were not reached when this is
-    /// cancelled stay stored.
+    /// and the answer that was being sent. Answers what is not answered, on the first of them
+    /// before the last is read. Needs a tokio runtime. Connections that were not reached when this
+    /// is cancelled stay stored.
     pub async fn resume(&self, connections: Vec<(u64, OwnedFd, Option<OwnedFd>)>) {
         let Some(stored) = &self.stored else { return };
         let numbers = connections.iter().map(|(number, ..)| *number).collect();
